@@ -1,0 +1,251 @@
+"""Graphs of the three levels.
+
+    Program     = inputs, equations, outputs                         what the user writes; no schedule
+    KernelGraph = Program whose equations may be Kernel or Library   what the search returns: a μGraph
+    BlockGraph  = grid, split | none, passes [Pass], loads, epilogue [Step], stores, combine: BlockGraph | none
+    Pass        = loops (none, one, or a nest of two), loads, body [Step]
+    Step        = Equation | Accumulator | Thread(ThreadGraph)
+    ThreadGraph = inputs, axis parts, equations, outputs
+    Equation    = targets, op, args
+
+A block graph gives each axis a role: on the grid, looped in a pass, split over the grid, or whole in the tile.  The
+maps of loads and stores (imap, fmap, omap) follow from the roles, so they are derived, never stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Literal
+
+from mugraph.errors import Location
+from mugraph.ir.axes import Axis, Dim, Size, dims_of
+from mugraph.ir.ops import Contract, Kernel, Op, Reduce
+from mugraph.ir.types import Input, Output, Tensor
+
+
+@dataclass(frozen=True)
+class Equation:
+    """`targets = op(args)`; args name earlier values.  `where` is the user's line and does not count in equality."""
+
+    targets: tuple[Tensor, ...]
+    op: Op
+    args: tuple[str, ...]
+    where: Location | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def target(self) -> Tensor:
+        (only,) = self.targets
+        return only
+
+
+Part = Literal["grid", "warp", "lane", "register"]
+
+
+@dataclass(frozen=True)
+class ThreadGraph:
+    """A chain that stays in registers: its equations run per element, with each axis laid over `parts`."""
+
+    inputs: tuple[str, ...]
+    parts: tuple[tuple[str, Part], ...]
+    equations: tuple[Equation, ...]
+    outputs: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Thread:
+    """A thread graph used as a step of a block graph; its outputs are visible to the steps after it."""
+
+    graph: ThreadGraph
+
+
+Monoid = Literal["sum", "max", "min", "rescaled"]
+
+
+@dataclass(frozen=True)
+class Accumulator:
+    """A contraction or reduction over looped axes: its equation reads as over the whole axis and is evaluated a
+    tile at a time, `acc = acc (monoid) tile result`.
+
+    `rescaled` is a sum of scaled numbers `v * exp(scale)` where `scale` is the running maximum (a `max` accumulator,
+    earlier in the same body): `acc = acc * exp(old scale - new scale) + tile result`.  Steps after a `max`
+    accumulator in the same body read its running value.
+    """
+
+    equation: Equation
+    monoid: Monoid
+    scale: str | None = None
+
+    @property
+    def target(self) -> Tensor:
+        return self.equation.target
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        match self.equation.op:
+            case Contract(axes) | Reduce(_, axes):
+                return axes
+            case _:
+                return ()
+
+
+Step = Equation | Accumulator | Thread
+
+
+@dataclass(frozen=True)
+class Load:
+    """A tile of the kernel argument (or partial result) `source`, under the tile-level name `value.name`."""
+
+    value: Tensor
+    source: str
+
+
+@dataclass(frozen=True)
+class Store:
+    """Writes the value to `target`.  `partial`: one slab per part of the split, in f32, read by the combine.
+    `atomic`: added to a zeroed target."""
+
+    value: str
+    target: str
+    kind: Literal["write", "partial", "atomic"] = "write"
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A loop (or a nest of two) over tiles: (axis, tile) outermost first.  No loops: runs once."""
+
+    loops: tuple[tuple[str, int], ...]
+    loads: tuple[Load, ...]
+    body: tuple[Step, ...]
+
+    @property
+    def accumulators(self) -> tuple[Accumulator, ...]:
+        return tuple(s for s in self.body if isinstance(s, Accumulator))
+
+
+@dataclass(frozen=True)
+class Split:
+    """The looped `axis` is also cut into `parts` over the grid; `part` is the axis that counts the parts."""
+
+    axis: str
+    parts: int
+
+    @property
+    def part(self) -> Axis:
+        return Axis(f"{self.axis}_part", self.parts)
+
+
+@dataclass(frozen=True)
+class BlockGraph:
+    """What one thread block does: grid axes with their tiles, passes in order, then the epilogue, then the stores.
+    With a split, stores are partial and `combine` computes the results from them."""
+
+    grid: tuple[tuple[str, int], ...]
+    split: Split | None
+    passes: tuple[Pass, ...]
+    loads: tuple[Load, ...]
+    epilogue: tuple[Step, ...]
+    stores: tuple[Store, ...]
+    combine: BlockGraph | None = None
+
+    def steps(self) -> Iterator[Step]:
+        """All steps in order, the combine's excluded."""
+        for p in self.passes:
+            yield from p.body
+        yield from self.epilogue
+
+    def all_loads(self) -> tuple[Load, ...]:
+        return tuple(ld for p in self.passes for ld in p.loads) + self.loads
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tile-level value by name, the combine's excluded."""
+        found = {ld.value.name: ld.value for ld in self.all_loads()}
+        for equation in equations_of(tuple(self.steps())):
+            found.update((t.name, t) for t in equation.targets)
+        return found
+
+    def tiles(self) -> dict[str, int]:
+        """Tile size of each axis that is on the grid or looped; other axes are whole in the tile."""
+        return dict(self.grid) | dict(loop for p in self.passes for loop in p.loops)
+
+
+def equations_of(steps: tuple[Step, ...]) -> Iterator[Equation]:
+    """The equations of the steps, those of accumulators and thread graphs included."""
+    for step in steps:
+        match step:
+            case Equation():
+                yield step
+            case Accumulator(equation):
+                yield equation
+            case Thread(graph):
+                yield from graph.equations
+
+
+# How a notebook draws a program, by MIME type.  `viz` registers itself here, because imports point one way.
+RENDERERS: dict[str, Callable[[Program], str]] = {}
+
+
+@dataclass(frozen=True)
+class Program:
+    """A tensor program in equations, each naming earlier values."""
+
+    name: str
+    inputs: tuple[Input, ...]
+    equations: tuple[Equation, ...]
+    outputs: tuple[Output, ...]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every kernel-level value by name."""
+        found = {i.name: i.tensor for i in self.inputs}
+        for equation in self.equations:
+            found.update((t.name, t) for t in equation.targets)
+        return found
+
+    def axes(self) -> dict[str, Axis]:
+        """Every axis of a kernel-level value, by name, in order of appearance."""
+        return {a.name: a for t in self.tensors().values() for a in t.axes}
+
+    def dims(self) -> tuple[Dim, ...]:
+        """The symbolic sizes, sorted by name."""
+        sizes: list[Size] = [a.size for a in self.axes().values()]
+        return tuple(sorted({d for s in sizes for d in dims_of(s)}))
+
+    def input(self, name: str) -> Input:
+        return next(i for i in self.inputs if i.name == name)
+
+    def kernels(self) -> tuple[Equation, ...]:
+        return tuple(e for e in self.equations if isinstance(e.op, Kernel))
+
+    def __str__(self) -> str:
+        from mugraph.ir.printer import program_text
+
+        return program_text(self)
+
+    def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> dict[str, str]:
+        return {"text/plain": str(self)} | {mime: render(self) for mime, render in RENDERERS.items()}
+
+
+@dataclass(frozen=True)
+class KernelGraph(Program):
+    """A μGraph: kernel level here, block and thread level inside its `Kernel` operators."""
+
+    __str__ = Program.__str__
+
+
+@dataclass(frozen=True)
+class Map:
+    """Where a load or store lies: per grid axis and per loop axis, the dimension of the tensor that it cuts, or None
+    when every block (or iteration) sees the whole."""
+
+    grid: tuple[tuple[str, int | None], ...]
+    loops: tuple[tuple[str, int | None], ...]
+
+
+def access_map(block: BlockGraph, dims: Tensor, loops: tuple[tuple[str, int], ...] = ()) -> Map:
+    """imap and fmap of a load in a pass with these loops, or omap of a store (no loops)."""
+
+    def position(axis: str) -> int | None:
+        return next((i for i, d in enumerate(dims.dims) if any(a.name == axis for a in d)), None)
+
+    grid = block.grid + (((block.split.axis, 0),) if block.split else ())
+    return Map(tuple((a, position(a)) for a, _ in grid), tuple((a, position(a)) for a, _ in loops))
