@@ -25,7 +25,18 @@ from mugraph.errors import GraphError, ShapeError, UnsupportedOpError
 from mugraph.ir import fields
 from mugraph.ir.axes import size_value
 from mugraph.ir.fields import P, Q, U, Words
-from mugraph.ir.graph import Accumulator, BlockGraph, Equation, Load, Pass, Program, Step, Thread
+from mugraph.ir.graph import (
+    Accumulator,
+    BlockGraph,
+    Equation,
+    Load,
+    Pass,
+    Program,
+    Step,
+    Store,
+    Thread,
+    equations_of,
+)  # fmt: skip
 from mugraph.ir.infer import Type, infer, op_text
 from mugraph.ir.ops import (
     Broadcast,
@@ -248,8 +259,8 @@ class ArrayAlgebra(Algebra[Named]):
             case Gather(axis):
                 return (self.gathered(args[0], args[1], axis),)
             case (
-                Compare() | Select() | MaskedExp() | Iota() | CumSum() | TopK() | Cast() | Quantize() | Unpack() | Pack()
-                | Scatter()
+                Compare() | Select() | MaskedExp() | Iota() | CumSum() | TopK()
+                | Cast() | Quantize() | Unpack() | Pack() | Scatter()
             ):  # fmt: skip
                 return self.opaque(op, args)
             case _:
@@ -325,13 +336,11 @@ class ArrayAlgebra(Algebra[Named]):
         for starts in itertools.product(*(range(0, self.sizes[a], t) for a, t in grid)):
             at = {a: (s, t) for (a, t), s in zip(grid, starts, strict=True)}
             for part in range(parts):
-                values = self.run_block(block, args, at, part, parts)
-                for store in block.stores:
-                    v, place = values[store.value], dict(at)
+                for store, v, place in self.run_block(block, args, at, part, parts):
                     if store.kind == "partial":
                         assert block.split
                         name = block.split.part.name
-                        v, place = v.map(lambda p: p[None], (name, *v.axes)), {**at, name: (part, 1)}
+                        v, place = v.map(lambda p: p[None], (name, *v.axes)), {**place, name: (part, 1)}
                     self.place(store.target, v, place, results, written, store.kind == "atomic")
         for target, count in written.items():
             if (count == 0).any():
@@ -376,21 +385,27 @@ class ArrayAlgebra(Algebra[Named]):
 
     def run_block(
         self, block: BlockGraph, args: Mapping[str, Named], at: Mapping[str, tuple[int, int]], part: int, parts: int
-    ) -> dict[str, Named]:
-        """The values of one block that are alive after its last pass and its epilogue."""
+    ) -> Iterator[tuple[Store, Named, dict[str, tuple[int, int]]]]:
+        """What one block stores, and where."""
         alive: dict[str, Named] = {}
-        for step_pass in block.passes:
-            for accumulator in step_pass.accumulators:
+        for p in block.passes:
+            if not p.loops:
+                alive.update({ld.value.name: self.load(ld, args, at) for ld in p.loads})
+                self.steps(p.body, alive, alive, True)
+                continue
+            for accumulator in p.accumulators:
                 alive[accumulator.target.name] = self.start(accumulator, at)
+            dying = {t.name for e in equations_of(p.body) for t in e.targets} - {a.target.name for a in p.accumulators}
             first = True
-            for place in self.iterations(step_pass, block, part, parts):
+            for place in self.iterations(p, block, part, parts):
                 inside = dict(alive)
-                inside.update({ld.value.name: self.load(ld, args, {**at, **place}) for ld in step_pass.loads})
-                self.steps(step_pass.body, inside, alive, first)
+                inside.update({ld.value.name: self.load(ld, args, {**at, **place}) for ld in p.loads})
+                self.steps(p.body, inside, alive, first)
+                yield from ((s, inside[s.value], {**at, **place}) for s in block.stores if s.value in dying)
                 first = False
         alive.update({ld.value.name: self.load(ld, args, at) for ld in block.loads})
         self.steps(block.epilogue, alive, alive, True)
-        return alive
+        yield from ((s, alive[s.value], dict(at)) for s in block.stores if s.value in alive)
 
     def iterations(self, p: Pass, block: BlockGraph, part: int, parts: int) -> Iterator[dict[str, tuple[int, int]]]:
         """Start and length of the tile of each looped axis.  A split axis is cut into parts of whole tiles."""

@@ -102,8 +102,9 @@ class Load:
 
 @dataclass(frozen=True)
 class Store:
-    """Writes the value to `target`.  `partial`: one slab per part of the split, in f32, read by the combine.
-    `atomic`: added to a zeroed target."""
+    """Writes the value to `target`.  A value computed inside a looped pass (not an accumulator) is written in each
+    iteration, a tile at a time.  `partial`: one slab per part of the split, in f32, read by the combine.  `atomic`:
+    added to a zeroed target."""
 
     value: str
     target: str
@@ -112,7 +113,11 @@ class Store:
 
 @dataclass(frozen=True)
 class Pass:
-    """A loop (or a nest of two) over tiles: (axis, tile) outermost first.  No loops: runs once."""
+    """A loop (or a nest of two) over tiles: (axis, tile) outermost first.
+
+    What a looped pass computes dies with each iteration; its accumulators live on.  A pass without loops runs once,
+    and all its values live on (a prologue: tiles loaded once before the loop).
+    """
 
     loops: tuple[tuple[str, int], ...]
     loads: tuple[Load, ...]

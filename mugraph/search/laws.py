@@ -1,0 +1,176 @@
+"""From a program to values, and the named laws that add seeds.
+
+The structural laws (sums and products are associative and commutative, Σ is linear, co-factors move through sums,
+inv(ab) = inv a · inv b, congruence) are in the normal form of `values` and in the rules of `closure`.  A named law
+gives another expression of an output; it counts only if the fingerprint says that it is the same value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+
+from mugraph.ir.graph import Equation, Program
+from mugraph.ir.infer import op_text
+from mugraph.ir.ops import (
+    Broadcast,
+    Cast,
+    Compare,
+    Const,
+    Contract,
+    Elementwise,
+    Iota,
+    MaskedExp,
+    Reduce,
+    Rename,
+    Reshape,
+    Select,
+    SizeOf,
+    Transpose,
+)  # fmt: skip
+from mugraph.search import values as v
+from mugraph.search.values import Call, Factor, Paren, Term, Value
+
+IOTA = "#iota"
+
+
+@dataclass(frozen=True)
+class Meaning:
+    """What a program computes: a value per kernel-level name, the boundaries (results of operators outside the
+    calculus, taken as they are) and, for aliases, the axis that each axis stands for."""
+
+    values: Mapping[str, Value]
+    boundaries: tuple[Equation, ...]
+    base: Mapping[str, str]
+
+
+def meaning(program: Program) -> Meaning:
+    """The value of every equation of the program."""
+    found: dict[str, Value] = {i.name: v.load(i.name, (a.name for a in i.tensor.axes)) for i in program.inputs}
+    base = {a: a for a in program.axes()}
+    boundaries: list[Equation] = []
+    for e in program.equations:
+        if isinstance(e.op, Rename):
+            for old, new in e.op.axes:
+                base[new.name] = base[old]
+        value = _equation_value(e, [found[a] for a in e.args])
+        if value is None:
+            boundaries.append(e)
+            found.update((t.name, v.load(t.name, (a.name for a in t.axes))) for t in e.targets)
+        else:
+            found[e.target.name] = value
+    return Meaning(found, tuple(boundaries), base)
+
+
+def _equation_value(e: Equation, args: list[Value]) -> Value | None:
+    """The value of one equation, or None where the operator is outside the calculus."""
+    match e.op:
+        case Elementwise(fn, attrs):
+            return _function(fn, dict(attrs), args)
+        case Const(value):
+            return v.number(value)
+        case SizeOf(axis):
+            return v.size(axis.name)
+        case Contract(axes):
+            return v.total(v.multiply(*args), axes)
+        case Reduce("sum", axes):
+            return v.total(args[0], axes)
+        case Reduce("mean", axes):
+            return v.multiply(v.total(args[0], axes), *(v.size(a, -1) for a in axes))
+        case Reduce("max" | "min" as kind, axes):
+            return v.reduction(kind, args[0], axes)
+        case Compare(relation):
+            return v.call("compare", *args, attrs=(relation,))
+        case Select():
+            return v.call("select", *args)
+        case MaskedExp():
+            return v.call("masked_exp", *args)
+        case Iota(axis):
+            return v.load(IOTA, (axis.name,))
+        case Cast(dtype):
+            return args[0] if dtype.is_float else v.call("cast", args[0], attrs=(dtype.value,))
+        case Transpose() | Broadcast():
+            return args[0]
+        case Reshape():
+            same = {t[0] for t in v.free_tokens(args[0])} <= {a.name for a in e.target.axes}
+            return args[0] if same else None
+        case Rename(pairs):
+            return v.rename(args[0], {(old, 0): (new.name, 0) for old, new in pairs})
+        case _:
+            return None
+
+
+def _function(fn: str, attrs: Mapping[str, str | Fraction], args: list[Value]) -> Value:
+    x = args[0]
+    match fn:
+        case "add":
+            return v.add(*args)
+        case "sub":
+            return v.add(x, v.negate(args[1]))
+        case "mul":
+            return v.multiply(*args)
+        case "div":
+            return v.multiply(x, v.invert(args[1]))
+        case "neg":
+            return v.negate(x)
+        case "reciprocal":
+            return v.invert(x)
+        case "square":
+            return v.multiply(x, x)
+        case "rsqrt":
+            return v.invert(v.call("sqrt", x))
+        case "pow" if Fraction(attrs["exponent"]).denominator == 1 and 0 < abs(Fraction(attrs["exponent"])) <= 4:
+            exponent = int(Fraction(attrs["exponent"]))
+            power = v.multiply(*[x] * abs(exponent))
+            return power if exponent > 0 else v.invert(power)
+        case _:
+            return v.call(fn, *args, attrs=tuple(sorted(attrs.items())))
+
+
+# -- named laws --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Law:
+    """`rewrite` proposes another expression of a value, or None where the law does not apply."""
+
+    name: str
+    statement: str
+    rewrite: Callable[[Value], Value | None]
+
+
+def _without_max(value: Value) -> Value | None:
+    """Substitutes 0 for every maximum taken over an axis."""
+    changed = False
+
+    def in_value(x: Value) -> Value:
+        terms = [t for t in (in_term(t) for t in x) if t is not None]
+        return v.add(*((t,) for t in terms)) if terms else v.number(0)
+
+    def in_term(t: Term) -> Term | None:
+        nonlocal changed
+        factors: list[Factor] = []
+        for f in t.factors:
+            match f:
+                case Call("max", _, bound, _) if bound:
+                    changed = True
+                    return None
+                case Call(fn, attrs, bound, args):
+                    factors.append(Call(fn, attrs, bound, tuple(in_value(a) for a in args)))
+                case Paren(inner):
+                    factors.append(Paren(in_value(inner)))
+                case _:
+                    factors.append(f)
+        return v.normal_term(t.bound, factors)
+
+    result = in_value(value)
+    return result if changed else None
+
+
+STRIP_MAX = Law("strip-max", "exp(x - max x) / Σ exp(x - max x) = exp x / Σ exp x", _without_max)
+LAWS: dict[str, Law] = {law.name: law for law in (STRIP_MAX,)}
+
+
+def boundary_text(e: Equation) -> str:
+    return op_text(e.op)
