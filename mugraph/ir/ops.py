@@ -220,6 +220,9 @@ class Kernel:
     blocks: tuple[BlockGraph, ...]
 
 
+# Operators that a thread applies to its own elements, without a look at others.
+POINTWISE = (Elementwise, Compare, Select, MaskedExp, Const, SizeOf, Cast, Quantize)
+
 View = Reshape | Transpose | Broadcast | Slice | Concat | Rename
 PureOp = (
     Elementwise | Compare | Select | MaskedExp | Const | SizeOf | Iota | Contract | Reduce | CumSum | TopK

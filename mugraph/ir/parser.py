@@ -16,7 +16,7 @@ One statement a line; indentation nests; `#` starts a comment.  `x*` is a list w
     pass      = ("loop" tile* | "once")  {load | step}                tile = name ":" INT
     epilogue  = "epilogue"  {load | step}
     load      = "load" target "=" name ["imap" map] ["fmap" map]      map = "{" (name ":" (INT | "-"))* "}"
-    store     = "store" ["partial" | "atomic"] name "->" name ["omap" map]
+    store     = "store" ["partial" | "atomic"] name "->" name ["omap" map] ["fmap" map]
     step      = equation | accumulator | thread
     accumulator = target ("+=" | "max=" | "min=") call ["rescaled" "by" name]
     thread    = "thread" "(" name* ")" "->" "(" name* ")" ["over" (name ":" part)*]  {equation}
@@ -577,7 +577,7 @@ class _Block:
         value = line.name()
         line.expect("->")
         store = Store(value, line.name(), kind)
-        self.state(line, store, (), ("omap",))
+        self.state(line, store, (), ("omap", "fmap"))
         return store
 
     def state(self, line: _Line, node: object, loops: tuple[tuple[str, int], ...], kinds: tuple[str, ...]) -> None:
@@ -598,7 +598,8 @@ class _Block:
                 derived = {"imap": map_text(maps.grid), "fmap": map_text(maps.loops)}
             else:
                 assert isinstance(node, Store)
-                derived = {"omap": map_text(store_map(block, node).grid)}
+                maps = store_map(block, node)
+                derived = {"omap": map_text(maps.grid), "fmap": map_text(maps.loops)}
             for kind, text in stated.items():
                 if text != derived[kind]:
                     line.fail(f"the {kind} is {derived[kind]}, not {text}", f"leave the {kind} out, or correct it")

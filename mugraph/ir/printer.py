@@ -112,13 +112,24 @@ def load_maps(block: BlockGraph, load: Load, loops: tuple[tuple[str, int], ...])
 
 
 def store_map(block: BlockGraph, store: Store) -> Map:
-    """omap of a store.  A partial store has one more dimension in front, which the parts of the split cut."""
+    """omap of a store, and the fmap of one that runs inside a loop.  A partial store has one more dimension in
+    front, which the parts of the split cut."""
     value = block.tensors().get(store.value) or Tensor(store.value, (), DType.f32)
-    grid = access_map(block, value).grid
+    maps = access_map(block, value, _loops_around(block, store.value))
+    grid = maps.grid[: len(block.grid)]
     if store.kind != "partial" or block.split is None:
-        return Map(grid[: len(block.grid)], ())
-    shifted = tuple((a, None if p is None else p + 1) for a, p in grid[: len(block.grid)])
-    return Map((*shifted, (block.split.axis, 0)), ())
+        return Map(grid, maps.loops)
+    shifted = tuple((a, None if p is None else p + 1) for a, p in grid)
+    return Map((*shifted, (block.split.axis, 0)), maps.loops)
+
+
+def _loops_around(block: BlockGraph, value: str) -> tuple[tuple[str, int], ...]:
+    """The loops in whose every iteration the value is stored: those of its pass, unless it is an accumulator."""
+    for p in block.passes:
+        inside = {t.name for e in equations_of(p.body) for t in e.targets} - {a.target.name for a in p.accumulators}
+        if value in inside:
+            return p.loops
+    return ()
 
 
 def map_text(entries: tuple[tuple[str, int | None], ...]) -> str:
@@ -339,9 +350,10 @@ class _Printer:
                         self.step(step)
             for store in block.stores:
                 kind = "" if store.kind == "write" else f"{store.kind} "
-                omap = self.map(store_map(block, store).grid)
-                target = self.outer.value(store.target)
-                self.put(f"store {kind}{self.names.value(store.value)} -> {target} omap{omap}", store)
+                maps = store_map(block, store)
+                fmap = f" fmap{self.map(maps.loops)}" if maps.loops else ""
+                stored = f"{self.names.value(store.value)} -> {self.outer.value(store.target)}"
+                self.put(f"store {kind}{stored} omap{self.map(maps.grid)}{fmap}", store)
             if block.combine:
                 self.block(block.combine, known | own, "combine")
         self.outer, self.names = outer, inner

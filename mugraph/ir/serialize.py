@@ -99,7 +99,8 @@ def _maps(block: BlockGraph) -> dict[str, Any]:
 
     loads_ = [of_load(load_maps(block, load, p.loops)) for p in block.passes for load in p.loads]
     loads_ += [of_load(load_maps(block, load, ())) for load in block.loads]
-    return {"loads": loads_, "stores": [{"omap": entries(store_map(block, s).grid)} for s in block.stores]}
+    stores = [store_map(block, s) for s in block.stores]
+    return {"loads": loads_, "stores": [{"omap": entries(m.grid), "fmap": entries(m.loops)} for m in stores]}
 
 
 def _refuse(path: str, message: str) -> NoReturn:
@@ -118,7 +119,7 @@ def _object(data: Any, path: str, allowed: tuple[type[Any], ...] | None = None) 
         _refuse(path, f"{name} where {' or '.join(a.__name__ for a in allowed)} belongs")
     given = {key: v for key, v in data.items() if key != "type"}
     maps = given.pop("maps", None) if cls is BlockGraph else None
-    hints = _hints(cls)
+    hints = _hints(name)
     if wrong := sorted(given.keys() ^ hints.keys()):
         _refuse(path, f"{name} has the fields {', '.join(hints)}; missing or unknown: {', '.join(wrong)}")
     values = {key: _decoded(hint, given[key], f"{path}.{key}") for key, hint in hints.items()}
@@ -132,8 +133,9 @@ def _object(data: Any, path: str, allowed: tuple[type[Any], ...] | None = None) 
 
 
 @cache
-def _hints(cls: type[Any]) -> dict[str, Any]:
-    """The declared types of the fields, forward references across modules resolved."""
+def _hints(name: str) -> dict[str, Any]:
+    """The declared types of a class's fields, forward references across modules resolved."""
+    cls = CLASSES[name]
     known = dict(vars(typing)) | {n: v for module in _MODULES for n, v in vars(module).items()} | CLASSES
     found = get_type_hints(cls, globalns=known)
     return {f.name: found[f.name] for f in fields(cls)}
