@@ -1,0 +1,360 @@
+"""Small sizes at which a program and a μGraph are compared.
+
+Every tiled axis gets full tiles and a tail, every split an odd share, and no two axes have the same sizes in all draws.
+Sizes that belong together (aliases, reshapes, slices, concatenations) are chosen so that they fit: starts of slices
+move with them, between the same neighbours as at the true sizes.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from mugraph.errors import VerificationError
+from mugraph.ir.axes import Axis
+from mugraph.ir.graph import BlockGraph, Equation, Program, equations_of
+from mugraph.ir.ops import Concat, Const, Kernel, Library, Pack, Reduce, Rename, Reshape, SizeOf, Slice, TopK, Unpack
+from mugraph.ir.types import Tensor
+
+TILE = 2
+WHOLE_SIZES = (2, 3, 4)
+TILED_SIZES = (3, 5, 7)  # at a tile of 2: full tiles and a tail
+PARTS = (2, 3)
+LARGEST = 64  # of a size that follows from others
+STEPS = 20_000  # of the search for sizes that fit
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Sizes by axis, tile sizes by tiled axis, parts by split axis, and where slices start, by (axis, true start)."""
+
+    sizes: Mapping[str, int]
+    tiles: Mapping[str, int]
+    parts: Mapping[str, int]
+    starts: Mapping[tuple[str, int], int]
+
+
+@dataclass(frozen=True)
+class _Product:
+    """factor * Π left = Π right"""
+
+    factor: int
+    left: tuple[str, ...]
+    right: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Sum:
+    """Σ parts = whole"""
+
+    parts: tuple[str, ...]
+    whole: str
+
+
+@dataclass(frozen=True)
+class _AtLeast:
+    """greater >= factor * less + offset"""
+
+    greater: str
+    factor: int
+    less: str
+    offset: int
+
+
+_Constraint = _Product | _Sum | _AtLeast
+Candidates = Callable[[str, Mapping[str, int]], list[int]]
+
+
+@dataclass
+class _Facts:
+    """What the two graphs say about their axes."""
+
+    axes: dict[str, Axis] = field(default_factory=dict)
+    tiles: dict[str, int] = field(default_factory=dict)
+    splits: dict[str, str] = field(default_factory=dict)  # split axis -> the axis that counts its parts
+    ties: list[tuple[str, str]] = field(default_factory=list)
+    constraints: list[_Constraint] = field(default_factory=list)
+    sliced: list[tuple[Axis, Slice]] = field(default_factory=list)
+    joins: list[tuple[tuple[Axis, ...], Axis]] = field(default_factory=list)
+    looped: set[str] = field(default_factory=set)
+    counted: set[str] = field(default_factory=set)
+    literals: set[int] = field(default_factory=set)
+
+
+def draws(program: Program, graph: Program, count: int = 2, fixed: Mapping[str, int] | None = None) -> tuple[Draw, ...]:
+    """`count` draws of sizes for both graphs; `fixed` sizes stay as they are.  Raises VerificationError if no sizes
+    fit."""
+    facts = _Facts()
+    for g in (program, graph):
+        _collect(g, facts)
+    found: list[Draw] = []
+    for i in range(count):
+        found.append(_draw(facts, found, i, dict(fixed or {})))
+    return tuple(found)
+
+
+def literal_sizes(program: Program, graph: Program) -> dict[str, int]:
+    """True sizes of static axes that are counted (mean, SizeOf) and whose size is also written as a literal."""
+    facts = _Facts()
+    for g in (program, graph):
+        _collect(g, facts)
+    sizes = {a: facts.axes[a].size for a in facts.counted if a in facts.axes}
+    return {a: s for a, s in sizes.items() if isinstance(s, int) and s in facts.literals}
+
+
+# -- what the graphs say ------------------------------------------------------------------------------------------
+
+
+def _collect(graph: Program, facts: _Facts) -> None:
+    tensors = graph.tensors()
+    for t in tensors.values():
+        facts.axes.update((a.name, a) for a in t.axes)
+    for equation in graph.equations:
+        match equation.op:
+            case Kernel(blocks):
+                for block in blocks:
+                    _collect_block(block, tensors, facts)
+            case Library(_, semantics):
+                bound = {a.name for i in semantics.inputs for a in i.tensor.axes}
+                for t in semantics.tensors().values():
+                    facts.axes.update((a.name, a) for a in t.axes if a.name not in bound)
+            case _:
+                _collect_equation(equation, tensors, facts)
+
+
+def _collect_block(block: BlockGraph, outer: Mapping[str, Tensor], facts: _Facts) -> None:
+    inner = block.tensors()
+    for t in inner.values():
+        facts.axes.update((a.name, a) for a in t.axes)
+    for axis, tile in block.tiles().items():
+        facts.tiles[axis] = max(tile, facts.tiles.get(axis, 1))
+    facts.looped.update(axis for p in block.passes for axis, _ in p.loops)
+    if block.split:
+        facts.splits[block.split.axis] = block.split.part.name
+        facts.axes[block.split.part.name] = block.split.part
+    for ld in block.all_loads():
+        source = outer.get(ld.source)
+        if source is not None and len(source.axes) == len(ld.value.axes):
+            pairs = zip(ld.value.axes, source.axes, strict=True)
+            if {a.name for a in ld.value.axes} != {a.name for a in source.axes}:
+                facts.ties += [(a.name, b.name) for a, b in pairs]
+    for equation in equations_of(tuple(block.steps())):
+        _collect_equation(equation, inner, facts)
+    if block.combine:
+        _collect_block(block.combine, outer, facts)
+
+
+def _collect_equation(equation: Equation, tensors: Mapping[str, Tensor], facts: _Facts) -> None:
+    def axis_of(value: str, name: str) -> Axis:
+        return next((a for a in tensors[value].axes if a.name == name), Axis(name, 1))
+
+    args = equation.args
+    match equation.op:
+        case Const(value):
+            facts.literals |= {abs(value.numerator), value.denominator}
+        case SizeOf(axis):
+            facts.axes.setdefault(axis.name, axis)
+            facts.counted.add(axis.name)
+        case Reduce("mean", axes):
+            facts.counted.update(axes)
+        case Rename(pairs):
+            facts.ties += [(old, new.name) for old, new in pairs]
+        case Reshape(dims) if args and args[0] in tensors:
+            before = [a.name for a in tensors[args[0]].axes]
+            after = [a.name for d in dims for a in d]
+            left, right = (tuple(a for a in x if a not in y) for x, y in ((before, after), (after, before)))
+            if left or right:
+                facts.constraints.append(_Product(1, left, right))
+        case Slice(axis) if args and args[0] in tensors:
+            facts.sliced.append((axis_of(args[0], axis), equation.op))
+        case Concat(axes, out):
+            facts.joins.append((tuple(axis_of(v, a) for v, a in zip(args, axes, strict=False) if v in tensors), out))
+        case TopK(axis, out):
+            facts.constraints.append(_AtLeast(axis, 1, out.name, 0))
+        case Unpack(axis, out, dtype):
+            facts.constraints.append(_Product(max(8 // dtype.bits, 1), (axis,), (out.name,)))
+        case Pack(axis, out, dtype):
+            facts.constraints.append(_Product(max(8 // dtype.bits, 1), (out.name,), (axis,)))
+        case _:
+            pass
+
+
+# -- sizes that fit -----------------------------------------------------------------------------------------------
+
+
+class _Classes:
+    """Axes that have the same size: union-find."""
+
+    def __init__(self, ties: Sequence[tuple[str, str]]) -> None:
+        self._parent: dict[str, str] = {}
+        for a, b in ties:
+            self._parent[self.of(a)] = self.of(b)
+
+    def of(self, axis: str) -> str:
+        while (up := self._parent.get(axis, axis)) != axis:
+            axis = up
+        return axis
+
+
+def _draw(facts: _Facts, earlier: Sequence[Draw], number: int, fixed: dict[str, int]) -> Draw:
+    same = _Classes(facts.ties)
+    parts = {a: PARTS[number % len(PARTS)] for a in facts.splits}
+    known = {same.of(a): s for a, s in fixed.items()}
+    known.update((same.of(part), parts[a]) for a, part in facts.splits.items())
+    constraints = [_renamed(c, same) for c in facts.constraints]
+    segments, cuts = _segments(facts, same, constraints, known)
+    tiled = {same.of(a) for a, tile in facts.tiles.items() if tile > 1}
+    variables = list(dict.fromkeys([*segments, *(same.of(a) for a in facts.axes)]))
+    history = {v: tuple(d.sizes[v] for d in earlier if v in d.sizes) for v in variables}
+
+    varied = {same.of(a) for a in (*facts.looped, *facts.counted)}
+
+    def candidates(v: str, taken: Mapping[str, int]) -> list[int]:
+        wanted = TILED_SIZES if v in tiled else (1, 2) if v in segments else WHOLE_SIZES
+        if not earlier:
+            # a loop takes two full tiles and a tail where a second tile of the grid does
+            ranked = sorted(wanted, key=lambda s: (v in varied and s == wanted[0], s))
+        else:
+            used = {(*history[o], s) for o, s in taken.items() if o in history}
+            ranked = sorted(wanted, key=lambda s: (v in varied and s in history[v], (*history[v], s) in used, s))
+        return ranked if not constraints else [*ranked, *(s for s in range(1, 17) if s not in wanted)]
+
+    assigned = _solve(variables, constraints, known, candidates)
+    sizes = {a: assigned[same.of(a)] for a in facts.axes}
+    tiles = {a: min(tile, TILE) for a, tile in facts.tiles.items()}
+    starts = {
+        (axis, start): sum(assigned[s] for s in before)
+        for (root, start), before in cuts.items()
+        for axis in facts.axes
+        if same.of(axis) == root
+    }
+    return Draw(sizes, tiles, parts, starts)
+
+
+def _renamed(c: _Constraint, same: _Classes) -> _Constraint:
+    match c:
+        case _Product(factor, left, right):
+            return _Product(factor, tuple(map(same.of, left)), tuple(map(same.of, right)))
+        case _Sum(parts, whole):
+            return _Sum(tuple(map(same.of, parts)), same.of(whole))
+        case _AtLeast(greater, factor, less, offset):
+            return _AtLeast(same.of(greater), factor, same.of(less), offset)
+
+
+def _segments(
+    facts: _Facts, same: _Classes, constraints: list[_Constraint], known: dict[str, int]
+) -> tuple[list[str], dict[tuple[str, int], tuple[str, ...]]]:
+    """Cuts each sliced or joined axis of a static size at every border: new variables for the pieces, constraints for
+    what they add up to, and per (class, true start) the pieces before it."""
+    ranges: dict[str, list[tuple[int, int, str]]] = {}  # class -> (start, end, class of the piece)
+    totals: dict[str, int] = {}
+    for axis, op in facts.sliced:
+        root, out = same.of(axis.name), same.of(op.out.name)
+        if op.step == 1 and isinstance(axis.size, int) and isinstance(op.out.size, int):
+            ranges.setdefault(root, []).append((op.start, op.start + op.out.size, out))
+            totals[root] = axis.size
+        elif op.start < op.step and axis.size == op.step * op.out.size:
+            constraints.append(_Product(op.step, (out,), (root,)))
+        else:
+            constraints.append(_AtLeast(root, op.step, out, op.start + 1 - op.step))
+    for pieces, whole in facts.joins:
+        ends = list(itertools.accumulate(a.size if isinstance(a.size, int) else math.nan for a in pieces))
+        if ends and isinstance(whole.size, int) and ends[-1] == whole.size:
+            starts = [0, *map(int, ends[:-1])]
+            spans = [(s, int(e), same.of(a.name)) for s, e, a in zip(starts, ends, pieces, strict=True)]
+            ranges.setdefault(same.of(whole.name), []).extend(spans)
+            totals[same.of(whole.name)] = whole.size
+        else:
+            constraints.append(_Sum(tuple(same.of(a.name) for a in pieces), same.of(whole.name)))
+    variables: list[str] = []
+    cuts: dict[tuple[str, int], tuple[str, ...]] = {}
+    for root, spans in ranges.items():
+        borders = sorted({0, totals[root], *(s for s, _, _ in spans), *(e for _, e, _ in spans)})
+        names = [f"{root}[{s}:{e}]" for s, e in itertools.pairwise(borders)]
+        if root in known:
+            known.update((n, e - s) for n, (s, e) in zip(names, itertools.pairwise(borders), strict=True))
+        variables += names
+        constraints.append(_Sum(tuple(names), root))
+        for start, end, piece in spans:
+            inside = tuple(names[borders.index(start) : borders.index(end)])
+            constraints.append(_Sum(inside, piece))
+            cuts[root, start] = tuple(names[: borders.index(start)])
+    return variables, cuts
+
+
+def _solve(
+    variables: Sequence[str], constraints: Sequence[_Constraint], known: Mapping[str, int], candidates: Candidates
+) -> dict[str, int]:
+    """Values for all variables under the constraints: depth first, propagating what follows."""
+    steps = itertools.count()
+
+    def search(taken: dict[str, int]) -> dict[str, int] | None:
+        if next(steps) > STEPS:
+            return None
+        closed = _closed(taken, constraints)
+        if closed is None:
+            return None
+        v = next((v for v in variables if v not in closed), None)
+        if v is None:
+            return closed
+        for size in candidates(v, closed):
+            if found := search({**closed, v: size}):
+                return found
+        return None
+
+    found = search(dict(known))
+    if found is None:
+        raise VerificationError(
+            "no small sizes fit the graph's slices, reshapes and concatenations",
+            remedy="verify with fixed sizes for the axes involved",
+        )
+    return found
+
+
+def _closed(taken: dict[str, int], constraints: Sequence[_Constraint]) -> dict[str, int] | None:
+    """The assignment with what follows from it; None if it breaks a constraint."""
+    values = dict(taken)
+    changed = True
+    while changed:
+        changed = False
+        for c in constraints:
+            new = _consequence(c, values)
+            if new is None or any(not 1 <= s <= max(LARGEST, *taken.values(), 1) for s in new.values()):
+                return None
+            values.update(new)
+            changed |= bool(new)
+    return values
+
+
+def _consequence(c: _Constraint, values: Mapping[str, int]) -> dict[str, int] | None:
+    """The one value that follows from a constraint, nothing, or None where it is broken."""
+    match c:
+        case _AtLeast(greater, factor, less, offset):
+            known = greater in values and less in values
+            return None if known and values[greater] < factor * values[less] + offset else {}
+        case _Sum(parts, whole):
+            open_parts = [p for p in parts if p not in values]
+            total = sum(values[p] for p in parts if p in values)
+            if not open_parts:
+                return _equal(whole, total, values)
+            if len(open_parts) == 1 and whole in values:
+                return {open_parts[0]: values[whole] - total}
+            return None if whole in values and values[whole] < total + len(open_parts) else {}
+        case _Product(factor, left, right):
+            open_left, open_right = ([a for a in side if a not in values] for side in (left, right))
+            x = factor * math.prod(values[a] for a in left if a in values)
+            y = math.prod(values[a] for a in right if a in values)
+            if not open_left and not open_right:
+                return {} if x == y else None
+            if len(open_left) + len(open_right) > 1:
+                return {}
+            name, top, bottom = (open_left[0], y, x) if open_left else (open_right[0], x, y)
+            return {name: top // bottom} if top % bottom == 0 else None
+
+
+def _equal(name: str, value: int, values: Mapping[str, int]) -> dict[str, int] | None:
+    if name in values:
+        return {} if values[name] == value else None
+    return {name: value}
