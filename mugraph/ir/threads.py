@@ -30,14 +30,14 @@ def form_threads(block: BlockGraph) -> BlockGraph:
     rest over registers.
     """
     flat = flatten_threads(block)
-    steps = tuple(flat.steps())
-    uses = [a for e in equations_of(steps) for a in e.args] + [s.value for s in flat.stores]
+    uses = [a for e in equations_of(tuple(flat.steps())) for a in e.args] + [s.value for s in flat.stores]
     count = {name: uses.count(name) for name in uses}
 
     def gather(body: Sequence[Step]) -> tuple[Step, ...]:
         found: list[Step] = []
         for elementwise, run in groupby(body, key=_is_elementwise):
-            found += [_thread([e for e in run if isinstance(e, Equation)], flat, count)] if elementwise else list(run)
+            steps = list(run)
+            found += [_thread([*equations_of(tuple(steps))], flat, count)] if elementwise else steps
         return tuple(found)
 
     return replace(
