@@ -1,0 +1,211 @@
+"""What was established about a μGraph, in a form that can be printed, stored and checked again.
+
+A certificate names the program and the graph by the hashes of their canonical texts, the tiers reached, the bound on
+the error and where it comes from, the laws that were not used, and the assumptions.  Nothing in it is implied.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import platform
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy
+
+import mugraph
+from mugraph.errors import ParseError, TargetMismatchError
+from mugraph.ir.graph import Program
+from mugraph.ir.serialize import canonical_text
+
+SCHEMA_VERSION = 1
+
+Tier = Literal["tested", "numerics"]
+Pairs = tuple[tuple[str, int], ...]
+
+
+@dataclass(frozen=True)
+class DrawRecord:
+    """One draw of sizes: the sizes of all axes, tiles and parts of the μGraph's axes, how many independent random
+    tests passed, with which keys, and log2 of the bound on accepting a wrong graph at these sizes."""
+
+    sizes: Pairs
+    tiles: Pairs
+    parts: Pairs
+    keys: tuple[str, ...]
+    delta_log2: float
+
+    @property
+    def tests(self) -> int:
+        return len(self.keys)
+
+
+@dataclass(frozen=True)
+class NumericRow:
+    """One numeric comparison with float64.  Errors are absolute maxima over an output; `tolerance` is the allowed
+    error at the element where error / tolerance is greatest.  `note` says why a draw does not count."""
+
+    output: str
+    dtype: str
+    bindings: Pairs
+    draw: str
+    error: float
+    tolerance: float
+    ratio: float
+    eager_error: float | None
+    counted: bool
+    note: str = ""
+
+    @property
+    def passed(self) -> bool:
+        return not self.counted or self.ratio <= 1.0
+
+
+@dataclass(frozen=True)
+class NumericTable:
+    """Numeric comparisons of one source, and how it ran: under the interpreter, on the device, or as torch code."""
+
+    how: Literal["interpreted", "device", "torch"]
+    target: str
+    source_hash: str
+    rows: tuple[NumericRow, ...]
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """The record of a verification.  `delta_log2` is log2 of the bound on accepting a wrong graph over all draws."""
+
+    program: str
+    graph: str
+    program_hash: str
+    graph_hash: str
+    tiers: tuple[Tier, ...]
+    delta_log2: float
+    delta_requested_log2: float
+    seed: int
+    draws: tuple[DrawRecord, ...]
+    unused_laws: tuple[str, ...]
+    assumptions: tuple[str, ...]
+    numerics: tuple[NumericTable, ...]
+    versions: tuple[tuple[str, str], ...]
+    schema_version: int = SCHEMA_VERSION
+
+    @property
+    def delta(self) -> float:
+        return math.exp2(self.delta_log2)
+
+    def with_numerics(self, table: NumericTable) -> Certificate:
+        """The certificate with one more table of numeric comparisons."""
+        tiers: tuple[Tier, ...] = tuple(dict.fromkeys((*self.tiers, "numerics")))
+        return dataclasses.replace(self, numerics=(*self.numerics, table), tiers=tiers)
+
+    def to_json(self) -> str:
+        """Strict JSON: numbers that are not finite become strings."""
+        return json.dumps(_strict(asdict(self)), indent=1, allow_nan=False)
+
+    @staticmethod
+    def from_json(text: str) -> Certificate:
+        """Raises ParseError where the text is no certificate, TargetMismatchError for another schema version."""
+        return _read(text)
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.graph} computes {self.program}: {', '.join(self.tiers)}",
+            f"  program {self.program_hash[:16]}, graph {self.graph_hash[:16]}",
+            f"  tested: error ≤ 2^{self.delta_log2:.1f} at the sizes below, asked for 2^{self.delta_requested_log2:g}",
+        ]
+        for d in self.draws:
+            split = f", parts {_pairs_text(d.parts)}" if d.parts else ""
+            head = f"    sizes {_pairs_text(d.sizes)}, tiles {_pairs_text(d.tiles) or '-'}{split}"
+            lines.append(f"{head}: {d.tests} tests, 2^{d.delta_log2:.1f}")
+        lines += [f"  law not used: {law}" for law in self.unused_laws]
+        lines += [f"  assumes: {a}" for a in self.assumptions]
+        for table in self.numerics:
+            counted = [r for r in table.rows if r.counted]
+            worst = max((r.ratio for r in counted), default=0.0)
+            lines += [
+                f"  numerics, {table.how} on {table.target}: {len(counted)} comparisons with float64, "
+                f"{len(table.rows) - len(counted)} excluded, error at most {worst:.2f} of the tolerance"
+            ]
+        return "\n".join(lines)
+
+
+def graph_hash(graph: Program) -> str:
+    """Hash of the canonical text: the same for graphs that differ in names alone."""
+    return hashlib.sha256(canonical_text(graph).encode()).hexdigest()
+
+
+def versions() -> tuple[tuple[str, str], ...]:
+    return (("mugraph", mugraph.__version__), ("numpy", numpy.__version__), ("python", platform.python_version()))
+
+
+def _pairs_text(pairs: Pairs) -> str:
+    return " ".join(f"{name}={value}" for name, value in pairs)
+
+
+def _strict(value: Any) -> Any:
+    match value:
+        case dict():
+            return {k: _strict(v) for k, v in value.items()}
+        case list() | tuple():
+            return [_strict(v) for v in value]
+        case float() if not math.isfinite(value):
+            return str(value)
+        case _:
+            return value
+
+
+def _read(text: str) -> Certificate:
+    try:
+        data = json.loads(text)
+        version = data["schema_version"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ParseError(f"not a certificate: {error}", remedy="write it with Certificate.to_json") from None
+    if version != SCHEMA_VERSION:
+        raise TargetMismatchError(
+            f"the certificate has schema version {version!r}, not {SCHEMA_VERSION}", remedy="verify the graph again"
+        )
+    try:
+        data["draws"] = [DrawRecord(**_decoded(d, DrawRecord)) for d in data["draws"]]
+        tables = []
+        for table in data["numerics"]:
+            table["rows"] = [NumericRow(**_decoded(r, NumericRow)) for r in table["rows"]]
+            tables.append(NumericTable(**_decoded(table, NumericTable)))
+        data["numerics"] = tables
+        return Certificate(**_decoded(data, Certificate))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ParseError(f"not a certificate: {error}", remedy="write it with Certificate.to_json") from None
+
+
+def _decoded(data: dict[str, Any], cls: type[Any]) -> dict[str, Any]:
+    """Fields from JSON: arrays become tuples, spelled-out numbers numbers again.  Raises ValueError for a field of
+    another type than declared."""
+    result: dict[str, Any] = {}
+    kinds = {f.name: str(f.type) for f in dataclasses.fields(cls)}
+    for name, value in data.items():
+        kind = kinds.get(name, "")
+        value = _tupled(value)
+        if kind.startswith("float") and isinstance(value, str):
+            value = float(value)
+        if kind in _PRIMITIVE and not isinstance(value, _PRIMITIVE[kind]):
+            raise ValueError(f"{name} is {value!r}, not {kind}")
+        if (kind.startswith("tuple") or kind == "Pairs") and not isinstance(value, tuple):
+            raise ValueError(f"{name} is {value!r}, not a list")
+        result[name] = value
+    return result
+
+
+_PRIMITIVE: dict[str, type[Any] | tuple[type[Any], ...]] = {
+    "str": str,
+    "int": int,
+    "bool": bool,
+    "float": (int, float),
+    "float | None": (int, float, type(None)),
+}
+
+
+def _tupled(value: Any) -> Any:
+    return tuple(_tupled(v) for v in value) if isinstance(value, list) else value

@@ -1,0 +1,234 @@
+"""The `tested` tier: a μGraph computes its program, up to a stated error.
+
+    verified = verify(program, graph)          # or VerificationError, with a counterexample
+
+Both are executed on the same random field elements, the μGraph *as a μGraph*: blocks of the grid, loops with tails,
+parts of the split, accumulators, the combine.  The number of tests follows from the degrees met on the way, so that
+the bound on accepting a wrong graph is at most `delta`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import InitVar, dataclass
+
+import numpy as np
+
+from mugraph.errors import GraphError, MugraphError, VerificationError
+from mugraph.ir.check import check
+from mugraph.ir.evaluate import Named, outputs
+from mugraph.ir.graph import KernelGraph, Program
+from mugraph.ir.ops import Gather, Scatter
+from mugraph.verify.certificate import Certificate, DrawRecord, graph_hash, versions
+from mugraph.verify.formal import EVALUATED, EXP_CUT, FormalAlgebra, TooManyTerms, Value
+from mugraph.verify.sizes import Draw, draws, literal_sizes
+
+DRAWS = 2
+FEWEST_TESTS = 2  # per draw: no single draw of inputs decides
+MOST_TESTS = 64
+RESAMPLES = 8  # draws of inputs before "divides by zero" is taken for a property of the graph
+MOST_ELEMENTS = 2**22  # of a tensor at true sizes
+
+REALS = "values are real numbers: casts between floating types are the identity, rounding is left to the numerics tier"
+RANDOM_FUNCTIONS = (
+    "sqrt, sigmoid, gelu, tanh, log, abs, ... and max stand for random functions: of them only congruence is used, "
+    "and that max is commutative, associative and idempotent"
+)
+DRAWN_SIZES = "established at the sizes drawn; other sizes follow where the graph treats sizes alike"
+DRAWN_INDICES = "gather and scatter are tested at the indices drawn"
+TRUE_SIZES = "axes whose true size is written as a literal are tested at that size: "
+
+_TOKEN = object()
+
+
+@dataclass(frozen=True)
+class Verified:
+    """A program, a μGraph that computes it, and the certificate that says so.  Made by `verify` alone: what is
+    lowered has passed it."""
+
+    program: Program
+    graph: KernelGraph
+    certificate: Certificate
+    token: InitVar[object] = None
+
+    def __post_init__(self, token: object) -> None:
+        if token is not _TOKEN:
+            raise VerificationError("only verify() makes a Verified", remedy="call verify(program, graph)")
+
+
+def verify(program: Program, graph: KernelGraph, *, delta: float = 2.0**-40, seed: int = 0) -> Verified:
+    """Raises VerificationError with a counterexample where the graph computes something else, GraphError or ShapeError
+    where it is malformed."""
+    if not 0 < delta < 1:
+        raise VerificationError(f"delta is {delta}", remedy="give a probability between 0 and 1, such as 2**-40")
+    check(program)
+    check(graph)
+    _compare_signatures(program, graph)
+    try:
+        certificate = _tested(program, graph, delta, seed, {})
+    except VerificationError:
+        fixed = literal_sizes(program, graph)
+        if not fixed or not _fits(program, graph, fixed):
+            raise
+        certificate = _tested(program, graph, delta, seed, fixed)
+    return Verified(program, graph, certificate, _TOKEN)
+
+
+def recheck(certificate: Certificate, program: Program, graph: KernelGraph) -> Verified:
+    """Repeats the verification that a certificate records, and compares.  Raises VerificationError where the
+    certificate is about other graphs, or says what does not come out again."""
+    for name, recorded, found in (
+        ("program", certificate.program_hash, graph_hash(program)),
+        ("graph", certificate.graph_hash, graph_hash(graph)),
+    ):
+        if recorded != found:
+            raise VerificationError(f"the certificate is about another {name} than {graph.name}")
+    again = verify(program, graph, delta=2.0**certificate.delta_requested_log2, seed=certificate.seed)
+    for field in ("delta_log2", "draws", "unused_laws", "assumptions"):
+        was, now = getattr(certificate, field), getattr(again.certificate, field)
+        if was != now:
+            raise VerificationError(f"the certificate says {field} {was}, a new run {now}")
+    return again
+
+
+def _compare_signatures(program: Program, graph: Program) -> None:
+    """Both take the same inputs and give outputs of the same types."""
+    if [i.tensor for i in program.inputs] != [i.tensor for i in graph.inputs]:
+        raise VerificationError(
+            f"{graph.name} takes ({', '.join(str(i.tensor) for i in graph.inputs)}), "
+            f"{program.name} takes ({', '.join(str(i.tensor) for i in program.inputs)})"
+        )
+    wanted, given = ([(g.tensors()[o.value], o.alias_of) for o in g.outputs] for g in (program, graph))
+    shape_of = [[(t.dims, t.dtype, alias) for t, alias in side] for side in (wanted, given)]
+    if shape_of[0] != shape_of[1]:
+        raise VerificationError(
+            f"{graph.name} gives ({', '.join(str(t) for t, _ in given)}), "
+            f"{program.name} gives ({', '.join(str(t) for t, _ in wanted)})"
+        )
+
+
+def _fits(program: Program, graph: Program, fixed: Mapping[str, int]) -> bool:
+    """Whether no tensor gets too big when these axes have their true sizes."""
+    tensors = [*program.tensors().values(), *graph.tensors().values()]
+    return all(math.prod(fixed.get(a.name, 5) for a in t.axes) <= MOST_ELEMENTS for t in tensors)
+
+
+def _tested(program: Program, graph: KernelGraph, delta: float, seed: int, fixed: Mapping[str, int]) -> Certificate:
+    try:
+        return _tests(program, graph, delta, seed, fixed, cut_exp=False)
+    except TooManyTerms:
+        return _tests(program, graph, delta, seed, fixed, cut_exp=True)
+
+
+def _tests(
+    program: Program, graph: KernelGraph, delta: float, seed: int, fixed: Mapping[str, int], cut_exp: bool
+) -> Certificate:
+    """Tests every draw of sizes until its bound is small enough."""
+    records, cuts, assumptions = [], set[str](), set[str]()
+    chosen = draws(program, graph, DRAWS, fixed)
+    for number, draw in enumerate(chosen):
+        bound, keys = 1.0, list[str]()
+        while bound > delta / len(chosen) or len(keys) < FEWEST_TESTS:
+            if len(keys) == MOST_TESTS:
+                raise VerificationError(
+                    f"{MOST_TESTS} tests bound the error by 2^{math.log2(bound):.1f} only",
+                    remedy="ask for a larger delta",
+                )
+            algebra, key, error = _test(program, graph, draw, f"{seed}/{number}/{len(keys)}", cut_exp)
+            keys.append(key)
+            bound *= error
+            cuts |= algebra.cuts
+            assumptions |= algebra.assumptions
+        records.append(_record(draw, keys, bound))
+    stated = [REALS, RANDOM_FUNCTIONS, DRAWN_SIZES, *sorted(assumptions & {EVALUATED})]
+    if any(isinstance(e.op, Gather | Scatter) for e in program.equations):
+        stated.append(DRAWN_INDICES)
+    if fixed:
+        stated.append(TRUE_SIZES + ", ".join(f"{a}={s}" for a, s in sorted(fixed.items())))
+    return Certificate(
+        program=program.name,
+        graph=graph.name,
+        program_hash=graph_hash(program),
+        graph_hash=graph_hash(graph),
+        tiers=("tested",),
+        delta_log2=math.log2(sum(2.0**r.delta_log2 for r in records)),
+        delta_requested_log2=math.log2(delta),
+        seed=seed,
+        draws=tuple(records),
+        unused_laws=tuple(sorted(cuts)),
+        assumptions=tuple(stated),
+        numerics=(),
+        versions=versions(),
+    )
+
+
+def _record(draw: Draw, keys: Sequence[str], bound: float) -> DrawRecord:
+    sizes, tiles, parts = (tuple(sorted(m.items())) for m in (draw.sizes, draw.tiles, draw.parts))
+    return DrawRecord(sizes, tiles, parts, tuple(keys), math.log2(max(bound, 2.0**-1000)))
+
+
+def _test(
+    program: Program, graph: KernelGraph, draw: Draw, key: str, cut_exp: bool
+) -> tuple[FormalAlgebra, str, float]:
+    """One comparison on fresh random inputs: the algebra used, the key of the inputs, and the error bound."""
+    for attempt in range(RESAMPLES):
+        fresh = f"{key}/{attempt}"
+        algebra = FormalAlgebra(draw.sizes, draw.tiles, draw.parts, key=fresh, starts=draw.starts, cut_exp=cut_exp)
+        inputs = {i.name: algebra.random(tuple(a.name for a in i.tensor.axes), i.name) for i in program.inputs}
+        wanted = _run(program, inputs, algebra)
+        given = _run_graph(graph, inputs, algebra)
+        if algebra.zero_division:
+            continue
+        pairs = list(zip((o.value for o in program.outputs), wanted, given, strict=True))
+        for name, a, b in pairs:
+            _compare(name, a, b, algebra, draw, fresh)
+        return algebra, fresh, max(algebra.error(a, b) for _, a, b in pairs)
+    raise VerificationError(
+        f"a denominator is zero in {RESAMPLES} draws of random inputs",
+        remedy="look for a division by a difference that is always zero",
+    )
+
+
+def _run(graph: Program, inputs: Mapping[str, Value], algebra: FormalAlgebra) -> list[Value]:
+    """The outputs, spread over the axes that their tensors declare."""
+    tensors = graph.tensors()
+    found: list[Value] = []
+    named: Mapping[str, Named] = inputs
+    for o, v in zip(graph.outputs, outputs(graph, named, algebra), strict=True):
+        axes = tuple(a.name for a in tensors[o.value].axes)
+        if set(v.axes) - set(axes):
+            raise VerificationError(f"{o.value} is over ({', '.join(v.axes)}), not ({', '.join(axes)})")
+        whole = algebra.expanded(v, axes)
+        assert isinstance(whole, Value)
+        found.append(whole)
+    return found
+
+
+def _run_graph(graph: KernelGraph, inputs: Mapping[str, Value], algebra: FormalAlgebra) -> list[Value]:
+    try:
+        return _run(graph, inputs, algebra)
+    except (GraphError, VerificationError):
+        raise
+    except MugraphError as error:
+        raise VerificationError(f"{graph.name} cannot be executed: {error.message}", op=error.op) from error
+    except (AssertionError, IndexError, KeyError, ValueError) as error:
+        raise VerificationError(f"{graph.name} cannot be executed: {type(error).__name__}: {error}") from error
+
+
+def _compare(name: str, wanted: Value, given: Value, algebra: FormalAlgebra, draw: Draw, key: str) -> None:
+    wrong = algebra.differs(wanted, given)
+    if not wrong.any():
+        return
+    at = tuple(int(i) for i in np.argwhere(wrong)[0])
+    place = ", ".join(f"{a}={i}" for a, i in zip(wanted.axes, at, strict=True))
+    lined = given.map(lambda p: p, given.axes)
+    index = [at[wanted.axes.index(a)] for a in given.axes]
+    values = int(algebra.sample(wanted)[at]), int(algebra.sample(lined)[tuple(index)])
+    sizes = ", ".join(f"{a}={s}" for a, s in sorted(draw.sizes.items()))
+    cut = " (with exp opaque: formal sums exceed the limit of terms)" if EXP_CUT in algebra.cuts else ""
+    raise VerificationError(
+        f"{name}[{place}] differs{cut}: the program gives {values[0]}, the graph {values[1]} modulo p; "
+        f"{int(wrong.sum())} of {wrong.size} elements differ at sizes {sizes}, seed {key}",
+        remedy="compare the graph with the program from the inputs on; the same seed gives the same values",
+    )
