@@ -86,6 +86,10 @@ class Algebra(ABC, Generic[V]):
     def call(self, library: Library, args: Sequence[V]) -> tuple[V, ...]:
         """The results of a library call: those of its semantics."""
 
+    def declared(self, value: V, tensor: Tensor) -> V:
+        """The value in the order of axes that its tensor declares, where the algebra keeps an order."""
+        return value
+
 
 def evaluate(graph: Program, inputs: Mapping[str, V], algebra: Algebra[V]) -> dict[str, V]:
     """Every kernel-level value of the graph, by name.  Outputs are `graph.outputs[i].value`."""
@@ -99,7 +103,7 @@ def evaluate(graph: Program, inputs: Mapping[str, V], algebra: Algebra[V]) -> di
                 results = algebra.call(equation.op, args)
             case _:
                 results = algebra.apply(equation.op, args)
-        values.update(zip((t.name for t in equation.targets), results, strict=True))
+        values.update((t.name, algebra.declared(v, t)) for t, v in zip(equation.targets, results, strict=True))
     return values
 
 
@@ -210,6 +214,11 @@ class ArrayAlgebra(Algebra[Named]):
         return self.total("sum", reduce(lambda a, b: self.elementwise("mul", a, b), args), axes)
 
     # -- operators -----------------------------------------------------------------------------------------------
+
+    def declared(self, value: Named, tensor: Tensor) -> Named:
+        # reshapes and aliases go by position, so a value carries its axes as declared
+        axes = tuple(a.name for a in tensor.axes)
+        return aligned(value, axes) if set(axes) == set(value.axes) and axes != value.axes else value
 
     def elementwise(self, fn: str, *args: Named, attrs: Mapping[str, str | Fraction] | None = None) -> Named:
         axes = union_axes(args)
@@ -425,6 +434,7 @@ class ArrayAlgebra(Algebra[Named]):
         v = source
         if (own := tuple(a.name for a in ld.value.axes)) and set(own) != set(source.axes):
             v = replace(source, axes=own)  # an alias: axes correspond by position
+        v = self.declared(v, ld.value)
         for axis, (start, length) in at.items():
             if axis in v.axes:
                 v = narrow(v, axis, start, length)
@@ -468,7 +478,7 @@ class ArrayAlgebra(Algebra[Named]):
         if isinstance(op, Kernel | Library):
             raise GraphError(f"{op_text(op)} inside a block graph", op=op_text(op))
         results = self.apply(op, [values[a] for a in args])
-        values.update(zip((t.name for t in targets), results, strict=True))
+        values.update((t.name, self.declared(v, t)) for t, v in zip(targets, results, strict=True))
 
 
 class FloatAlgebra(ArrayAlgebra):

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import numpy
 
-import mugraph
+from mugraph import __version__
 from mugraph.errors import ParseError, TargetMismatchError
 from mugraph.ir.graph import Program
 from mugraph.ir.serialize import canonical_text
@@ -139,7 +139,7 @@ def graph_hash(graph: Program) -> str:
 
 
 def versions() -> tuple[tuple[str, str], ...]:
-    return (("mugraph", mugraph.__version__), ("numpy", numpy.__version__), ("python", platform.python_version()))
+    return (("mugraph", __version__), ("numpy", numpy.__version__), ("python", platform.python_version()))
 
 
 def _pairs_text(pairs: Pairs) -> str:
