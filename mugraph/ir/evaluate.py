@@ -185,7 +185,7 @@ class ArrayAlgebra(Algebra[Named]):
         self.tiles = dict(tiles or {})
         self.parts = dict(parts or {})
 
-    # -- what an algebra must say --------------------------------------------------------------------------------
+    # -- what an algebra must say
 
     @abstractmethod
     def literal(self, value: Fraction) -> Named: ...
@@ -213,7 +213,7 @@ class ArrayAlgebra(Algebra[Named]):
     def contract(self, args: Sequence[Named], axes: tuple[str, ...]) -> Named:
         return self.total("sum", reduce(lambda a, b: self.elementwise("mul", a, b), args), axes)
 
-    # -- operators -----------------------------------------------------------------------------------------------
+    # -- operators
 
     def declared(self, value: Named, tensor: Tensor) -> Named:
         # reshapes and aliases go by position, so a value carries its axes as declared
@@ -318,7 +318,7 @@ class ArrayAlgebra(Algebra[Named]):
         finally:
             self.sizes = saved
 
-    # -- block graphs --------------------------------------------------------------------------------------------
+    # -- block graphs
 
     def launch(self, kernel: Kernel, args: Mapping[str, Named], targets: Sequence[Tensor]) -> tuple[Named, ...]:
         found: dict[str, Named] = {}

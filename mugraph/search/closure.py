@@ -84,7 +84,7 @@ class Builder:
         self.deduplicated = 0
         self.truncated = False
 
-    # -- classes and edges -------------------------------------------------------------------------------------------
+    # -- classes and edges
 
     def plain(self, value: Value) -> Value | None:
         """The value with free tokens named (axis, 0); None if one axis would be free twice."""
@@ -138,7 +138,7 @@ class Builder:
             self.classes[c].edges[new] = rule
             self.rules[rule] += 1
 
-    # -- rules ---------------------------------------------------------------------------------------------------------
+    # -- rules
 
     def run(self) -> None:
         while self.work:
@@ -201,7 +201,7 @@ class Builder:
             return
         match f:
             case Load():
-                self.edge(c, "load", "load", [], leaf=Load(f.name, f.index))
+                self.edge(c, "load", "load", [], leaf=f)
             case Call(fn, _, over, (arg,)) if over:
                 inner = self.class_of(arg)
                 self.edge(c, "close", "reduce", [inner], axes=tuple(sorted(t[0] for t in over)), fn=fn)
@@ -339,7 +339,7 @@ def match_tokens(
     if isinstance(f, Load) and isinstance(g, Load):
         if f.name != g.name:
             return None
-        matching = {b: a for a, b in zip(f.index, g.index, strict=True) if b in bound_g and a in bound_f}
+        matching = {b: a for a, b in zip(f.tokens, g.tokens, strict=True) if b in bound_g and a in bound_f}
         return matching if v.rename_factor(g, matching) == f else None
     target = v.key((Term(v.NOTHING, (f,)),))
     for order in itertools.permutations(mine):

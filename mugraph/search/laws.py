@@ -128,7 +128,7 @@ def _function(fn: str, attrs: Mapping[str, str | Fraction], args: list[Value]) -
             return v.call(fn, *args, attrs=tuple(sorted(attrs.items())))
 
 
-# -- named laws --------------------------------------------------------------------------------------------------------
+# -- named laws
 
 
 @dataclass(frozen=True)

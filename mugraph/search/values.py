@@ -2,7 +2,7 @@
 
     Value  = (Term, ...)                              a sum; nothing is expanded, nothing cancels
     Term   = (bound tokens, factors)                  Σ over the bound tokens of a product
-    Factor = Load(input, index) | Number(coefficient, sizes) | Call(fn, attrs, bound, args) | Paren(Value)
+    Factor = Load(input, tokens) | Number(coefficient, sizes) | Call(fn, attrs, bound, args) | Paren(Value)
     Token  = (axis, uid)                              uid 0 is free; bound tokens have uids of their own
 
 Two expressions are one *class* iff they agree in Z_p x Z_q on random inputs at tiny sizes, where a sum is an integral
@@ -31,7 +31,7 @@ class Load(NamedTuple):
     """An input (or a boundary value) under an index map."""
 
     name: str
-    index: tuple[Token, ...]
+    tokens: tuple[Token, ...]
     kind: Literal["load"] = "load"
 
 
@@ -75,7 +75,7 @@ NOTHING: frozenset[Token] = frozenset()
 _uids = itertools.count(1)
 
 
-# -- structure ---------------------------------------------------------------------------------------------------------
+# -- structure
 
 
 def factor_tokens(f: Factor) -> frozenset[Token]:
@@ -128,7 +128,7 @@ def freshened(term: Term) -> Term:
     return Term(frozenset(names.values()), tuple(rename_factor(f, names) for f in term.factors))
 
 
-# -- construction: each keeps the normal form --------------------------------------------------------------------------
+# -- construction: each keeps the normal form
 
 
 def number(value: Fraction | int) -> Value:
@@ -234,7 +234,7 @@ def invert(value: Value) -> Value:
     return (normal_term((), factors),)
 
 
-# -- a syntactic key, equal for values that differ only in bound names and in order --------------------------------------
+# -- a syntactic key, equal for values that differ only in bound names and in order
 
 
 def key(value: Value) -> tuple[Any, ...]:
@@ -287,7 +287,7 @@ def _factor_key(f: Factor, names: Mapping[Token, str], depth: int) -> tuple[Any,
             return ("call", f"{fn}{attrs}{sorted(t[0] for t in bound)}", min(candidates))
 
 
-# -- evaluation in the fields ----------------------------------------------------------------------------------------
+# -- evaluation in the fields
 
 
 class Point(NamedTuple):

@@ -1,0 +1,345 @@
+"""The search, end to end: canonical names, seeds, closure, kernels, plans, verified results."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from mugraph.errors import GraphError, VerificationError
+from mugraph.ir.axes import Axis, dims_of, representative, size_value
+from mugraph.ir.graph import KernelGraph, Program
+from mugraph.ir.ops import Contract, Op
+from mugraph.ir.types import DType, Tensor
+from mugraph.search import values as v
+from mugraph.search.build import Context, Unbuildable, baseline, build
+from mugraph.search.canonical import Canonical, canonical
+from mugraph.search.closure import Closure, Edge, close
+from mugraph.search.cost import Device, device, floor_seconds, predict_library
+from mugraph.search.extract import Problem, is_leaf_edge
+from mugraph.search.laws import LAWS, Meaning, meaning
+from mugraph.search.partition import Choice, Partition, partition
+from mugraph.search.report import CandidateReport, KernelCost, SearchReport, StopReason
+from mugraph.search.space import SearchSpace
+
+Accept = Callable[[KernelGraph], object]
+
+
+@dataclass(frozen=True)
+class Found:
+    """The best μGraph, what `accept` made of it, and the report."""
+
+    graph: KernelGraph
+    accepted: object
+    report: SearchReport
+
+
+class Watch:
+    """Wall time by phase, and the budget."""
+
+    def __init__(self, budget_seconds: float) -> None:
+        self.started = self.mark = time.perf_counter()
+        self.budget = budget_seconds
+        self.phases: dict[str, float] = {}
+        self.stopped: str | None = None
+
+    def lap(self, phase: str) -> None:
+        now = time.perf_counter()
+        self.phases[phase] = self.phases.get(phase, 0.0) + now - self.mark
+        self.mark = now
+
+    def over(self) -> bool:
+        if time.perf_counter() - self.started > self.budget:
+            self.stopped = "TimeLimit"
+        return self.stopped is not None
+
+
+def search(
+    program: Program,
+    *,
+    accept: Accept,
+    space: SearchSpace | None = None,
+    on: Device | None = None,
+    budget_seconds: float = math.inf,
+    interrupted: Callable[[], bool] = lambda: False,
+) -> Found:
+    """The cheapest μGraph of the program that `accept` takes.
+
+    `accept` verifies a μGraph and returns what it made of it, or raises VerificationError (the next plan is tried).
+    The program's own equations as library calls are the last plan, so there is always an answer; when nothing
+    beats them by the model, they are it.  Same program, same space, same result, whatever names are used.
+    """
+    space, on = space or SearchSpace(), on or device()
+    watch = Watch(budget_seconds)
+
+    def stop() -> bool:
+        if interrupted():
+            watch.stopped = "Interrupted"
+        return watch.over()
+
+    here = canonical(program)
+    known = meaning(here.program)
+    closure, seeds = _closure(here.program, known, space)
+    watch.lap("closure")
+    to_canonical = {axis.name: a for a, axis in here.axes.items()}
+    tiles = tuple((to_canonical[a], t) for a, t in space.tiles if a in to_canonical)
+    problem = _problem(here.program, closure, seeds, space, on)
+    targets, wanted = _targets(here, known, seeds)
+    plans, run = partition(problem, space.but(tiles=tiles), tuple(targets), stop)
+    watch.lap("kernels")
+    outside = {here.names[e.targets[0].name] for e in known.boundaries}
+    context = Context(
+        program=program,
+        closure=closure,
+        axes=here.axes,
+        inputs=here.names,
+        names=_names(here, seeds),
+        tensors=dict(program.tensors()),
+        dtype=problem.dtype,
+        boundaries=tuple(e for e in program.equations if e.targets[0].name in outside),
+    )
+    base_seconds = _baseline_seconds(here.program, problem)
+    if plans and not all(may_be_materialised(problem, seeds[n]) for n in _computed(here.program, known)):
+        base_seconds = math.inf  # as it stands, the source keeps values in 16 bits that do not fit there
+    tried: list[CandidateReport] = []
+    best: tuple[KernelGraph, object, float, list[Choice]] | None = None
+    refused = 0
+    for plan in plans:
+        seconds = sum(c.prediction.seconds for c in plan)
+        if best is not None or seconds >= base_seconds:
+            tried.append(CandidateReport(structure(plan, here.axes), seconds, "costlier"))
+            continue
+        try:
+            graph = build(context, plan, wanted)
+            best = (graph, accept(graph), seconds, plan)
+            tried.append(CandidateReport(structure(plan, here.axes), seconds, "chosen"))
+        except (VerificationError, GraphError) as error:
+            refused += 1
+            tried.append(CandidateReport(structure(plan, here.axes), seconds, f"refused: {error.message}"))
+        except Unbuildable as error:
+            tried.append(CandidateReport(structure(plan, here.axes), seconds, f"passed over: {error}"))
+    notes = [
+        f"{here.names[e.targets[0].name]} is outside the calculus and runs as a library call" for e in known.boundaries
+    ]
+    if best is None:
+        graph = baseline(program)
+        best = (graph, accept(graph), base_seconds, [])
+        notes.append("nothing beats the program as it stands: it runs as library calls")
+    tried.append(CandidateReport("library calls only", base_seconds, "chosen" if not best[3] else "costlier"))
+    watch.lap("verification")
+    graph, accepted, seconds, plan = best
+    report = _report(here, program.name, space, problem, closure, run, watch, plan, seconds, tried, refused, notes)
+    return Found(graph, accepted, report)
+
+
+# -- set-up ----------------------------------------------------------------------------------------------------------------
+
+
+def _closure(program: Program, known: Meaning, space: SearchSpace) -> tuple[Closure, dict[str, int]]:
+    """The closure of every equation, and of what the named laws make of the outputs."""
+    static = {a.name: a.size for a in program.axes().values() if isinstance(a.size, int)}
+    prints = v.Fingerprinter(known.base, static, key=0)
+    names = dict.fromkeys([o.value for o in program.outputs] + [a for b in known.boundaries for a in b.args])
+    names.update(dict.fromkeys(known.values))
+    seeds = [known.values[n] for n in names]
+    for name in space.laws:
+        for o in program.outputs:
+            other = LAWS[name].rewrite(known.values[o.value])
+            if other is not None and prints.fingerprint(other) == prints.fingerprint(known.values[o.value]):
+                seeds.append(other)
+    closure, classes = close(seeds, prints, space.nodes)
+    return closure, dict(zip(names, classes, strict=False))
+
+
+def _targets(here: Canonical, known: Meaning, seeds: Mapping[str, int]) -> tuple[list[int], dict[int, list[str]]]:
+    """The classes that must be in memory at the end, with the names they go by there."""
+    program = here.program
+    given = {i.name for i in program.inputs} | {t.name for b in known.boundaries for t in b.targets}
+    wanted: dict[int, list[str]] = {}
+    for name in dict.fromkeys([o.value for o in program.outputs] + [a for b in known.boundaries for a in b.args]):
+        if name not in given:
+            wanted.setdefault(seeds[name], []).append(here.names[name])
+    return list(wanted), wanted
+
+
+def _names(here: Canonical, seeds: Mapping[str, int]) -> dict[int, str]:
+    """The source's own names, for classes that the source computes."""
+    found: dict[int, str] = {}
+    for name, c in seeds.items():
+        found.setdefault(c, here.names[name])
+    return found
+
+
+def _computed(program: Program, known: Meaning) -> list[str]:
+    """Values with axes that the source itself would materialise."""
+    outside = {t.name for e in known.boundaries for t in e.targets} | {o.value for o in program.outputs}
+    return [e.target.name for e in program.equations if len(e.targets) == 1 and e.target.name not in outside]
+
+
+def _problem(program: Program, closure: Closure, seeds: Mapping[str, int], space: SearchSpace, on: Device) -> Problem:
+    axes = program.axes()
+    sizes = {a.name: representative(a.size, space.symbolic) for a in axes.values()}
+    limits = {a.name: _limit(a) for a in axes.values()}
+    tensors = program.tensors()
+    dtype = tensors[program.outputs[0].value].dtype
+    dtype = dtype if dtype.is_float else DType.f32
+    leaves: dict[int, DType] = {}
+    for c in closure.order:
+        for e in closure.classes[c].edges:
+            if is_leaf_edge(e) and e.leaf is not None:
+                leaves[c] = tensors[str(e.leaf[0])].dtype
+    problem = Problem(closure, sizes, limits, on, dtype, dict.fromkeys(leaves, 0.0), {}, leaves, space.states)
+    targets = {seeds[o.value] for o in program.outputs}
+    room = sum(problem.bytes(c) for c in {*leaves, *targets})
+    for c in closure.order:
+        result = any(e.closes or e.kind == "call" for e in closure.classes[c].edges)
+        if c not in leaves and result and problem.bytes(c) <= room and may_be_materialised(problem, c):
+            problem.bound[c] = on.launch_seconds + problem.bytes(c) / on.bandwidth
+    return problem
+
+
+def _limit(axis: Axis) -> int:
+    return size_value(axis.size, {d.name: d.max for d in dims_of(axis.size)})
+
+
+def may_be_materialised(p: Problem, c: int) -> bool:
+    """Not what 16-bit storage would ruin: an exponential that is not yet normalised overflows, and the rounding of
+    an exponent is a relative error of the exponential."""
+    return p.dtype.bits >= 32 or not (exponential_degree(p.closure.classes[c].value) or c in _exponents(p))
+
+
+def exponential_degree(value: v.Value) -> bool:
+    """Whether some term carries more exponentials than it divides by."""
+    return any(sum(_degree(f) for f in t.factors) != 0 for t in value)
+
+
+def _degree(f: v.Factor) -> int:
+    match f:
+        case v.Call("exp" | "masked_exp"):
+            return 1
+        case v.Call("inv", _, _, (arg,)):
+            return -max((sum(_degree(g) for g in t.factors) for t in arg), default=0)
+        case v.Paren(value):
+            return max((sum(_degree(g) for g in t.factors) for t in value), default=0)
+        case _:
+            return 0
+
+
+def _exponents(p: Problem) -> set[int]:
+    """Arguments of exponentials, and what makes them up by scaling and adding."""
+    found: set[int] = set()
+    for c in reversed(p.closure.order):
+        for e in p.closure.classes[c].edges:
+            if e.kind == "call" and e.fn in ("exp", "masked_exp"):
+                found.add(e.children[0])
+            if c in found and (e.kind == "add" or (e.kind == "product" and not e.axes)):
+                found.update(x for x in e.children if p.axes(x) == p.axes(c))
+    return found
+
+
+# -- costs and the report
+
+
+def _bytes(p: Problem, tensors: list[Tensor]) -> float:
+    return math.fsum(math.prod(p.sizes[a.name] for a in t.axes) * t.dtype.bits / 8 for t in tensors)
+
+
+def _operations(p: Problem, op: Op, axes: set[str]) -> float:
+    return (2.0 if isinstance(op, Contract) else 1.0) * math.prod(p.sizes[a] for a in axes)
+
+
+def _baseline_seconds(program: Program, p: Problem) -> float:
+    """The program as library calls, one launch an equation (scalars are free)."""
+    tensors, seconds = program.tensors(), 0.0
+    for e in program.equations:
+        if not e.args:
+            continue
+        involved = [*e.targets, *(tensors[a] for a in dict.fromkeys(e.args))]
+        axes = {a.name for t in involved for a in t.axes}
+        if axes:
+            moved = _bytes(p, involved)
+            seconds += predict_library(moved, _operations(p, e.op, axes), p.dtype, p.device).seconds
+    return seconds
+
+
+def _floor(program: Program, plan: list[Choice], p: Problem) -> float:
+    """Inputs and outputs moved once, or the contractions' operations (the source's or the plan's, whichever are
+    fewer) at the sheet rate."""
+    tensors = program.tensors()
+    moved = [i.tensor for i in program.inputs] + [tensors[o.value] for o in program.outputs]
+    source = 0.0
+    for e in program.equations:
+        if isinstance(e.op, Contract):
+            source += _operations(p, e.op, {a.name for n in (*e.args, e.target.name) for a in tensors[n].axes})
+    planned = sum(c.prediction.flops for c in plan) if plan else source
+    return floor_seconds(_bytes(p, moved), min(source, planned), p.dtype, p.device)
+
+
+def structure(plan: list[Choice], axes: Mapping[str, Axis]) -> str:
+    """One line: what each launch computes and how it is cut."""
+    texts = []
+
+    def named(chosen: tuple[str, ...]) -> str:
+        return ",".join(axes[a].name for a in chosen)
+
+    for c in plan:
+        if isinstance(c.how, Edge):
+            texts.append(f"library contraction over {named(c.how.axes)}")
+            continue
+        roles = c.how.roles
+        text = f"kernel grid({named(roles.grid)})"
+        if roles.passes:
+            text += f" loop({named(roles.passes)})"
+        if roles.split:
+            text += f" split({named(roles.split[:1])}/{roles.split[1]})"
+        texts.append(text)
+    return "; ".join(texts)
+
+
+def _report(
+    here: Canonical,
+    name: str,
+    space: SearchSpace,
+    p: Problem,
+    closure: Closure,
+    run: Partition,
+    watch: Watch,
+    plan: list[Choice],
+    seconds: float,
+    tried: list[CandidateReport],
+    refused: int,
+    notes: list[str],
+) -> SearchReport:
+    stop = StopReason("Saturated")
+    if watch.stopped:
+        stop = StopReason(watch.stopped, watch.budget if watch.stopped == "TimeLimit" else None)
+    elif closure.truncated:
+        stop = StopReason("NodeLimit", space.nodes)
+    elif p.truncated:
+        stop = StopReason("StateLimit", space.states)
+    kernels = tuple(
+        KernelCost(structure([c], here.axes), c.prediction.seconds, c.prediction.bound, dict(c.prediction.terms))
+        for c in plan
+    )
+    return SearchReport(
+        program=name,
+        device=p.device.name,
+        space=str(space),
+        stop=stop,
+        classes=len(closure.order),
+        edges=dict(closure.rules),
+        deduplicated=closure.deduplicated,
+        configurations=run.configurations,
+        states=p.expanded,
+        pruned={"infeasible": p.infeasible, "bound": p.bounded},
+        verified=1,
+        refused=refused,
+        seeds=("source", *space.laws),
+        kernels=kernels,
+        candidates=tuple(tried),
+        predicted_seconds=seconds,
+        floor_seconds=_floor(here.program, plan, p),
+        notes=tuple(notes),
+        seconds=watch.phases,
+    )

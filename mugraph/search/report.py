@@ -1,0 +1,100 @@
+"""What a search did and why it stopped."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class StopReason:
+    """Saturated: the whole space was covered.  NodeLimit, StateLimit: a budget of the space ran out.  TimeLimit,
+    Interrupted: the best so far was returned (such a run is not reproducible)."""
+
+    kind: str
+    limit: float | None = None
+
+    def __str__(self) -> str:
+        return self.kind if self.limit is None else f"{self.kind}({self.limit:g})"
+
+
+@dataclass(frozen=True)
+class KernelCost:
+    """The prediction for one launch of the chosen plan.  Seconds; `terms` are the limits that act on it."""
+
+    name: str
+    seconds: float
+    bound: str
+    terms: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class CandidateReport:
+    """One complete plan that was considered."""
+
+    structure: str
+    seconds: float
+    verdict: str
+
+
+@dataclass(frozen=True)
+class SearchReport:
+    """Counts and times of one search.
+
+    classes, edges      the closure: values, and ways to compute them (by rule)
+    deduplicated        expressions that met in a class which another expression had made
+    configurations      assignments of roles that were tried
+    states              entry sets that the extraction expanded
+    pruned              configurations and extractions cut, by reason
+    seconds             wall time by phase (does not count in equality)
+    predicted_seconds   of the chosen plan, on the device named; floor_seconds: no kernel is faster
+    """
+
+    program: str
+    device: str
+    space: str
+    stop: StopReason
+    classes: int
+    edges: Mapping[str, int]
+    deduplicated: int
+    configurations: int
+    states: int
+    pruned: Mapping[str, int]
+    verified: int
+    refused: int
+    seeds: tuple[str, ...]
+    kernels: tuple[KernelCost, ...]
+    candidates: tuple[CandidateReport, ...]
+    predicted_seconds: float
+    floor_seconds: float
+    notes: tuple[str, ...] = ()
+    seconds: Mapping[str, float] = field(default_factory=dict, compare=False)
+
+    @property
+    def percent_of_floor(self) -> float:
+        return 100 * self.floor_seconds / self.predicted_seconds
+
+    @property
+    def total_seconds(self) -> float:
+        return sum(self.seconds.values())
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "stop": str(self.stop), "percent_of_floor": self.percent_of_floor}
+
+    def __str__(self) -> str:
+        edges = ", ".join(f"{n} {rule}" for rule, n in sorted(self.edges.items()))
+        pruned = ", ".join(f"{n} {reason}" for reason, n in sorted(self.pruned.items())) or "none"
+        times = ", ".join(f"{phase} {1e3 * s:.0f} ms" for phase, s in self.seconds.items())
+        lines = [
+            f"search of {self.program}: {self.stop}, {1e3 * self.total_seconds:.0f} ms ({times})",
+            f"  {self.classes} classes, edges: {edges}; {self.deduplicated} deduplicated",
+            f"  {self.configurations} role assignments, {self.states} states; pruned: {pruned}",
+            f"  seeds: {', '.join(self.seeds)}; {self.verified} verified, {self.refused} refused",
+            f"  predicted on {self.device}: {1e6 * self.predicted_seconds:.1f} µs, "
+            f"{self.percent_of_floor:.0f} % of floor ({1e6 * self.floor_seconds:.1f} µs)",
+        ]
+        lines += [f"    {k.name}: {1e6 * k.seconds:.1f} µs, bound by {k.bound}" for k in self.kernels]
+        lines += [f"  {c.verdict}: {1e6 * c.seconds:.1f} µs  {c.structure}" for c in self.candidates]
+        lines += [f"  note: {n}" for n in self.notes]
+        return "\n".join(lines)

@@ -1,0 +1,52 @@
+"""The space that a search covers, as a value: printed with every report and stored with every result."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from mugraph.errors import SettingError
+from mugraph.search.laws import LAWS
+
+
+@dataclass(frozen=True)
+class SearchSpace:
+    """What may be chosen, and the budgets, as counts so that a run is reproducible.
+
+    split         a reduction may be cut over the grid, with a combine
+    library       contractions may be library calls
+    passes        the greatest number of loops in sequence in one kernel
+    laws          the named laws that add seeds
+    symbolic      the size that stands for each symbolic dimension when costs are compared
+    tiles         fixed tile sizes, as (axis, tile)
+    nodes         budget of expressions in the closure
+    states        budget of expanded states per kernel
+    """
+
+    split: bool = True
+    library: bool = True
+    passes: int = 2
+    laws: tuple[str, ...] = tuple(LAWS)
+    symbolic: int = 16
+    tiles: tuple[tuple[str, int], ...] = ()
+    nodes: int = 20_000
+    states: int = 3_000
+
+    def __post_init__(self) -> None:
+        if unknown := set(self.laws) - set(LAWS):
+            raise SettingError(f"unknown laws {sorted(unknown)}", remedy=f"known: {', '.join(LAWS)}")
+        for name in ("symbolic", "nodes", "states"):
+            if getattr(self, name) < 1:
+                raise SettingError(f"SearchSpace.{name} is {getattr(self, name)}", remedy="give at least 1")
+        if not 0 <= self.passes <= 2:
+            raise SettingError(f"SearchSpace.passes is {self.passes}", remedy="give 0, 1 or 2")
+        for axis, tile in self.tiles:
+            if tile < 1 or tile & (tile - 1):
+                raise SettingError(f"the tile of {axis} is {tile}, not a power of two")
+
+    def but(self, **changes: Any) -> SearchSpace:
+        """The same space with some fields changed."""
+        return replace(self, **changes)
+
+    def __str__(self) -> str:
+        return "SearchSpace(" + ", ".join(f"{f.name}={getattr(self, f.name)!r}" for f in fields(self)) + ")"
