@@ -58,13 +58,17 @@ def arrange(
     layout = Layout()
     y = 0.0
     top: dict[str, float] = {}
+    height_of = {key: size.height for key, size in sizes.items()}
     for section, room in zip(sections, head, strict=True):
         start = y
         y += room
         own = sorted({layer[key] for key in section})
         for at in own:
             height = max(sizes[key].height for key in rows[at])
-            top.update((key, y + (height - sizes[key].height) / 2) for key in rows[at])
+            for key in rows[at]:
+                is_way_point = key not in section
+                height_of[key] = height if is_way_point else sizes[key].height
+                top[key] = y + (height - height_of[key]) / 2
             y += height + (GAP_Y if at != own[-1] else 0.0)
         y += foot
         layout.sections.append((start, y))
@@ -73,7 +77,7 @@ def arrange(
     layout.width = max((center[k] + sizes[k].width / 2 for k in sizes), default=0.0) - left
     layout.height = max(y - GAP_Y * 0.6, 0.0)
     layout.corners = {k: (center[k] - sizes[k].width / 2 - left, top[k]) for s in sections for k in s}
-    layout.arrows = _routes(chains, sizes, {k: c - left for k, c in center.items()}, top)
+    layout.arrows = _routes(chains, sizes, {k: c - left for k, c in center.items()}, top, height_of)
     return layout
 
 
@@ -155,9 +159,14 @@ def _mean(values: Sequence[float], default: float) -> float:
 
 
 def _routes(
-    chains: Sequence[Sequence[str]], sizes: Mapping[str, Size], center: Mapping[str, float], top: Mapping[str, float]
+    chains: Sequence[Sequence[str]],
+    sizes: Mapping[str, Size],
+    center: Mapping[str, float],
+    top: Mapping[str, float],
+    height: Mapping[str, float],
 ) -> list[list[Point]]:
-    """Each arrow from the lower edge of its first box to the upper edge of its last; ends on one edge are spread."""
+    """Each arrow from the lower edge of its first box to the upper edge of its last, upright beside the boxes of the
+    layers between; ends on one edge are spread."""
     leaving: dict[str, list[int]] = {}
     arriving: dict[str, list[int]] = {}
     for n, chain in enumerate(chains):
@@ -172,7 +181,7 @@ def _routes(
     routes = []
     for n, chain in enumerate(chains):
         points = [(start[n], top[chain[0]] + sizes[chain[0]].height)]
-        points += [(center[k], top[k]) for k in chain[1:-1]]
+        points += [(center[k], y) for k in chain[1:-1] for y in (top[k], top[k] + height[k])]
         routes.append([*points, (end[n], top[chain[-1]])])
     return routes
 

@@ -25,10 +25,10 @@ from mugraph.ir.graph import (
     ThreadGraph,
     equations_of,
 )
-from mugraph.ir.ops import Const, Kernel, Library
+from mugraph.ir.ops import Const, Kernel, Library, SizeOf
 from mugraph.ir.printer import load_maps, map_text, op_head, store_map
 from mugraph.ir.threads import form_threads
-from mugraph.ir.types import Tensor, type_text
+from mugraph.ir.types import type_text
 
 Kind = Literal["op", "value", "access", "accumulator", "port"]
 Level = Literal["kernel", "launch", "block", "thread"]
@@ -68,7 +68,9 @@ def picture(program: Program) -> Group:
     made: dict[str, str] = {}
     arrows: list[tuple[str, str]] = []
     for i in program.inputs:
-        boxes.append(Box(f"in {i.name}", "value", (i.name, *_type(i.tensor), *["constant"] * i.constant)))
+        boxes.append(
+            Box(f"in {i.name}", "value", (i.name, type_text(i.tensor.dims, i.tensor.dtype), *["constant"] * i.constant))
+        )
         made[i.name] = f"in {i.name}"
     for n, e in enumerate(program.equations):
         key = f"eq {n}"
@@ -77,8 +79,8 @@ def picture(program: Program) -> Group:
         made.update((t.name, key) for t in e.targets)
     for n, o in enumerate(program.outputs):
         alias = [f"into {o.alias_of}"] if o.alias_of else []
-        tensor = program.tensors().get(o.value)
-        boxes.append(Box(f"out {n}", "value", (o.value, *(_type(tensor) if tensor else ()), *alias)))
+        tensor = program.tensors()[o.value]
+        boxes.append(Box(f"out {n}", "value", (o.value, type_text(tensor.dims, tensor.dtype), *alias)))
         arrows += _arrows([o.value], made, f"out {n}")
     kind = "μGraph" if isinstance(program, KernelGraph) else "program"
     return Group("program", "kernel", (f"{kind} {program.name}",), (Section("", tuple(boxes)),), tuple(arrows))
@@ -126,7 +128,7 @@ def _block(key: str, word: str, block: BlockGraph) -> Group:
     for s in block.stores:
         last.append(_store(f"{key} store {s.target}", block, s))
         arrows += _arrows([s.value], made, f"{key} store {s.target}")
-    sections.append(Section("epilogue", tuple(last)))
+    sections.append(Section("epilogue" if sections else "", tuple(last)))
     facts = [f"grid {_tiles(block.grid)}"] if block.grid else []
     facts += [f"split {block.split.axis} into {block.split.parts}"] if block.split else []
     return Group(key, "block", (word, *facts), tuple(sections), tuple(arrows))
@@ -149,7 +151,7 @@ def _step(key: str, step: Step) -> Box | Group:
             return _thread(key, graph)
         case Accumulator(e, monoid, scale):
             how = f"rescaled by {scale}" if scale else f"accumulate {monoid}"
-            return Box(key, "accumulator", (op_head(e.op), e.target.name, *_type(e.target), how))
+            return Box(key, "accumulator", (op_head(e.op), str(e.target), how))
         case Equation():
             return _operator(key, step)
 
@@ -168,10 +170,9 @@ def _thread(key: str, graph: ThreadGraph) -> Group:
 
 
 def _operator(key: str, e: Equation) -> Box:
-    name = ", ".join(t.name for t in e.targets)
-    types = tuple(line for t in e.targets for line in _type(t)) if not isinstance(e.op, Const) else ()
+    targets = tuple(t.name if isinstance(e.op, Const | SizeOf) else str(t) for t in e.targets)
     meaning = (e.op.semantics.name,) if isinstance(e.op, Library) else ()
-    return Box(key, "op", (op_head(e.op), *meaning, name, *types))
+    return Box(key, "op", (op_head(e.op), *meaning, *targets))
 
 
 def _load(key: str, block: BlockGraph, load: Load, loops: tuple[tuple[str, int], ...]) -> Box:
@@ -183,7 +184,7 @@ def _load(key: str, block: BlockGraph, load: Load, loops: tuple[tuple[str, int],
     lines = [f"imap {map_text(maps.grid)}"] if maps.grid else []
     lines += [f"fmap {map_text(maps.loops)}"] if loops else []
     lines += [roles] if roles else []
-    return Box(key, "access", (f"load {load.source}", load.value.name, *_type(load.value), *lines))
+    return Box(key, "access", (f"load {load.source}", str(load.value), *lines))
 
 
 def _store(key: str, block: BlockGraph, store: Store) -> Box:
@@ -196,10 +197,6 @@ def _store(key: str, block: BlockGraph, store: Store) -> Box:
 
 def _tiles(tiles: tuple[tuple[str, int], ...]) -> str:
     return ", ".join(f"{a}: {t}" for a, t in tiles)
-
-
-def _type(t: Tensor) -> tuple[str, ...]:
-    return (type_text(t.dims, t.dtype),)
 
 
 def _arrows(args: Iterable[str], made: dict[str, str], to: str) -> list[tuple[str, str]]:
