@@ -24,6 +24,7 @@ from mugraph.ir.serialize import canonical_text
 SCHEMA_VERSION = 1
 
 Tier = Literal["tested", "numerics"]
+How = Literal["interpreted", "device", "torch"]
 Pairs = tuple[tuple[str, int], ...]
 
 
@@ -65,13 +66,32 @@ class NumericRow:
 
 
 @dataclass(frozen=True)
-class NumericTable:
+class NumericReport:
     """Numeric comparisons of one source, and how it ran: under the interpreter, on the device, or as torch code."""
 
-    how: Literal["interpreted", "device", "torch"]
+    how: How
     target: str
     source_hash: str
     rows: tuple[NumericRow, ...]
+
+    @property
+    def counted(self) -> tuple[NumericRow, ...]:
+        return tuple(r for r in self.rows if r.counted)
+
+    @property
+    def worst(self) -> float:
+        """The greatest error, as a share of its tolerance."""
+        return max((r.ratio for r in self.counted), default=0.0)
+
+    @property
+    def passed(self) -> bool:
+        """Whether some comparison counts and all that count are within the tolerance."""
+        return bool(self.counted) and all(r.passed for r in self.rows)
+
+    def __str__(self) -> str:
+        head = f"numerics, {self.how} on {self.target}: {len(self.counted)} comparisons with float64"
+        left_out = len(self.rows) - len(self.counted)
+        return f"{head}, {left_out} excluded, error at most {self.worst:.2f} of the tolerance"
 
 
 @dataclass(frozen=True)
@@ -89,7 +109,7 @@ class Certificate:
     draws: tuple[DrawRecord, ...]
     unused_laws: tuple[str, ...]
     assumptions: tuple[str, ...]
-    numerics: tuple[NumericTable, ...]
+    numerics: tuple[NumericReport, ...]
     versions: tuple[tuple[str, str], ...]
     schema_version: int = SCHEMA_VERSION
 
@@ -97,7 +117,7 @@ class Certificate:
     def delta(self) -> float:
         return math.exp2(self.delta_log2)
 
-    def with_numerics(self, table: NumericTable) -> Certificate:
+    def with_numerics(self, table: NumericReport) -> Certificate:
         """The certificate with one more table of numeric comparisons."""
         tiers: tuple[Tier, ...] = tuple(dict.fromkeys((*self.tiers, "numerics")))
         return dataclasses.replace(self, numerics=(*self.numerics, table), tiers=tiers)
@@ -123,13 +143,7 @@ class Certificate:
             lines.append(f"{head}: {d.tests} tests, 2^{d.delta_log2:.1f}")
         lines += [f"  law not used: {law}" for law in self.unused_laws]
         lines += [f"  assumes: {a}" for a in self.assumptions]
-        for table in self.numerics:
-            counted = [r for r in table.rows if r.counted]
-            worst = max((r.ratio for r in counted), default=0.0)
-            lines += [
-                f"  numerics, {table.how} on {table.target}: {len(counted)} comparisons with float64, "
-                f"{len(table.rows) - len(counted)} excluded, error at most {worst:.2f} of the tolerance"
-            ]
+        lines += [f"  {report}" for report in self.numerics]
         return "\n".join(lines)
 
 
@@ -173,7 +187,7 @@ def _read(text: str) -> Certificate:
         tables = []
         for table in data["numerics"]:
             table["rows"] = [NumericRow(**_decoded(r, NumericRow)) for r in table["rows"]]
-            tables.append(NumericTable(**_decoded(table, NumericTable)))
+            tables.append(NumericReport(**_decoded(table, NumericReport)))
         data["numerics"] = tables
         return Certificate(**_decoded(data, Certificate))
     except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -131,8 +131,8 @@ class Value(Named):
     order: str | None = None
 
     def map(self, f: Any, axes: tuple[str, ...] | None = None) -> Value:
-        parts = tuple(None if p is None else f(p) for p in self.parts)
-        return replace(self, axes=self.axes if axes is None else axes, parts=parts)
+        parts = tuple([None if p is None else f(p) for p in self.parts])
+        return Value(self.axes if axes is None else axes, parts, self.bound, self.order)
 
     @property
     def formal(self) -> bool:
@@ -169,9 +169,13 @@ def fraction(axes: tuple[str, ...], top: Sum, bottom: Sum | None, bound: Bound) 
     """A formal value; all components get the same leading shape."""
     arrays = [*top, *(bottom or ())]
     lead = np.broadcast_shapes(*(a.shape[:-1] for a in arrays))
-    spread: list[NDArray[Any] | None] = [np.broadcast_to(a, (*lead, a.shape[-1])) for a in arrays]
+    spread: list[NDArray[Any] | None] = [_spread_to(a, lead) for a in arrays]
     spread += [None] * (4 - len(spread))
     return Value(axes, (None, None, *spread, None), bound)
+
+
+def _spread_to(terms: Words, lead: tuple[int, ...]) -> Words:
+    return terms if terms.shape[:-1] == lead else np.broadcast_to(terms, (*lead, terms.shape[-1]))
 
 
 # -- formal sums --------------------------------------------------------------------------------------------------
@@ -211,7 +215,7 @@ def sum_plus(a: Sum, b: Sum, limit: int) -> Sum:
     _check_room(lead, a[0].shape[-1] + b[0].shape[-1], limit)
 
     def joined(x: Words, y: Words) -> Words:
-        return np.concatenate([np.broadcast_to(w, (*lead, w.shape[-1])) for w in (x, y)], axis=-1)
+        return np.concatenate([_spread_to(w, lead) for w in (x, y)], axis=-1)
 
     return merged(joined(a[0], b[0]), joined(a[1], b[1]))
 
@@ -477,7 +481,7 @@ class FormalAlgebra(ArrayAlgebra):
 
     def _extreme(self, order: str, a: Value, b: Value) -> Value:
         lead = np.broadcast_shapes(a.lead, b.lead)
-        sets = [np.broadcast_to(s, (*lead, s.shape[-1])) for s in (self._set(a, order), self._set(b, order))]
+        sets = [_spread_to(s, lead) for s in (self._set(a, order), self._set(b, order))]
         members = np.sort(np.concatenate(sets, axis=-1), axis=-1)
         members[..., 1:][members[..., 1:] == members[..., :-1]] = _NOTHING
         members = np.sort(members, axis=-1)
