@@ -358,8 +358,11 @@ def test_each_operator_agrees_with_the_oracle(name: str) -> None:
     check(in_kernel(program), tensors, tolerance, B=7)
 
 
-@pytest.mark.parametrize("name", ["matmul", "grouped", "dot", "matvec", "three_operands_chain", "sum_all", "cumsum",
-                                  "scatter", "scatter_shared", "concat", "select", "masked_exp", "gelu", "div"])  # fmt: skip
+NARROW = ("matmul", "grouped", "dot", "matvec", "three_operands_chain", "sum_all", "cumsum", "scatter",
+          "scatter_shared", "concat", "select", "masked_exp", "gelu", "div")  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NARROW)
 @pytest.mark.parametrize("dtype", [DType.f16, DType.bf16, DType.f8e4m3, DType.f8e5m2], ids=str)
 def test_operators_take_narrow_floats(name: str, dtype: DType) -> None:
     op, operands = OPS[name]
