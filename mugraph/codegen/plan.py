@@ -1,0 +1,263 @@
+"""Kernel plans: what a target has to write down, with every decision taken.
+
+    Plan      = inputs, outputs, calls [Launch | Torch], buffers [Buffer]
+    Launch    = one kernel: grid axes in program-id order, split part, lanes (tile dimensions) in canonical order,
+                scopes [Scope], stores, launch parameters
+    Scope     = extents (how each axis is covered), loop axis | none, reads, before [Action], body [Action], after [Close]
+    Action    = Read | Compute | Accumulate | Close | Write
+
+A *lane dimension* is one axis, or several flattened (query heads and tokens make one side of a matmul).  Every tile of
+a launch has its dimensions in the launch's canonical order, so tiles meet by inserting dimensions of size 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal, assert_never
+
+from mugraph.ir.axes import Axis
+from mugraph.ir.graph import Equation, Monoid
+from mugraph.ir.printer import op_head
+from mugraph.ir.types import DType, Tensor
+
+Role = Literal["grid", "loop", "whole"]
+Form = Literal["pointwise", "sum", "dot", "relabel"]
+Space = Literal["input", "output", "global", "workspace", "zeroed"]
+
+
+@dataclass(frozen=True)
+class Extent:
+    """How one axis is covered in a scope: `tile` entries at a time, held in `lanes` tile elements.
+
+    `lanes` is a power of two and at least `tile`.  `at_launch`: the axis is whole and of symbolic size, so `lanes` is
+    only representative and the launch computes it, at least `least`.  `tail`: the last tile may be incomplete.
+    """
+
+    axis: Axis
+    role: Role
+    tile: int
+    lanes: int
+    tail: bool
+    at_launch: bool = False
+    least: int = 1
+
+    @property
+    def padded(self) -> bool:
+        """Whether even a full tile has elements beyond it."""
+        return self.lanes > self.tile
+
+    @property
+    def masked(self) -> bool:
+        return self.tail or self.padded or self.at_launch
+
+    def __str__(self) -> str:
+        lanes = f"≥{self.least}" if self.at_launch else str(self.lanes)
+        notes = "".join(f", {n}" for n, on in (("padded", self.padded), ("tail", self.tail)) if on)
+        return f"{self.axis}: {self.role} {self.tile} in {lanes} lanes{notes}"
+
+
+@dataclass(frozen=True)
+class Index:
+    """A position along an axis of a source: `start + step * axis`, or the constant `start`."""
+
+    axis: str | None
+    start: int = 0
+    step: int = 1
+
+    def __str__(self) -> str:
+        scaled = self.axis if self.step == 1 else f"{self.step}*{self.axis}"
+        return str(self.start) if self.axis is None else f"{self.start} + {scaled}" if self.start else str(scaled)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A read of `source` at `index`, one per axis of the source in its order.  A piece of a concatenation is valid
+    where `joined` lies in `low .. low + length - 1` only."""
+
+    source: str
+    index: tuple[Index, ...]
+    joined: str | None = None
+    low: int = 0
+    length: int = 0
+
+
+@dataclass(frozen=True)
+class Read:
+    """A tile of one source, or of several that are concatenated."""
+
+    value: Tensor
+    pieces: tuple[Piece, ...]
+
+    def __str__(self) -> str:
+        texts = (f"{p.source}[{', '.join(map(str, p.index))}]" for p in self.pieces)
+        return f"{self.value} = load {' ++ '.join(texts)}"
+
+
+@dataclass(frozen=True)
+class Compute:
+    """One equation.
+
+    `guards[i]`: axes whose elements beyond the tensor must be made neutral in operand i before they meet a sum or a
+    matrix multiply; the product of all operands where there is one entry only.  `operand` is the element type of
+    `dot` operands; sums are always f32.
+    """
+
+    equation: Equation
+    form: Form
+    guards: tuple[tuple[str, ...], ...] = ()
+    operand: DType = DType.f32
+
+    def __str__(self) -> str:
+        details = "" if self.form == "pointwise" else f"   ({self.form}{self._details()})"
+        return f"{equation_text(self.equation)}{details}"
+
+    def _details(self) -> str:
+        typed = f" in {self.operand}" if self.form == "dot" else ""
+        named = sorted({a for g in self.guards for a in g})
+        return typed + (f", masks {', '.join(named)}" if named else "")
+
+
+@dataclass(frozen=True)
+class Accumulate:
+    """`compute` over the tile, joined to the accumulator.  `deferred`: elements are kept apart over the loop and
+    reduced once after it.  `scale` names the running maximum of a rescaled sum; `faded`: this is such a maximum."""
+
+    compute: Compute
+    monoid: Monoid
+    scale: str | None = None
+    deferred: bool = False
+    faded: bool = False
+
+    def __str__(self) -> str:
+        kind = f"{self.monoid} by {self.scale}" if self.scale else self.monoid
+        return f"{self.compute}   [{kind}{', reduced after the loop' if self.deferred else ''}]"
+
+
+@dataclass(frozen=True)
+class Write:
+    """Stores the value to the axes of `target` that bear its names; a partial value into the slab of its part."""
+
+    value: Tensor
+    target: str
+    kind: Literal["write", "partial", "atomic"]
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.value.name} -> {self.target}"
+
+
+Action = Read | Compute | Accumulate | Write
+
+
+@dataclass(frozen=True)
+class Scope:
+    """A pass or the epilogue.  `before` runs once, `body` per tile of the loop; without a loop, `body` is empty."""
+
+    extents: tuple[Extent, ...]
+    loop: str | None
+    before: tuple[Action, ...]
+    body: tuple[Action, ...]
+
+    def extent(self, axis: str) -> Extent:
+        return next(e for e in self.extents if e.axis.name == axis)
+
+    def actions(self) -> Iterator[Action]:
+        yield from self.before
+        yield from self.body
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel launch.  `grid` is in program-id order, fastest first; `split` is (axis, parts): the slowest."""
+
+    name: str
+    grid: tuple[str, ...]
+    split: tuple[str, int] | None
+    lanes: tuple[tuple[str, ...], ...]
+    scopes: tuple[Scope, ...]
+    num_warps: int
+    num_stages: int
+
+    def sources(self) -> tuple[str, ...]:
+        """Buffers read, in order of first use."""
+        reads = (a for s in self.scopes for a in s.actions() if isinstance(a, Read))
+        return tuple(dict.fromkeys(p.source for r in reads for p in r.pieces))
+
+    def writes(self) -> tuple[Write, ...]:
+        return tuple(a for s in self.scopes for a in s.actions() if isinstance(a, Write))
+
+    def __str__(self) -> str:
+        lines = [f"launch {self.name}  (warps {self.num_warps}, stages {self.num_stages})"]
+        lines.append(f"  program id: {', '.join(self.grid) or 'one block'}" + (f", {self.split[1]} parts of {self.split[0]}" if self.split else ""))  # noqa: E501
+        lines.append(f"  tile dimensions: {', '.join('·'.join(lane) for lane in self.lanes)}")
+        for scope in self.scopes:
+            lines.append("  scope" if scope.loop is None else f"  loop {scope.loop}")
+            lines += [f"    {e}" for e in scope.extents]
+            lines += [f"    {a}" for a in scope.before]
+            lines += [f"    for {scope.loop}:"] if scope.body else []
+            lines += [f"      {a}" for a in scope.body]
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Torch:
+    """Kernel-level equations that run as calls of torch: a library call's semantics, or a plain equation."""
+
+    equation: Equation
+
+    def __str__(self) -> str:
+        return f"torch {equation_text(self.equation)}"
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """A kernel-level tensor in global memory.  Workspaces hold partial results in f32; `zeroed` ones start from 0 and
+    are added to by atomics."""
+
+    tensor: Tensor
+    space: Space
+
+    def __str__(self) -> str:
+        return f"{self.space} {self.tensor}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that a call of the program does, in order."""
+
+    name: str
+    buffers: tuple[Buffer, ...]
+    calls: tuple[Launch | Torch, ...]
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+    def buffer(self, name: str) -> Buffer:
+        return next(b for b in self.buffers if b.tensor.name == name)
+
+    def launches(self) -> tuple[Launch, ...]:
+        return tuple(c for c in self.calls if isinstance(c, Launch))
+
+    def __str__(self) -> str:
+        lines = [f"plan {self.name}({', '.join(self.inputs)}) -> {', '.join(self.outputs)}"]
+        lines += [f"  {b}" for b in self.buffers]
+        lines += [f"  {line}" for c in self.calls for line in str(c).splitlines()]
+        return "\n".join(lines)
+
+
+def equation_text(equation: Equation) -> str:
+    """`acc: f32[b, n] = contract[k] xg, w`."""
+    targets = ", ".join(map(str, equation.targets))
+    return f"{targets} = {op_head(equation.op)} {', '.join(equation.args)}".rstrip()
+
+
+def compute_of(action: Action) -> Compute | None:
+    """The computation inside an action, if it has one."""
+    match action:
+        case Compute():
+            return action
+        case Accumulate(compute):
+            return compute
+        case Read() | Write():
+            return None
+        case _:
+            assert_never(action)

@@ -1,0 +1,67 @@
+"""Compiles emitted files for a GPU architecture, without a GPU, and reads what the kernels need."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+from mugraph.errors import CompileError, UnknownTargetError
+from mugraph.runtime.process import Worker, WorkerError
+
+# Shared memory that one block may use, in bytes, by compute capability.
+SHARED_LIMITS = {80: 166_912, 90: 232_448, 100: 232_448}
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one kernel needs on `sm_<arch>`: registers per thread, shared memory per block and stack per thread in
+    bytes; counts of instructions: spills, global loads of 16 bytes and of less, matrix multiplies."""
+
+    kernel: str
+    arch: int
+    registers: int
+    shared_bytes: int
+    stack_bytes: int
+    spills: int
+    wide_loads: int
+    narrow_loads: int
+    matrix_ops: int
+
+
+class Compiler:
+    """A worker process that compiles emitted files, many calls to one process."""
+
+    def __init__(self, timeout: float = 120.0) -> None:
+        self.timeout = timeout
+        self._worker = Worker()
+
+    def __enter__(self) -> Compiler:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._worker.close()
+
+    def resources(self, source: str, arch: int, options: Mapping[str, Any] | None = None) -> list[Resources]:
+        """Each kernel of the file compiled for `sm_<arch>`; `options` (num_warps, num_stages, maxnreg) override the
+        file's.  Raises CompileError where Triton or ptxas refuses or takes longer than `timeout` seconds,
+        UnknownTargetError for an architecture without a table entry."""
+        if arch not in SHARED_LIMITS:
+            known = ", ".join(map(str, SHARED_LIMITS))
+            raise UnknownTargetError(f"there is no architecture sm_{arch}", remedy=f"known: {known}")
+        request = {"source": source, "arch": arch, "options": dict(options or {})}
+        try:
+            found = self._worker.ask("compile", request, self.timeout)
+        except WorkerError as error:
+            raise CompileError(error.message, op=f"sm_{arch}") from error
+        return [Resources(arch=arch, **kernel) for kernel in found]
+
+
+def resources(source: str, arch: int, options: Mapping[str, Any] | None = None, timeout: float = 120.0) -> list[Resources]:  # noqa: E501
+    """One compilation in a process of its own; see `Compiler.resources`."""
+    with Compiler(timeout) as compiler:
+        return compiler.resources(source, arch, options)

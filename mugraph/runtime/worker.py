@@ -1,0 +1,136 @@
+"""The process behind `Worker`: runs emitted files under the Triton interpreter, or compiles them for a GPU that need
+not be there.  Start it as `python -m mugraph.runtime.worker`."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import pickle
+import re
+import struct
+import subprocess
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+HEADER = struct.Struct("<Q")
+_MODULES: dict[str, ModuleType] = {}
+_FILES = tempfile.TemporaryDirectory(prefix="mugraph-")
+
+
+def load(source: str) -> ModuleType:
+    """The emitted file as a module.  Triton reads its kernels' source from disk."""
+    if source not in _MODULES:
+        name = f"emitted_{len(_MODULES)}"
+        path = Path(_FILES.name) / f"{name}.py"
+        path.write_text(source, encoding="utf-8")
+        spec = importlib.util.spec_from_file_location(name, path)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        _MODULES[source] = module
+    return _MODULES[source]
+
+
+def interpret(source: str, inputs: list[Any]) -> list[Any]:
+    """The outputs of `run(*inputs)`.  Memory that `run` allocates starts as NaN, so what is never written shows."""
+    import torch
+
+    module = load(source)
+    allocate = torch.empty
+
+    def poisoned(*args: Any, **kwargs: Any) -> Any:
+        t = allocate(*args, **kwargs)
+        return t.fill_(float("nan")) if t.is_floating_point() else t
+
+    torch.empty = poisoned
+    try:
+        result = module.run(*inputs)
+    finally:
+        torch.empty = allocate
+    return list(result) if isinstance(result, tuple) else [result]
+
+
+def compile_kernels(source: str, arch: int, options: dict[str, Any]) -> list[dict[str, Any]]:
+    """What ptxas gives each kernel of the file for `sm_<arch>`."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    module = load(source)
+    found = []
+    for name, (parameters, defaults) in module.SIGNATURES.items():
+        signature: dict[str, str] = {}
+        constants: dict[str, Any] = {}
+        facts: dict[tuple[int, ...], list[list[Any]]] = {}
+        for i, (parameter, kind) in enumerate(parameters.items()):
+            if not isinstance(kind, str):
+                signature[parameter], constants[parameter] = "constexpr", kind
+                continue
+            base, _, divisor = kind.partition(":")
+            signature[parameter] = base
+            if divisor:
+                facts[(i,)] = [["tt.divisibility", int(divisor)]]
+        code = ASTSource(fn=getattr(module, name), signature=signature, constexprs=constants, attrs=facts)
+        chosen = {**defaults, "enable_fp_fusion": True, **options}
+        compiled = triton.compile(code, target=GPUTarget("cuda", arch, 32), options=chosen)
+        binary = Path(_FILES.name) / "kernel.cubin"
+        binary.write_bytes(compiled.asm["cubin"])
+        tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+        found.append(
+            {"kernel": name, "shared_bytes": compiled.metadata.shared, **read_usage(tools, binary), **read_code(tools, binary)}
+        )
+    return found
+
+
+def read_usage(tools: Path, binary: Path) -> dict[str, int]:
+    text = subprocess.run(
+        [tools / "cuobjdump", "--dump-resource-usage", binary], capture_output=True, text=True, check=True
+    ).stdout
+    usage = {key: int(value) for key, value in re.findall(r"(REG|STACK):(\d+)", text)}
+    return {"registers": usage["REG"], "stack_bytes": usage["STACK"]}
+
+
+def read_code(tools: Path, binary: Path) -> dict[str, int]:
+    """Counts of opcodes: spills (local memory), global loads of 16 bytes and of less, matrix instructions."""
+    text = subprocess.run([tools / "nvdisasm", "-c", binary], capture_output=True, text=True, check=True).stdout
+    codes = re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\d+ )?([A-Z][\w.]*)", text, re.MULTILINE)
+    loads = [c for c in codes if c.startswith(("LDG", "LDGSTS", "UTMALDG"))]
+    wide = [c for c in loads if ".128" in c or c.startswith("UTMALDG")]
+    matrix = ("HMMA", "IMMA", "QMMA", "DMMA", "HGMMA", "IGMMA", "QGMMA", "UTCHMMA", "UTCQMMA", "UTCIMMA")
+    return {
+        "spills": sum(c.startswith(("LDL", "STL")) for c in codes),
+        "wide_loads": len(wide),
+        "narrow_loads": len(loads) - len(wide),
+        "matrix_ops": sum(c.startswith(matrix) for c in codes),
+    }
+
+
+KINDS: dict[str, Callable[..., Any]] = {"interpret": interpret, "compile": compile_kernels}
+
+
+def serve() -> None:
+    """Answers requests until the input ends.  What kernels print goes to stderr."""
+    requests = os.fdopen(os.dup(0), "rb")
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    while header := requests.read(HEADER.size):
+        kind, request = pickle.loads(requests.read(*HEADER.unpack(header)))
+        try:
+            answer = (True, KINDS[kind](**request))
+        except Exception as error:
+            lines = traceback.format_exception_only(error)
+            at = traceback.extract_tb(error.__traceback__)[-1]
+            answer = (False, f"{''.join(lines).strip()} ({Path(at.filename).name}:{at.lineno} {at.line})")
+        body = pickle.dumps(answer, protocol=pickle.HIGHEST_PROTOCOL)
+        answers.write(HEADER.pack(len(body)) + body)
+        answers.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(serve())

@@ -1,0 +1,1097 @@
+"""Plans as Triton source.
+
+    emit(plan) -> str
+
+The file stands alone: it imports torch and triton, holds one `@triton.jit` kernel per launch, `run(inputs..., out=None)`
+and `SIGNATURES`, the table by which the kernels compile ahead of time.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+
+from mugraph.codegen.lower import divides
+from mugraph.codegen.passes import refuse
+from mugraph.codegen.plan import (
+    Accumulate,
+    Action,
+    Buffer,
+    Compute,
+    Extent,
+    Index,
+    Launch,
+    Piece,
+    Plan,
+    Read,
+    Scope,
+    Torch,
+    Write,
+    equation_text,
+)  # fmt: skip
+from mugraph.errors import UnsupportedOpError
+from mugraph.ir.axes import MAX_SIZE, Axis, Dim, Monomial, Size, dims_of, product, size_value
+from mugraph.ir.graph import Equation
+from mugraph.ir.ops import (
+    Broadcast,
+    Cast,
+    Compare,
+    Const,
+    Contract,
+    Elementwise,
+    Iota,
+    MaskedExp,
+    Reduce,
+    Rename,
+    Select,
+    SizeOf,
+)  # fmt: skip
+from mugraph.ir.types import DType, Tensor
+from mugraph.transpiler.library import torch_lines
+
+WIDTH = 120
+TL = {
+    DType.f64: "tl.float64", DType.f32: "tl.float32", DType.bf16: "tl.bfloat16", DType.f16: "tl.float16",
+    DType.f8e4m3: "tl.float8e4nv", DType.f8e5m2: "tl.float8e5", DType.i64: "tl.int64", DType.i32: "tl.int32",
+    DType.i16: "tl.int16", DType.i8: "tl.int8", DType.u8: "tl.uint8", DType.bool: "tl.int1",
+}  # fmt: skip
+POINTER = {
+    DType.f64: "*fp64", DType.f32: "*fp32", DType.bf16: "*bf16", DType.f16: "*fp16", DType.f8e4m3: "*fp8e4nv",
+    DType.f8e5m2: "*fp8e5", DType.i64: "*i64", DType.i32: "*i32", DType.i16: "*i16", DType.i8: "*i8",
+    DType.u8: "*u8", DType.bool: "*i1",
+}  # fmt: skip
+TORCH = {
+    DType.f64: "torch.float64", DType.f32: "torch.float32", DType.bf16: "torch.bfloat16", DType.f16: "torch.float16",
+    DType.f8e4m3: "torch.float8_e4m3fn", DType.f8e5m2: "torch.float8_e5m2", DType.i64: "torch.int64",
+    DType.i32: "torch.int32", DType.i16: "torch.int16", DType.i8: "torch.int8", DType.u8: "torch.uint8",
+    DType.bool: "torch.bool",
+}  # fmt: skip
+RELATION = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
+NEUTRAL = {"sum": "0.0", "max": 'float("-inf")', "min": 'float("inf")'}
+LOG2E = 1.4426950408889634
+RESERVED = {"tl", "torch", "triton", "run", "out", "range", "grid", "pid", "part", "DOT", "LOG2E", "SIGNATURES", "float"}
+
+
+def emit(plan: Plan) -> str:
+    """The plan as a Python file.  Raises UnsupportedOpError, naming the operator, where there is no Triton for it."""
+    kernels = {launch.name: _Kernel(launch, plan) for launch in plan.launches()}
+    texts = [k.text() for k in kernels.values()]
+    parts = [_header(plan, texts), *texts, _run(plan, kernels), _signatures(kernels)]
+    return "\n\n\n".join(p for p in parts if p) + "\n"
+
+
+def _header(plan: Plan, kernels: list[str]) -> str:
+    what = "with Triton kernels" if kernels else "with torch"
+    lines = [f'"""{plan.name}({", ".join(plan.inputs)}) -> {", ".join(plan.outputs)}, {what}.', ""]
+    lines += [str(b.tensor) for b in plan.buffers if b.tensor.name in {*plan.inputs, *plan.outputs}]
+    lines += ['"""', "", "import torch"]
+    if kernels:
+        lines += ["import triton", "import triton.language as tl"]
+    if any("LOG2E" in k for k in kernels):
+        lines += ["", f"LOG2E = tl.constexpr({LOG2E})  # exp(x) = exp2(x * LOG2E)"]
+    return "\n".join(lines)
+
+
+# -- text --------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Namer:
+    """Python identifiers, one per key, as close to the wish as is free."""
+
+    taken: set[str] = field(default_factory=lambda: set(RESERVED))
+    names: dict[object, str] = field(default_factory=dict)
+
+    def __call__(self, key: object, wish: str) -> str:
+        if key not in self.names:
+            base = re.sub(r"\W", "_", wish)
+            base = base if base.isidentifier() else f"v{base}"
+            name, i = base, 1
+            while name in self.taken:
+                name, i = f"{base}_{i}", i + 1
+            self.taken.add(name)
+            self.names[key] = name
+        return self.names[key]
+
+
+def _call(head: str, args: Sequence[str], tail: str, indent: str) -> list[str]:
+    """`head(args)tail`, broken over lines as formatters do."""
+    one = f"{indent}{head}({', '.join(args)}){tail}"
+    if len(one) <= WIDTH:
+        return [one]
+    inner = f"{indent}    {', '.join(args)}"
+    if len(inner) <= WIDTH:
+        return [f"{indent}{head}(", inner, f"{indent}){tail}"]
+    return [f"{indent}{head}(", *(f"{indent}    {a}," for a in args), f"{indent}){tail}"]
+
+
+def _literal(value: Fraction) -> str:
+    return repr(float(value))
+
+
+def _paren(text: str) -> str:
+    return text if re.fullmatch(r"[\w.]+(\[[^\]]*\]|\([^()]*\))?", text) else f"({text})"
+
+
+def _function(fn: str, attrs: Mapping[str, str | Fraction], args: Sequence[str], integer: bool) -> str:
+    """An elementwise function of f32 operands as Triton text."""
+    x = args[0]
+    y = args[1] if len(args) > 1 else ""
+    match fn:
+        case "add" | "sub" | "mul" | "div":
+            sign = {"add": "+", "sub": "-", "mul": "*", "div": "/"}[fn]
+            return f"{x} {sign} {y}"
+        case "max":
+            return f"tl.maximum({x}, {y})"
+        case "min":
+            return f"tl.minimum({x}, {y})"
+        case "and":
+            return f"{x} & {y}"
+        case "or":
+            return f"{x} | {y}"
+        case "not":
+            return f"{x} == 0"
+        case "neg":
+            return f"-{x}"
+        case "reciprocal":
+            return f"1.0 / {x}"
+        case "square":
+            return f"{x} * {x}"
+        case "sqrt" | "rsqrt" | "abs" | "log":
+            return f"tl.{fn}({x})"
+        case "exp":
+            return f"tl.exp2({x} * LOG2E)"
+        case "sigmoid":
+            return f"1.0 / (1.0 + tl.exp2(-{x} * LOG2E))"
+        case "silu":
+            return f"{x} / (1.0 + tl.exp2(-{x} * LOG2E))"
+        case "relu":
+            return f"tl.maximum({x}, {'0' if integer else '0.0'})"
+        case "tanh":
+            return _tanh(x)
+        case "gelu":
+            if attrs.get("approximate", "none") == "tanh":
+                c = math.sqrt(2 / math.pi)
+                # 0.5 (1 + tanh u) = sigmoid(2 u)
+                return f"{x} / (1.0 + tl.exp2({-2 * c} * ({x} + 0.044715 * {x} * {x} * {x}) * LOG2E))"
+            return f"0.5 * {x} * (1.0 + tl.erf({x} * {math.sqrt(0.5)}))"
+        case "round":
+            # adding and subtracting 1.5 * 2**23 rounds to even; numbers from 2**22 on are whole or close to it
+            return f"tl.where(tl.abs({x}) < 4194304.0, ({x} + 12582912.0) - 12582912.0, {x})"
+        case "pow":
+            return _power(x, Fraction(attrs["exponent"]))
+    raise UnsupportedOpError(f"no Triton for the function {fn}", op=fn, remedy="keep it outside the kernel")
+
+
+def _tanh(x: str) -> str:
+    # 1 - 2 / (exp(2 x) + 1) cancels near 0, where three terms of the series are exact to rounding
+    series = f"{x} * (1.0 - {x} * {x} * (1.0 / 3.0 - {x} * {x} * (2.0 / 15.0)))"
+    return f"tl.where(tl.abs({x}) < 0.04, {series}, 1.0 - 2.0 / (tl.exp2({x} * (2.0 * LOG2E)) + 1.0))"
+
+
+def _power(x: str, exponent: Fraction) -> str:
+    if exponent.denominator == 1 and 1 <= abs(exponent) <= 4:
+        text = " * ".join([x] * abs(int(exponent)))
+        return text if exponent > 0 else f"1.0 / ({text})"
+    if exponent == 0:
+        return f"{x} * 0.0 + 1.0"
+    if abs(exponent) == Fraction(1, 2):
+        return f"tl.sqrt({x})" if exponent > 0 else f"tl.rsqrt({x})"
+    if exponent.denominator == 1:
+        # the sign of an odd power; exp2 and log2 take the magnitude
+        magnitude = f"tl.exp2({float(exponent)} * tl.log2(tl.abs({x})))"
+        return magnitude if exponent % 2 == 0 else f"tl.where({x} < 0.0, -1.0, 1.0) * {magnitude}"
+    return f"tl.exp2({float(exponent)} * tl.log2({x}))"
+
+
+# -- one kernel --------------------------------------------------------------------------------------------------
+
+Lane = tuple[str, ...]
+
+
+class _Kernel:
+    """Writes one launch as a `@triton.jit` function, and collects the parameters that it turns out to need."""
+
+    def __init__(self, launch: Launch, plan: Plan) -> None:
+        self.launch, self.plan = launch, plan
+        self.name_of = _Namer()
+        self.fn = self.name_of("kernel", launch.name)
+        self.buffers: list[Buffer] = []
+        self.sizes: dict[str, Axis] = {}
+        self.lane_params: dict[str, Extent] = {}
+        self.widen = False
+        self.lines: list[str] = []
+        self.indent = "    "
+        self.scope: Scope = launch.scopes[0]
+        self.tail = False
+        self.offset = ""
+        self.defined: set[str] = set()
+        self.var: dict[str, str] = {}
+        self.wide: dict[str, str] = {}
+        self.literals: set[str] = set()
+        self.axes: dict[str, Axis] = {}
+        for scope in launch.scopes:
+            self.axes |= {e.axis.name: e.axis for e in scope.extents}
+        for name in dict.fromkeys([*launch.sources(), *(w.target for w in launch.writes())]):
+            self.buffers.append(plan.buffer(name))
+            self.name_of(("buffer", name), name)
+        for buffer in self.buffers:
+            for at, dim in enumerate(buffer.tensor.dims):
+                wish = f"{buffer.tensor.name}_{'_'.join(a.name for a in dim) or at}"
+                self.name_of(("stride", buffer.tensor.name, at), wish)
+        self.body()
+
+    # -- parameters ----------------------------------------------------------------------------------------------
+
+    def pointer(self, buffer: str) -> str:
+        return self.name_of(("buffer", buffer), buffer)
+
+    def size(self, axis: Axis, runtime: bool = False) -> str:
+        """The axis's true size: a literal where static (unless it bounds a loop), else a parameter."""
+        if isinstance(axis.size, int) and not runtime:
+            return str(axis.size)
+        self.sizes.setdefault(axis.name, axis)
+        return self.name_of(("size", axis.name), f"size_{axis.name}")
+
+    def stride(self, buffer: str, axis: str) -> str:
+        """The distance of neighbours along the axis, in elements: the stride of its dimension times the axes inside."""
+        t = self.plan.buffer(buffer).tensor
+        at = next(i for i, d in enumerate(t.dims) if any(a.name == axis for a in d))
+        dim = t.dims[at]
+        param = self.name_of(("stride", buffer, at), "")
+        inner = dim[[a.name for a in dim].index(axis) + 1 :]
+        return " * ".join([param, *(self.size(a) for a in inner)])
+
+    def far(self, buffer: str, axis: str) -> bool:
+        """Whether offsets along the axis may exceed 31 bits, in a dense layout at the largest admissible sizes."""
+        axes = self.plan.buffer(buffer).tensor.axes
+        inner = axes[[a.name for a in axes].index(axis) :]
+        bounds = {d.name: d.max for a in inner for d in dims_of(a.size)}
+        return math.prod(_largest(a.size, bounds) for a in inner) > MAX_SIZE
+
+    # -- tile dimensions -----------------------------------------------------------------------------------------
+
+    def many(self, axis: str) -> bool:
+        e = next((e for e in self.scope.extents if e.axis.name == axis), None)
+        return e is not None and (e.lanes > 1 or e.at_launch)
+
+    def lanes_of(self, axes: Iterable[str]) -> tuple[Lane, ...]:
+        wanted = {a for a in axes if self.many(a)}
+        return tuple(lane for lane in self.launch.lanes if wanted & set(lane))
+
+    def lane_text(self, lane: Lane) -> str:
+        """The number of elements of a tile dimension, as text."""
+        (first, *rest) = [self.scope.extent(a) for a in lane]
+        if first.at_launch:
+            name = self.name_of(("lanes", first.axis.name), f"LANES_{first.axis.name}")
+            self.lane_params[name] = first
+            return name
+        return str(math.prod(e.lanes for e in (first, *rest)))
+
+    def shape(self, lanes: Sequence[Lane]) -> str:
+        return f"({', '.join(map(self.lane_text, lanes))}{',' if len(lanes) == 1 else ''})"
+
+    def spread(self, text: str, have: Sequence[Lane], want: Sequence[Lane]) -> str:
+        """`text` with dimensions of size 1 where it lacks a dimension of `want`."""
+        if not have or list(have) == list(want):
+            return text
+        return f"{_paren(text)}[{', '.join(':' if lane in have else 'None' for lane in want)}]"
+
+    def axes_of(self, value: Tensor | str) -> tuple[str, ...]:
+        t = value if isinstance(value, Tensor) else self.tensors[value]
+        return tuple(a.name for a in t.axes)
+
+    # -- statements ----------------------------------------------------------------------------------------------
+
+    def put(self, text: str, note: str = "") -> None:
+        line = self.indent + text
+        if note and len(line) + len(note) + 4 > WIDTH:
+            self.lines.append(f"{self.indent}# {note}")
+            note = ""
+        self.lines.append(line + (f"  # {note}" if note else ""))
+
+    def put_call(self, head: str, args: Sequence[str], tail: str = "", note: str = "") -> None:
+        lines = _call(head, args, tail, self.indent)
+        if len(lines) == 1:
+            self.put(lines[0].strip(), note)
+        else:
+            self.lines += ([f"{self.indent}# {note}"] if note else []) + lines
+
+    def body(self) -> None:
+        self.tensors: dict[str, Tensor] = {}
+        for scope in self.launch.scopes:
+            for action in scope.actions():
+                match action:
+                    case Read(value) | Write(value):
+                        self.tensors[value.name] = value
+                    case Compute(e) | Accumulate(Compute(e)):
+                        self.tensors[e.target.name] = e.target
+        self.program_ids()
+        for number, scope in enumerate(self.launch.scopes):
+            self.scope, self.number = scope, number
+            if scope.before or scope.body:
+                self.write_scope()
+
+    def program_ids(self) -> None:
+        """The program id taken apart: the first grid axis runs fastest, the part of a split slowest."""
+        names = [a for a in self.launch.grid if self.blocks(a) != "1"]
+        last = "part" if self.launch.split else names[-1] if names else ""
+        if not last:
+            return
+        pids = {a: self.name_of(("block", a), f"{a}_block") for a in names}
+        if not self.launch.split:
+            names = names[:-1]
+        if not names:
+            self.put(f"{pids.get(last, last)} = tl.program_id(0)")
+            return
+        self.put("pid = tl.program_id(0)")
+        for i, axis in enumerate(names):
+            count = _paren(self.blocks(axis))
+            self.put(f"{pids[axis]} = pid % {count}")
+            self.put(f"{'pid' if i < len(names) - 1 else pids.get(last, last)} = pid // {count}")
+
+    def extent_of(self, axis: str) -> Extent:
+        return next(e for s in self.launch.scopes for e in s.extents if e.axis.name == axis and e.role == "grid")
+
+    def blocks(self, axis: str) -> str:
+        e = self.extent_of(axis)
+        if isinstance(e.axis.size, int):
+            return str(-(-e.axis.size // e.tile))
+        return self.size(e.axis) if e.tile == 1 else f"tl.cdiv({self.size(e.axis)}, {e.tile})"
+
+    def write_scope(self) -> None:
+        scope = self.scope
+        self.lines.append("")
+        self.tail, self.offset = False, ""
+        for e in scope.extents:
+            self.define_index(e)
+        for action in scope.before:
+            self.act(action)
+        if scope.loop is None:
+            return
+        for action in scope.body:
+            if isinstance(action, Read):
+                for i in range(len(action.pieces)):
+                    self.define_pointers(action, i)
+            if isinstance(action, Accumulate):
+                self.start(action)
+        self.loops(scope.extent(scope.loop))
+        for action in scope.body:
+            if isinstance(action, Accumulate) and action.deferred:
+                self.finish(action)
+
+    def loops(self, e: Extent) -> None:
+        """Full tiles without masks along the loop axis, then what is left with masks."""
+        axis, tile = e.axis, e.tile
+        at = self.name_of(("at", axis.name, self.number), f"{axis.name}0")
+        low, high = "0", self.size(axis, runtime=True)
+        if self.launch.split and self.launch.split[0] == axis.name and self.number == self.last_loop():
+            parts = self.launch.split[1]
+            chunk, low, high = (self.name_of((x, axis.name), f"{x}_{axis.name}") for x in ("chunk", "low", "high"))
+            size = self.size(axis, runtime=True)
+            # a multiple of the tile, written so that the compiler sees it
+            self.put(f"{chunk} = tl.cdiv(tl.cdiv({size}, {tile}), {parts}) * {tile}")
+            self.put(f"{low} = part * {chunk}")
+            self.put(f"{high} = tl.maximum({low}, tl.minimum({low} + {chunk}, {size}))")
+        if not e.tail:
+            self.loop(f"for {at} in range({low}, {high}, {tile}):", at, tail=False)
+            return
+        full = self.name_of(("full", axis.name, self.number), f"full_{axis.name}")
+        begin = "" if low == "0" else f"{low} + "
+        length = high if low == "0" else f"({high} - {low})"
+        self.put(f"{full} = {begin}{length} // {tile} * {tile}")
+        if not isinstance(axis.size, int) or axis.size >= tile:
+            self.loop(f"for {at} in range({low}, {full}, {tile}):", at, tail=False)
+        self.loop(f"for {at} in tl.range({full}, {high}, {tile}, num_stages=1):", at, tail=True)
+
+    def last_loop(self) -> int:
+        return max(i for i, s in enumerate(self.launch.scopes) if s.loop)
+
+    def loop(self, head: str, at: str, tail: bool) -> None:
+        self.put(head)
+        outer, self.indent = self.indent, self.indent + "    "
+        wide, literals = dict(self.wide), set(self.literals)
+        self.offset, self.tail = at, tail
+        loop = self.scope.loop
+        assert loop
+        e = self.scope.extent(loop)
+        if tail:
+            name = self.mask_name(e)
+            local = f" & ({self.local(e)} < {e.tile})" if e.padded else ""
+            inside = f"{at} + {self.index_name(e)} < {self.size(e.axis, runtime=True)}" if self.many(loop) else ""
+            if inside:
+                self.put(f"{name} = ({inside}){local}" if local else f"{name} = {inside}")
+        for action in self.scope.body:
+            self.act(action)
+        self.indent, self.wide, self.literals = outer, wide, literals
+        self.offset, self.tail = "", False
+
+    # -- positions and masks -------------------------------------------------------------------------------------
+
+    def index_name(self, e: Extent) -> str:
+        return self.name_of(("index", e), f"i_{e.axis.name}")
+
+    def mask_name(self, e: Extent) -> str:
+        return self.name_of(("mask", e, self.tail and e.role == "loop"), f"in_{e.axis.name}")
+
+    def lane(self, axis: str) -> Lane:
+        return next(lane for lane in self.launch.lanes if axis in lane)
+
+    def local(self, e: Extent) -> str:
+        """The position within the tile, as a vector over the axis's dimension."""
+        lane = self.lane(e.axis.name)
+        if len(lane) == 1:
+            return f"tl.arange(0, {self.lane_text(lane)})" if e.role == "grid" else self.index_name(e)
+        at = self.name_of(("lane", lane), f"at_{''.join(lane)}")
+        i = lane.index(e.axis.name)
+        inner = math.prod(self.scope.extent(a).lanes for a in lane[i + 1 :])
+        text = f"{at} // {inner}" if inner > 1 else at
+        return f"{text} % {e.lanes}" if i else text
+
+    def define_index(self, e: Extent) -> None:
+        axis = e.axis.name
+        index = self.index_name(e)
+        if index in self.defined:
+            return
+        self.defined.add(index)
+        single = e.role == "grid" and self.blocks(axis) == "1"
+        block = self.name_of(("block", axis), f"{axis}_block") if e.role == "grid" and not single else ""
+        if not self.many(axis):
+            if e.role == "grid":
+                self.put(f"{index} = {'0' if single else block}")
+            return
+        lane = self.lane(axis)
+        if len(lane) > 1:
+            at = self.name_of(("lane", lane), f"at_{''.join(lane)}")
+            if at not in self.defined:
+                self.defined.add(at)
+                self.put(f"{at} = tl.arange(0, {self.lane_text(lane)})", f"{' and '.join(lane)} as one dimension")
+        if e.role == "grid":
+            local = self.local(e)
+            self.put(f"{index} = {local}" if single else f"{index} = {block} * {e.tile} + {local}")
+        else:
+            text = f"tl.arange(0, {self.lane_text(lane)})" if len(lane) == 1 else self.local(e)
+            self.put(f"{index} = {text}")
+        if not e.masked or (e.role == "loop" and not e.padded):
+            return
+        if e.role == "loop":
+            self.put(f"{self.mask_name(e)} = {self.local(e)} < {e.tile}")
+        elif e.role == "whole":
+            self.put(f"{self.mask_name(e)} = {index} < {self.size(e.axis)}")
+        else:
+            tests = [f"{index} < {self.size(e.axis)}"] if e.tail else []
+            tests += [f"{self.local(e)} < {e.tile}"] if e.padded else []
+            self.put(f"{self.mask_name(e)} = " + (tests[0] if len(tests) == 1 else " & ".join(f"({t})" for t in tests)))
+
+    def masked(self, axis: str) -> bool:
+        """Whether elements of the present tile lie beyond the axis."""
+        if not self.many(axis):
+            return False
+        e = self.scope.extent(axis)
+        return e.padded or (self.tail if e.role == "loop" else e.masked)
+
+    def mask(self, axes: Iterable[str], want: Sequence[Lane], extra: Sequence[str] = ()) -> str:
+        """The conjunction of the masks of these axes over the dimensions `want`; empty if there is none."""
+        tests = [
+            self.spread(self.mask_name(self.scope.extent(a)), (self.lane(a),), want) for a in axes if self.masked(a)
+        ]
+        return " & ".join([*tests, *extra])
+
+    # -- memory --------------------------------------------------------------------------------------------------
+
+    def terms(self, buffer: str, index: Iterable[tuple[str, Index]], want: Sequence[Lane]) -> tuple[list[str], list[str]]:
+        """Offsets that stay through the loop, and those that move with it."""
+        fixed: list[str] = []
+        moving: list[str] = []
+        for axis, i in index:
+            stride = self.stride(buffer, axis) if i.axis or i.start else ""
+            if i.start:
+                fixed.append(f"{i.start} * {stride}" if i.start >= 0 else f"({i.start}) * {stride}")
+            if i.axis is None:
+                continue
+            e = self.scope.extent(i.axis)
+            scaled = stride if i.step == 1 else f"{i.step} * {stride}"
+            far = self.far(buffer, axis)
+            if self.many(i.axis):
+                name = self.index_name(e) + (".to(tl.int64)" if far else "")
+                fixed.append(f"{self.spread(name, (self.lane(i.axis),), want)} * {scaled}")
+            elif e.role == "grid":
+                fixed.append(f"{self.index_name(e)}{'.to(tl.int64)' if far else ''} * {scaled}")
+            if e.role == "loop":
+                at = self.name_of(("at", i.axis, self.number), f"{i.axis}0")
+                moving.append(f"tl.cast({at}, tl.int64) * {scaled}" if far else f"{at} * {scaled}")
+        return fixed, moving
+
+    def define_pointers(self, read: Read, number: int) -> str:
+        piece = read.pieces[number]
+        name = self.name_of(("at", self.number, read.value.name, number), f"{read.value.name}_at")
+        if name in self.defined:
+            return name
+        self.defined.add(name)
+        axes = [a.name for a in self.plan.buffer(piece.source).tensor.axes]
+        want = self.lanes_of(self.axes_of(read.value))
+        fixed, _ = self.terms(piece.source, zip(axes, piece.index, strict=True), want)
+        self.sum(name, [self.pointer(piece.source), *fixed])
+        return name
+
+    def sum(self, name: str, terms: Sequence[str]) -> None:
+        """`name = a + b + ...`, over several statements if one is too long."""
+        line, first = "", True
+        for t in terms:
+            candidate = f"{line} + {t}" if line else t
+            if line and len(self.indent) + len(name) + 3 + len(candidate) > WIDTH:
+                self.put(f"{name} = {line}")
+                candidate, first = f"{name} + {t}", False
+            line = candidate
+        self.put(f"{name} = {line}")
+
+    def read(self, read: Read) -> None:
+        value = read.value
+        own = self.axes_of(value)
+        want = self.lanes_of(own)
+        var = self.name_of(("value", value.name), value.name)
+        texts: list[str] = []
+        for number, piece in enumerate(read.pieces):
+            at = self.define_pointers(read, number)
+            axes = [a.name for a in self.plan.buffer(piece.source).tensor.axes]
+            _, moving = self.terms(piece.source, zip(axes, piece.index, strict=True), want)
+            used = [a for a in own if any(i.axis == a for i in piece.index)]
+            mask = self.mask(used, want, self.piece_mask(piece, want))
+            args = [" + ".join([at, *moving])]
+            if mask:
+                args += [f"mask={mask}", "other=0" if not value.dtype.is_float else "other=0.0"]
+            texts.append(f"tl.load({', '.join(args)})")
+        note = str(read)
+        if len(texts) == 1:
+            self.put_call(f"{var} = tl.load", _split_args(texts[0]), note=note)
+        else:
+            # at most one piece is valid at any element, the others read 0
+            self.put(f"{var} = {texts[0]}", note)
+            for t in texts[1:]:
+                self.put(f"{var} = {var} + {t}")
+        self.var[value.name] = var
+        if value.dtype.is_float and value.dtype is not DType.f32 and self.is_arithmetic(value.name):
+            self.wide[value.name] = self.name_of(("wide", value.name), f"{value.name}_f32")
+            self.put(f"{self.wide[value.name]} = {var}.to(tl.float32)")
+
+    def piece_mask(self, piece: Piece, want: Sequence[Lane]) -> list[str]:
+        if piece.joined is None:
+            return []
+        e = self.scope.extent(piece.joined)
+        at = f"{self.offset} + " if e.role == "loop" and self.offset else ""
+        if not self.many(piece.joined):
+            i = self.offset if e.role == "loop" else self.index_name(e) if e.role == "grid" else "0"
+        else:
+            i = at + self.index_name(e)
+        lane = (self.lane(piece.joined),) if self.many(piece.joined) else ()
+        tests = [f"({i} >= {piece.low})"] if piece.low else []
+        tests.append(f"({i} < {piece.low + piece.length})")
+        return [self.spread(t, lane, want) for t in tests]
+
+    def is_arithmetic(self, value: str) -> bool:
+        """Whether the value is used other than as an operand of matrix multiplies in its own type."""
+        for scope in self.launch.scopes:
+            for action in scope.actions():
+                match action:
+                    case Compute(e, form, _, operand) | Accumulate(Compute(e, form, _, operand)):
+                        if value in e.args and (form != "dot" or operand is not self.tensors[value].dtype):
+                            return True
+                    case Write(v):
+                        if v.name == value:
+                            return True
+        return False
+
+    def write(self, w: Write) -> None:
+        buffer = self.plan.buffer(w.target).tensor
+        own = self.axes_of(w.value)
+        want = self.lanes_of(own)
+        axes = [a.name for a in buffer.axes]
+        index = [(a, Index(a)) for a in axes if w.kind != "partial" or a != axes[0]]
+        fixed, moving = self.terms(w.target, index, want)
+        if w.kind == "partial":
+            moving.append(f"part * {self.stride(w.target, axes[0])}")
+        value = self.wide.get(w.value.name, self.var[w.value.name])
+        once = [
+            self.spread(f"({self.local(self.scope.extent(a))} == 0)", (lane,), want)
+            for lane in want
+            for a in lane
+            if a not in own
+        ]
+        mask = self.mask(own, want, once)
+        at = self.name_of(("to", self.number, w.target, w.value.name), f"{w.target}_at")
+        self.sum(at, [self.pointer(w.target), *fixed, *moving])
+        if buffer.dtype.is_float and w.kind != "atomic" and buffer.dtype is not DType.f32:
+            value = f"{value}.to({TL[buffer.dtype]})" if w.value.name not in self.literals else value
+        head = "tl.atomic_add" if w.kind == "atomic" else "tl.store"
+        self.put_call(head, [at, value, *([f"mask={mask}"] if mask else [])], note=str(w))
+
+    # -- computation ---------------------------------------------------------------------------------------------
+
+    def act(self, action: Action) -> None:
+        match action:
+            case Read():
+                self.read(action)
+            case Write():
+                self.write(action)
+            case Compute():
+                self.compute(action)
+            case Accumulate():
+                self.accumulate(action)
+
+    def operand(self, value: str, want: Sequence[Lane]) -> str:
+        """An f32 (or integer, or bool) operand over the dimensions `want`."""
+        text = self.wide.get(value, self.var[value])
+        return text if value in self.literals else self.spread(text, self.lanes_of(self.axes_of(value)), want)
+
+    def compute(self, c: Compute) -> None:
+        e = c.equation
+        name = e.target.name
+        var = self.name_of(("value", name), name)
+        text = self.text_of(c)
+        self.put(f"{var} = {text}", equation_text(e))
+        self.var[name] = var
+        self.wide.pop(name, None)
+
+    def text_of(self, c: Compute) -> str:
+        match c.form:
+            case "dot":
+                return self.dot(c, None)
+            case "sum":
+                return self.reduced(c)
+            case "relabel":
+                return self.relabelled(c.equation)
+            case "pointwise":
+                return self.pointwise(c.equation)
+
+    def pointwise(self, e: Equation) -> str:
+        want = self.lanes_of(self.axes_of(e.target))
+        args = [self.operand(a, want) for a in e.args]
+        literal = bool(e.args) and all(a in self.literals for a in e.args)
+        integer = not e.target.dtype.is_float
+        match e.op:
+            case Const(value):
+                self.literals.add(e.target.name)
+                return _literal(value) if not integer else str(int(value))
+            case SizeOf(axis):
+                if isinstance(axis.size, int):
+                    self.literals.add(e.target.name)
+                    return _literal(Fraction(axis.size))
+                return f"{self.size(axis)}.to(tl.float32)"
+            case Iota(axis):
+                return self.position(axis.name)
+            case Elementwise("div") if not integer and not literal and self.cheaper(e.args[1], want):
+                inverse = self.wide.get(e.args[1], self.var[e.args[1]])
+                have = self.lanes_of(self.axes_of(e.args[1]))
+                return f"{args[0]} * {self.spread(f'1.0 / {inverse}', have, want) if have else f'(1.0 / {inverse})'}"
+            case Elementwise(fn, attrs):
+                if literal and len(args) == 1:
+                    args = [f"tl.full([], {args[0]}, tl.float32)"]
+                return _function(fn, dict(attrs), args, integer)
+            case Compare(relation):
+                return f"{args[0]} {RELATION[relation]} {args[1]}"
+            case Select():
+                return f"tl.where({', '.join(args)})"
+            case MaskedExp():
+                return f"tl.where({args[1]}, tl.exp2({args[0]} * LOG2E), 0.0)"
+            case Cast(dtype):
+                if dtype is DType.bool:
+                    return f"{args[0]} != 0"
+                return f"{args[0]}.to({TL[e.target.dtype]})"
+            case _:
+                raise refuse(e.op, "has no Triton text", e)
+
+    def position(self, axis: str) -> str:
+        e = self.scope.extent(axis)
+        if not self.many(axis):
+            return self.offset if e.role == "loop" else self.index_name(e) if e.role == "grid" else "0"
+        return f"{self.offset} + {self.index_name(e)}" if e.role == "loop" else self.index_name(e)
+
+    def cheaper(self, denominator: str, want: Sequence[Lane]) -> bool:
+        """One reciprocal per row instead of a division per element."""
+        return denominator not in self.literals and len(self.lanes_of(self.axes_of(denominator))) < len(want)
+
+    def relabelled(self, e: Equation) -> str:
+        (arg,) = e.args
+        have = self.lanes_of(self.axes_of(arg))
+        want = self.lanes_of(self.axes_of(e.target))
+        text = self.wide.get(arg, self.var[arg])
+        match e.op:
+            case Broadcast():
+                return f"tl.broadcast_to({self.spread(text, have, want)}, {self.shape(want)})" if want else text
+            case Rename(pairs):
+                new = {old: axis.name for old, axis in pairs}
+                moved = [self.lane(new.get(lane[0], lane[0])) for lane in have]
+                if [self.lane_text(a) for a in have] != [self.lane_text(b) for b in moved]:
+                    raise refuse(e.op, "between axes that are cut differently", e)
+                return self.permuted(text, moved, want)
+            case _:
+                raise refuse(e.op, "has no Triton text", e)
+
+    def permuted(self, text: str, have: Sequence[Lane], want: Sequence[Lane]) -> str:
+        if list(have) == list(want):
+            return text
+        order = [list(have).index(lane) for lane in want]
+        return f"tl.trans({text})" if order == [1, 0] else f"tl.permute({text}, {tuple(order)})"
+
+    def product(self, c: Compute, neutral: str) -> tuple[str, tuple[Lane, ...]]:
+        """The product of the operands over all their dimensions, with elements beyond the tensor made neutral."""
+        e = c.equation
+        want = self.lanes_of(a for x in e.args for a in self.axes_of(x))
+        args = [self.operand(a, want) for a in e.args]
+        text = " * ".join(map(_paren, args)) if len(args) > 1 else args[0]
+        if mask := self.mask(c.guards[0] if c.guards else (), want):
+            text = f"tl.where({mask}, {text}, {neutral})"
+        return text, want
+
+    def reduced(self, c: Compute) -> str:
+        kind = c.equation.op.kind if isinstance(c.equation.op, Reduce) else "sum"
+        text, lanes = self.product(c, NEUTRAL[kind])
+        return self.reduce(text, lanes, c.equation, kind)
+
+    def reduce(self, text: str, lanes: tuple[Lane, ...], e: Equation, kind: str) -> str:
+        assert isinstance(e.op, Contract | Reduce)
+        for i in reversed(range(len(lanes))):
+            if set(lanes[i]) & set(e.op.axes):
+                text = f"tl.{kind}({text}, axis={i})"
+        return text
+
+    def dot(self, c: Compute, accumulator: str | None) -> str:
+        e = c.equation
+        assert isinstance(e.op, Contract)
+        left, right = (self.lanes_of(self.axes_of(a)) for a in e.args)
+        closed = set(e.op.axes)
+        k = [n for n in left if n in right and set(n) & closed]
+        batch = [n for n in left if n in right and n not in k]
+        m = [n for n in left if n not in right]
+        n = [n for n in right if n not in left]
+        sides = [(0, left, m), (1, right, n)]
+        if self.launch.lanes.index(m[0]) > self.launch.lanes.index(n[0]):
+            sides.reverse()
+        (first, have_a, m), (second, have_b, n) = sides
+        a = self.side(c, first, have_a, batch, m, k)
+        b = self.side(c, second, have_b, batch, k, n)
+        result = [*batch, *m, *n]
+        want = self.lanes_of(self.axes_of(e.target))
+        plain = max(len(batch), len(m), len(n)) <= 1 and result == list(want)
+        args = [a, b, *([accumulator] if accumulator and plain else [])]
+        if c.operand is DType.f32:
+            args.append('input_precision="ieee"')
+        text = f"tl.dot({', '.join(args)})"
+        if max(len(batch), len(m), len(n)) > 1:
+            text = f"tl.reshape({text}, {self.shape(result)})"
+        text = self.permuted(text, result, want)
+        return text if plain or not accumulator else f"{accumulator} + {text}"
+
+    def side(
+        self, c: Compute, number: int, have: Sequence[Lane], batch: list[Lane], rows: list[Lane], columns: list[Lane]
+    ) -> str:
+        """An operand of a matrix multiply as [batch, rows, columns], in the multiply's element type."""
+        value = c.equation.args[number]
+        dtype = self.tensors[value].dtype
+        text = self.var[value] if dtype is c.operand else self.wide.get(value, self.var[value])
+        if mask := self.mask(c.guards[number] if c.guards else (), have):
+            text = f"tl.where({mask}, {text}, 0.0)"
+        if c.operand is DType.bf16:
+            # the interpreter would multiply the codes of bf16 numbers: there, DOT is f32
+            self.widen = True
+            text = f"{_paren(text)}.to(DOT)"
+        elif dtype is not c.operand:
+            text = f"{_paren(text)}.to({TL[c.operand]})"
+        want = [*batch, *rows, *columns]
+        text = self.permuted(text, have, want)
+        if max(len(batch), len(rows), len(columns)) > 1:
+            groups = [g for g in (batch, rows, columns) if g]
+            text = f"tl.reshape({text}, ({', '.join(' * '.join(map(self.lane_text, g)) for g in groups)}))"
+        return text
+
+    # -- accumulators --------------------------------------------------------------------------------------------
+
+    def start(self, a: Accumulate) -> None:
+        e = a.compute.equation
+        name = e.target.name
+        if a.deferred:
+            lanes = self.lanes_of(x for v in e.args for x in self.axes_of(v))
+            var = self.name_of(("tile", name), f"{name}_tile")
+        else:
+            lanes = self.lanes_of(self.axes_of(e.target))
+            var = self.name_of(("value", name), name)
+        neutral = NEUTRAL["sum" if a.monoid == "rescaled" else a.monoid]
+        shape = self.shape(lanes) if lanes else "[]"
+        text = f"tl.zeros({shape}, tl.float32)" if neutral == "0.0" and lanes else f"tl.full({shape}, {neutral}, tl.float32)"
+        self.put(f"{var} = {text}")
+        self.var[name] = var
+
+    def accumulate(self, a: Accumulate) -> None:
+        c = a.compute
+        e = c.equation
+        name = e.target.name
+        note = equation_text(e)
+        if a.deferred:
+            var = self.name_of(("tile", name), f"{name}_tile")
+            text, _ = self.product(c, NEUTRAL[a.monoid])
+            self.put(f"{var} = {self.joined(var, text, a.monoid)}", note)
+            return
+        var = self.name_of(("value", name), name)
+        old = var
+        if a.monoid == "rescaled":
+            assert a.scale
+            want = self.lanes_of(self.axes_of(e.target))
+            fade = self.name_of(("fade", a.scale), f"{a.scale}_fade")
+            old = f"{var} * {self.spread(fade, self.lanes_of(self.axes_of(a.scale)), want)}"
+        if c.form == "dot" and a.monoid in ("sum", "rescaled"):
+            self.put(f"{var} = {self.dot(c, old)}", note)
+            return
+        text = self.text_of(c)
+        if a.faded:
+            before = self.name_of(("old", name), f"{name}_old")
+            fade = self.name_of(("fade", name), f"{name}_fade")
+            self.put(f"{before} = {var}")
+            self.put(f"{var} = {self.joined(before, text, a.monoid)}", note)
+            # what was summed under the old maximum, under the new one; nothing was summed where it is -inf
+            self.put(f'{fade} = tl.where({before} == float("-inf"), 0.0, tl.exp2(({before} - {var}) * LOG2E))')
+            return
+        self.put(f"{var} = {self.joined(old, text, a.monoid)}", note)
+
+    def joined(self, old: str, text: str, monoid: str) -> str:
+        match monoid:
+            case "max":
+                return f"tl.maximum({old}, {text})"
+            case "min":
+                return f"tl.minimum({old}, {text})"
+            case _:
+                return f"{old} + {text}"
+
+    def finish(self, a: Accumulate) -> None:
+        e = a.compute.equation
+        name = e.target.name
+        lanes = self.lanes_of(x for v in e.args for x in self.axes_of(v))
+        kind = "sum" if a.monoid == "rescaled" else a.monoid
+        var = self.name_of(("value", name), name)
+        self.put(f"{var} = {self.reduce(self.var[name], lanes, e, kind)}")
+        self.var[name] = var
+
+    # -- the whole -----------------------------------------------------------------------------------------------
+
+    def parameters(self) -> list[str]:
+        names = [self.pointer(b.tensor.name) for b in self.buffers]
+        names += [self.name_of(("size", a), "") for a in self.sizes]
+        names += [self.name_of(("stride", b.tensor.name, i), "") for b in self.buffers for i in range(len(b.tensor.dims))]
+        names += [f"{n}: tl.constexpr" for n in self.lane_params]
+        return names + (["DOT: tl.constexpr"] if self.widen else [])
+
+    def symbolic(self) -> list[str]:
+        return [self.name_of(("size", n), "") for n, a in self.sizes.items() if not isinstance(a.size, int)]
+
+    def text(self) -> str:
+        fixed = ", ".join(f'"{n}"' for n in self.symbolic())
+        lines = [f"@triton.jit(do_not_specialize=[{fixed}])" if fixed else "@triton.jit"]
+        lines += _call(f"def {self.fn}", self.parameters(), ":", "")
+        lines.append(f'    """{self.summary()}"""')
+        body = "\n".join(self.lines).strip("\n").splitlines()
+        return "\n".join(lines + (body if body else ["    pass"]))
+
+    def summary(self) -> str:
+        cut = [f"{self.extent_of(a).tile} of {a}" for a in self.launch.grid]
+        cut += [f"one of {self.launch.split[1]} parts of {self.launch.split[0]}"] if self.launch.split else []
+        return f"One block: {', '.join(cut)}." if cut else "One block."
+
+    def grid(self) -> str:
+        counts: list[str] = []
+        static = self.launch.split[1] if self.launch.split else 1
+        for axis in self.launch.grid:
+            e = self.extent_of(axis)
+            if isinstance(e.axis.size, int):
+                static *= -(-e.axis.size // e.tile)
+            else:
+                size = _size_text(e.axis.size)
+                counts.append(size if e.tile == 1 else f"triton.cdiv({size}, {e.tile})")
+        if static > 1 or not counts:
+            counts.append(str(static))
+        return " * ".join(counts)
+
+    def arguments(self) -> list[str]:
+        args = [b.tensor.name for b in self.buffers]
+        args = [_python(a) for a in args]
+        args += [_size_text(a.size) for a in self.sizes.values()]
+        args += [f"*{_python(b.tensor.name)}.stride()" for b in self.buffers if b.tensor.dims]
+        for name, e in self.lane_params.items():
+            size = _size_text(e.axis.size)
+            text = f"max({size}, {e.least})" if e.least > 1 else size
+            args.append(f"{name}=triton.next_power_of_2({text})")
+        if self.widen:
+            args.append(f"DOT=tl.bfloat16 if isinstance({self.fn}, triton.JITFunction) else tl.float32")
+        return [*args, f"num_warps={self.launch.num_warps}", f"num_stages={self.launch.num_stages}"]
+
+    def signature(self) -> list[tuple[str, str]]:
+        """How the kernel compiles ahead of time for dense tensors with aligned bases: per parameter its type, `:16`
+        where it is divisible by 16, or its constant value."""
+        found = [(self.pointer(b.tensor.name), f'"{POINTER[b.tensor.dtype]}:16"') for b in self.buffers]
+        for name, axis in self.sizes.items():
+            found.append((self.name_of(("size", name), ""), _int_type(axis.size, isinstance(axis.size, int))))
+        for b in self.buffers:
+            for at in range(len(b.tensor.dims)):
+                param = self.name_of(("stride", b.tensor.name, at), "")
+                found.append((param, _int_type(product(b.tensor.shape[at + 1 :]), True)))
+        found += [(n, str(e.lanes)) for n, e in self.lane_params.items()]
+        return found + ([("DOT", "tl.bfloat16")] if self.widen else [])
+
+
+def _split_args(call: str) -> list[str]:
+    """The arguments of a `tl.load(...)` text."""
+    inner = call[len("tl.load(") : -1]
+    pieces, depth, start = [], 0, 0
+    for i, ch in enumerate(inner):
+        depth += ch in "([" and 1 or 0
+        depth -= ch in ")]" and 1 or 0
+        if ch == "," and depth == 0:
+            pieces.append(inner[start:i].strip())
+            start = i + 1
+    return [*pieces, inner[start:].strip()]
+
+
+def _largest(size: Size, bounds: Mapping[str, int]) -> int:
+    match size:
+        case int():
+            return size
+        case Dim():
+            return size.max
+        case Monomial(coefficient, powers):
+            value = coefficient
+            for d, p in powers:
+                value *= Fraction(bounds[d.name] if p > 0 else d.min) ** p
+            return math.ceil(value)
+
+
+def _int_type(size: Size, specialised: bool) -> str:
+    if not specialised:
+        return '"i32"'
+    if size == 1:
+        return "1"
+    return '"i32:16"' if divides(16, size) else '"i32"'
+
+
+# -- the launcher ------------------------------------------------------------------------------------------------
+
+
+def _python(name: str) -> str:
+    """The Python variable of a kernel-level value in `run`."""
+    base = re.sub(r"\W", "_", name)
+    base = base if base.isidentifier() else f"v{base}"
+    return f"{base}_" if base in RESERVED else base
+
+
+def _size_text(size: Size) -> str:
+    match size:
+        case int():
+            return str(size)
+        case Dim(name):
+            return f"size_{name}"
+        case Monomial(coefficient, powers):
+            top = [str(coefficient.numerator)] if coefficient.numerator != 1 else []
+            top += [f"size_{d.name}" for d, p in powers for _ in range(max(p, 0))]
+            bottom = [f"size_{d.name}" for d, p in powers for _ in range(max(-p, 0))]
+            bottom += [str(coefficient.denominator)] if coefficient.denominator != 1 else []
+            text = " * ".join(top) or "1"
+            return f"({text} // ({' * '.join(bottom)}))" if bottom else f"({text})" if len(top) > 1 else text
+
+
+def _run(plan: Plan, kernels: Mapping[str, _Kernel]) -> str:
+    inputs = [_python(n) for n in plan.inputs]
+    outputs = [_python(n) for n in plan.outputs]
+    result = ", ".join(outputs)
+    lines = _call("def run", [*inputs, "*", "out=None"], ":", "")
+    what = "a tensor" if len(outputs) == 1 else "tensors in order"
+    lines.append(f'    """{result} as {what}, written into `out` if given."""')
+    lines += _sizes(plan)
+    device = f"{inputs[0]}.device"
+    for i, name in enumerate(plan.outputs):
+        b = plan.buffer(name)
+        if b.space in ("output", "zeroed") and name not in _made_by_torch(plan):
+            given = "out" if len(outputs) == 1 else f"out[{i}]"
+            shape = _shape(b.tensor)
+            lines.append(f"    if out is None:")
+            lines += _call(f"{_python(name)} = torch.empty", [shape, f"dtype={TORCH[b.tensor.dtype]}", f"device={device}"], "", "        ")  # noqa: E501
+            lines += ["    else:", f"        {_python(name)} = {given}"]
+            if b.space == "zeroed":
+                lines.append(f"    {_python(name)}.zero_()")
+    made = _made_by_torch(plan)
+    for b in plan.buffers:
+        if b.space in ("workspace", "global") and b.tensor.name not in made:
+            dtype = TORCH[b.tensor.dtype]
+            lines += _call(f"{_python(b.tensor.name)} = torch.empty", [_shape(b.tensor), f"dtype={dtype}", f"device={device}"], "", "    ")  # noqa: E501
+    for call in plan.calls:
+        match call:
+            case Launch(name):
+                k = kernels[name]
+                lines += _call(f"{k.fn}[({k.grid()},)]", k.arguments(), "", "    ")
+            case Torch(equation):
+                lines.append(f"    # {equation_text(equation)}")
+                lines += [f"    {line}" for line in torch_lines(equation, plan, _python, _size_text)]
+    for i, name in enumerate(plan.outputs):
+        if name in made:
+            given = "out" if len(outputs) == 1 else f"out[{i}]"
+            lines += ["    if out is not None:", f"        {_python(name)} = {given}.copy_({_python(name)})"]
+    lines.append(f"    return {result}")
+    return "\n".join(lines)
+
+
+def _made_by_torch(plan: Plan) -> set[str]:
+    return {t.name for c in plan.calls if isinstance(c, Torch) for t in c.equation.targets}
+
+
+def _shape(t: Tensor) -> str:
+    sizes = [_size_text(s) for s in t.shape]
+    return f"({', '.join(sizes)}{',' if len(sizes) == 1 else ''})"
+
+
+def _sizes(plan: Plan) -> list[str]:
+    """Symbolic sizes from the shapes of inputs."""
+    lines: list[str] = []
+    known: set[str] = set()
+    wanted = {d.name for b in plan.buffers for s in b.tensor.shape for d in dims_of(s)}
+    shapes = [(n, i, s) for n in plan.inputs for i, s in enumerate(plan.buffer(n).tensor.shape)]
+    progress = True
+    while progress and wanted - known:
+        progress = False
+        for name, i, size in shapes:
+            open_ = [(d, p) for d, p in _powers(size) if d.name not in known]
+            if len(open_) == 1 and open_[0][1] == 1:
+                d = open_[0][0]
+                rest = _without(size, d)
+                over = "" if rest == 1 else f" // {_size_text(rest)}"
+                lines.append(f"    size_{d.name} = {_python(name)}.shape[{i}]{over}")
+                known.add(d.name)
+                progress = True
+    if missing := wanted - known:
+        raise UnsupportedOpError(f"no input's shape gives the size {sorted(missing)[0]}", op="sizeof")
+    return lines
+
+
+def _powers(size: Size) -> tuple[tuple[Dim, int], ...]:
+    match size:
+        case int():
+            return ()
+        case Dim():
+            return ((size, 1),)
+        case Monomial(_, powers):
+            return powers
+
+
+def _without(size: Size, d: Dim) -> Size:
+    return product([size]) / d if isinstance(size, Monomial) else 1
+
+
+def _signatures(kernels: Mapping[str, _Kernel]) -> str:
+    if not kernels:
+        return ""
+    lines = ["# How each kernel compiles ahead of time: types (`:16`: divisible by 16) or constants, and launch options."]
+    lines.append("SIGNATURES = {")
+    for k in kernels.values():
+        lines += [f'    "{k.fn}": (', "        {"]
+        lines += [f'            "{name}": {text},' for name, text in k.signature()]
+        options = f'{{"num_warps": {k.launch.num_warps}, "num_stages": {k.launch.num_stages}}}'
+        lines += ["        },", f"        {options},", "    ),"]
+    return "\n".join([*lines, "}"])
