@@ -404,10 +404,10 @@ class Tensor:
         return self.T
 
     def transpose(self, dim0: int, dim1: int) -> Tensor:
-        order = list(range(self.ndim))
+        order = list(range(max(self.ndim, 1)))
         i, j = normal_axis(self, dim0), normal_axis(self, dim1)
         order[i], order[j] = order[j], order[i]
-        return self.permute(*order)
+        return self.permute(*order[: self.ndim])
 
     def permute(self, *order: Any) -> Tensor:
         places = [normal_axis(self, i) for i in _unpacked(order)]
@@ -501,7 +501,7 @@ def _unpacked(args: Sequence[Any]) -> tuple[Any, ...]:
 
 def normal_axis(x: Tensor, axis: Any, extra: int = 0) -> int:
     """A dimension's number from 0.  Raises ShapeError outside -ndim .. ndim - 1."""
-    n = x.ndim + extra
+    n = max(x.ndim + extra, 1)  # as in torch, a scalar has the dimensions 0 and -1
     if not isinstance(axis, numbers.Integral):
         raise ShapeError(f"a dimension is an int, not {axis!r}", where=x.recorder.location())
     if not -n <= int(axis) < n:
@@ -974,7 +974,7 @@ def _axes(x: Tensor, axis: Axis) -> list[int]:
     places = [normal_axis(x, i) for i in (axis if isinstance(axis, tuple | list) else (axis,))]
     if len(set(places)) < len(places):
         raise ShapeError(f"a dimension is named twice in {axis}", where=x.recorder.location())
-    return places or list(range(x.ndim))
+    return places[: x.ndim] or list(range(x.ndim))
 
 
 # The least finite number of each type: where a maximum starts if everything is masked.
@@ -1009,6 +1009,8 @@ def reduced(kind: ReduceKind, x: Tensor, axis: Axis, keepdims: bool) -> Tensor:
 
 def cumulated(x: Tensor, axis: int) -> Tensor:
     recorder, i = x.recorder, normal_axis(x, axis)
+    if not x.dims:
+        return x
     atoms = recorder.axes.atoms(x.dims[i])
     if x.masked is not None:
         raise UnsupportedOpError("cumsum of a value masked to minus infinity", op="cumsum", where=recorder.location())
