@@ -27,7 +27,6 @@ from mugraph.ir.ops import (
     Const,
     Contract,
     Elementwise,
-    Iota,
     Kernel,
     Library,
     MaskedExp,
@@ -289,12 +288,8 @@ class BlockBuilder:
                 return result
             case "call":
                 return self.emit(section, wanted or edge.fn[:4], call_op(edge), *args)
-            case "load":
-                assert edge.leaf is not None
-                axis = self.context.axes[edge.leaf.tokens[0][0]]  # type: ignore[union-attr]
-                return self.emit(section, wanted or "i", Iota(axis))
-            case "number":
-                raise AssertionError("coefficients are written where they are used")
+            case "load" | "number":
+                raise AssertionError("loads have their own place, coefficients are written where they are used")
 
     def number_child(self, edge: Edge) -> tuple[int, Number] | None:
         """The operand of a product that is a coefficient, by position."""

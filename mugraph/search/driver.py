@@ -100,14 +100,17 @@ def search(
         boundaries=tuple(e for e in program.equations if e.targets[0].name in outside),
     )
     base_seconds = _baseline_seconds(here.program, problem)
-    if plans and not all(may_be_materialised(problem, seeds[n]) for n in _computed(here.program, known)):
-        base_seconds = math.inf  # as it stands, the source keeps values in 16 bits that do not fit there
+    fits = all(may_be_materialised(problem, seeds[n]) for n in _computed(here.program, known))
     tried: list[CandidateReport] = []
     best: tuple[KernelGraph, object, float, list[Choice]] | None = None
     refused = 0
     for plan in plans:
         seconds = sum(c.prediction.seconds for c in plan)
-        if best is not None or seconds >= base_seconds:
+        kernels = sum(not isinstance(c.how, Edge) for c in plan)
+        if kernels > space.kernels:
+            tried.append(CandidateReport(structure(plan, here.axes), seconds, f"has {kernels} kernels"))
+            continue
+        if best is not None or (fits and seconds > base_seconds):
             tried.append(CandidateReport(structure(plan, here.axes), seconds, "costlier"))
             continue
         try:
@@ -126,14 +129,15 @@ def search(
         graph = baseline(program)
         best = (graph, accept(graph), base_seconds, [])
         notes.append("nothing beats the program as it stands: it runs as library calls")
-    tried.append(CandidateReport("library calls only", base_seconds, "chosen" if not best[3] else "costlier"))
+    verdict = "chosen" if not best[3] else "costlier" if fits else "would keep in 16 bits what does not fit there"
+    tried.append(CandidateReport("the program as library calls", base_seconds, verdict))
     watch.lap("verification")
     graph, accepted, seconds, plan = best
     report = _report(here, program.name, space, problem, closure, run, watch, plan, seconds, tried, refused, notes)
     return Found(graph, accepted, report)
 
 
-# -- set-up ----------------------------------------------------------------------------------------------------------------
+# -- set-up
 
 
 def _closure(program: Program, known: Meaning, space: SearchSpace) -> tuple[Closure, dict[str, int]]:

@@ -13,18 +13,18 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from mugraph.ir.types import DType
 from mugraph.search.closure import Closure, Edge
 from mugraph.search.cost import Device, Work
-from mugraph.search.laws import IOTA
 
 Entry = tuple[int, int]
 INFEASIBLE = 99
 LOADED_TILE = 65_536  # elements of a tile that is only loaded: 128 KiB of f16 in shared memory
 COMPUTED_TILE = 32_768  # elements of a computed tile: 128 KiB of f32 in registers
+BEAM = 16  # states kept per topological level when A* exceeds its budget
 VECTOR_WEIGHT = 4  # operations that one elementwise step is counted as
 
 
@@ -130,15 +130,18 @@ class Problem:
 
 
 def is_leaf_edge(edge: Edge) -> bool:
-    """A load of an input from memory (an index counter is computed, not loaded)."""
-    return edge.kind == "load" and edge.leaf is not None and edge.leaf[0] != IOTA
+    """A load of an input, or of the result of an operator outside the calculus."""
+    return edge.kind == "load"
 
 
 class KernelSearch:
-    """The cheapest derivation of `roots` under `roles` with the given tiles."""
+    """The cheapest derivation of `roots` under `roles` with the given tiles.  `alone`: it loads inputs only."""
 
-    def __init__(self, problem: Problem, roots: tuple[int, ...], roles: Roles, tiles: Mapping[str, int]) -> None:
+    def __init__(
+        self, problem: Problem, roots: tuple[int, ...], roles: Roles, tiles: Mapping[str, int], alone: bool = False
+    ) -> None:
         self.p, self.roots, self.roles, self.tiles = problem, roots, roles, dict(tiles)
+        self.alone = alone
         self.grid = frozenset(roles.grid)
         self.last = len(roles.passes)
         self.blocks = math.prod(math.ceil(problem.sizes[a] / tiles[a]) for a in roles.grid)
@@ -174,7 +177,8 @@ class KernelSearch:
         tile = self.tile_elements(c)
         price = p.memory.get(c, p.bound.get(c))
         is_input = any(is_leaf_edge(e) for e in cell.edges)
-        if price is not None and (c not in self.roots or is_input) and tile <= LOADED_TILE:
+        loadable = is_input or (price is not None and c not in self.roots and not self.alone)
+        if price is not None and loadable and tile <= LOADED_TILE:
             found.append(Option(self._load_seconds(c) + price, None, (), None))
         if tile > COMPUTED_TILE:
             return found
@@ -186,7 +190,7 @@ class KernelSearch:
             if len(loops) > 1 or closed & self.grid:
                 continue
             found.append(Option(self._compute_seconds(c, e), e, e.children, next(iter(loops), None)))
-        return found
+        return undominated(found)
 
     def _load_seconds(self, c: int) -> float:
         d, size = self.p.device, self.p.bytes(c)
@@ -281,14 +285,10 @@ class KernelSearch:
             expanded += 1
             p.expanded += 1
             if not state:
-                steps = tuple(_unroll(trail))
-                if self.roles.split and not any(self.roles.split[0] in _closed(s) for s in steps):
-                    return None  # the split axis must be closed in this kernel
-                tiles = tuple(sorted(self.tiles.items()))
-                return Derivation(self.roots, self.roles, tiles, steps, cost)
+                return self.derivation(cost, trail)
             if expanded > p.states:
                 p.truncated += 1
-                return None
+                return self.beam(start, bound)
             for step, successor in self.successors(state):
                 total = cost + step.option.cost
                 if total < best.get(successor, math.inf):
@@ -299,6 +299,38 @@ class KernelSearch:
                     heapq.heappush(queue, entry)
         p.infeasible += 1
         return None
+
+    def derivation(self, cost: float, trail: tuple[object, ...]) -> Derivation | None:
+        steps = tuple(_unroll(trail))
+        if self.roles.split and not any(self.roles.split[0] in _closed(s) for s in steps):
+            return None  # the split axis must be closed in this kernel
+        used = {s.entry[1] for s in steps if self.loop_of[s.entry[0]] is not None}
+        if len(used) < self.last:
+            return None  # a loop without a body
+        return Derivation(self.roots, self.roles, tuple(sorted(self.tiles.items())), steps, cost)
+
+    def beam(self, start: frozenset[Entry], bound: Callable[[frozenset[Entry]], float]) -> Derivation | None:
+        """What A* does, a topological level at a time, keeping the BEAM most promising states of each level."""
+        levels: dict[int, dict[frozenset[Entry], tuple[float, tuple[object, ...]]]] = {}
+
+        def level_of(state: frozenset[Entry]) -> int:
+            return max((self.p.position[c] for c, _ in state), default=-1)
+
+        levels[level_of(start)] = {start: (0.0, ())}
+        while levels and max(levels) >= 0:
+            level = levels.pop(max(levels))
+            kept = sorted(level.items(), key=lambda item: item[1][0] + bound(item[0]))[:BEAM]
+            for state, (cost, trail) in kept:
+                self.p.expanded += 1
+                for step, successor in self.successors(state):
+                    total = cost + step.option.cost
+                    there = levels.setdefault(level_of(successor), {})
+                    if successor not in there or total < there[successor][0]:
+                        there[successor] = (total, (trail, step))
+        if -1 not in levels:
+            return None
+        cost, trail = levels[-1][frozenset()]
+        return self.derivation(cost, trail)
 
     def successors(self, state: frozenset[Entry]) -> Iterator[tuple[Step, frozenset[Entry]]]:
         c, at = entry = max(state, key=lambda e: (self.p.position[e[0]], e[1]))
@@ -324,6 +356,15 @@ class KernelSearch:
             if self.roles.split and self.roles.split[0] == option.loop and q != self.last:
                 continue
             yield tuple((x, q) for x in option.children)
+
+
+def undominated(options: list[Option]) -> list[Option]:
+    """Without options that need at least the children of a cheaper one that closes the same axis."""
+    kept: list[Option] = []
+    for o in sorted(options, key=lambda o: (o.cost, len(o.children))):
+        if not any(k.loop == o.loop and k.edge is not None and set(k.children) <= set(o.children) for k in kept):
+            kept.append(o)
+    return kept
 
 
 def _closed(step: Step) -> tuple[str, ...]:

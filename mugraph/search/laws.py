@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from mugraph.ir.graph import Equation, Program
-from mugraph.ir.infer import op_text
 from mugraph.ir.ops import (
     Broadcast,
     Cast,
@@ -20,7 +19,6 @@ from mugraph.ir.ops import (
     Const,
     Contract,
     Elementwise,
-    Iota,
     MaskedExp,
     Reduce,
     Rename,
@@ -31,8 +29,6 @@ from mugraph.ir.ops import (
 )  # fmt: skip
 from mugraph.search import values as v
 from mugraph.search.values import Call, Factor, Paren, Term, Value
-
-IOTA = "#iota"
 
 
 @dataclass(frozen=True)
@@ -86,8 +82,6 @@ def _equation_value(e: Equation, args: list[Value]) -> Value | None:
             return v.call("select", *args)
         case MaskedExp():
             return v.call("masked_exp", *args)
-        case Iota(axis):
-            return v.load(IOTA, (axis.name,))
         case Cast(dtype):
             return args[0] if dtype.is_float else v.call("cast", args[0], attrs=(dtype.value,))
         case Transpose() | Broadcast():
@@ -170,7 +164,3 @@ def _without_max(value: Value) -> Value | None:
 
 STRIP_MAX = Law("strip-max", "exp(x - max x) / Σ exp(x - max x) = exp x / Σ exp x", _without_max)
 LAWS: dict[str, Law] = {law.name: law for law in (STRIP_MAX,)}
-
-
-def boundary_text(e: Equation) -> str:
-    return op_text(e.op)

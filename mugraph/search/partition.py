@@ -107,6 +107,14 @@ class Partition:
 
     def kernels(self, roots: tuple[int, ...]) -> list[Choice]:
         """The best derivations over all roles, ranked by the full model at their best tiles."""
+        alone = self.derivations(roots, alone=True)
+        found = [c for c in map(self.ranked, alone) if c is not None]
+        if self.space.kernels > 1 or self.space.library:
+            found += [c for c in map(self.ranked, self.derivations(roots, alone=False)) if c is not None and c.needs]
+        return found
+
+    def derivations(self, roots: tuple[int, ...], alone: bool) -> list[Derivation]:
+        """The cheapest few derivations by additive cost."""
         found: list[Derivation] = []
         upper = math.inf
         for shrink in (1, 4, 16, 64):
@@ -115,14 +123,14 @@ class Partition:
                     raise Interrupted
                 self.configurations += 1
                 tiles = self.default_tiles(roots, roles, shrink)
-                d = KernelSearch(self.p, roots, roles, tiles).run(upper)
+                d = KernelSearch(self.p, roots, roles, tiles, alone).run(upper)
                 if d is not None:
                     found.append(d)
                     upper = min(upper, d.cost * SLACK)
             if found:
                 break
         found.sort(key=lambda d: d.cost)
-        return [c for c in (self.ranked(d) for d in found[:KEPT]) if c is not None]
+        return found[:KEPT]
 
     def roles(self, roots: tuple[int, ...], least: int) -> Iterator[Roles]:
         """All assignments of roles, in a fixed order.  Axes no longer than `least` are not looped over."""

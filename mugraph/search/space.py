@@ -15,6 +15,7 @@ class SearchSpace:
 
     split         a reduction may be cut over the grid, with a combine
     library       contractions may be library calls
+    kernels       the greatest number of kernels of our own (library calls apart)
     passes        the greatest number of loops in sequence in one kernel
     laws          the named laws that add seeds
     symbolic      the size that stands for each symbolic dimension when costs are compared
@@ -25,17 +26,18 @@ class SearchSpace:
 
     split: bool = True
     library: bool = True
+    kernels: int = 8
     passes: int = 2
     laws: tuple[str, ...] = tuple(LAWS)
     symbolic: int = 16
     tiles: tuple[tuple[str, int], ...] = ()
     nodes: int = 20_000
-    states: int = 3_000
+    states: int = 500
 
     def __post_init__(self) -> None:
         if unknown := set(self.laws) - set(LAWS):
             raise SettingError(f"unknown laws {sorted(unknown)}", remedy=f"known: {', '.join(LAWS)}")
-        for name in ("symbolic", "nodes", "states"):
+        for name in ("symbolic", "kernels", "nodes", "states"):
             if getattr(self, name) < 1:
                 raise SettingError(f"SearchSpace.{name} is {getattr(self, name)}", remedy="give at least 1")
         if not 0 <= self.passes <= 2:
