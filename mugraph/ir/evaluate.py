@@ -144,6 +144,8 @@ class Named:
 
 def aligned(v: Named, axes: Sequence[str]) -> Named:
     """The value with leading dimensions in the order of `axes`; absent ones get size 1."""
+    if v.axes == tuple(axes):
+        return v
     order = [v.axes.index(a) for a in axes if a in v.axes]
     n = len(v.axes)
 
@@ -156,6 +158,8 @@ def aligned(v: Named, axes: Sequence[str]) -> Named:
 
 def narrow(v: Named, axis: str, start: int, length: int, step: int = 1) -> Named:
     """`length` entries of the axis from `start`; fewer at the end of the axis."""
+    if start == 0 and step == 1 and length == v.size(axis):
+        return v
     index = (slice(None),) * v.axes.index(axis) + (slice(start, start + step * length, step),)
     return v.map(lambda part: part[index])
 

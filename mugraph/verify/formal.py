@@ -12,6 +12,7 @@ docs/verification.md.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -230,7 +231,7 @@ def sums_equal(a: Sum, b: Sum, limit: int) -> NDArray[np.bool_]:
 
 
 def _check_room(lead: tuple[int, ...], width: int, limit: int) -> None:
-    if int(np.prod(lead, dtype=np.int64)) * width > limit:
+    if math.prod(lead) * width > limit:
         raise TooManyTerms(f"{lead} x {width} terms")
 
 
@@ -356,7 +357,7 @@ class FormalAlgebra(ArrayAlgebra):
         """Whether two denominators are equal everywhere.  Equality by accident is accounted for."""
         if not sums_equal(x, y, self.max_terms).all():
             return False
-        count = int(np.prod(np.broadcast_shapes(x[0].shape[:-1], y[0].shape[:-1]), dtype=np.int64))
+        count = math.prod(np.broadcast_shapes(x[0].shape[:-1], y[0].shape[:-1]))
         apart = sum(a.exponents(b))
         self._coincidence += count * ((a.below + b.below) * apart + a.bottom + b.bottom) / (Q - 1)
         return True
@@ -471,7 +472,7 @@ class FormalAlgebra(ArrayAlgebra):
     def _set(self, v: Value, order: str) -> Words:
         if v.order == order:
             return v.words(_SET)
-        self._applied_to(order, int(np.prod(v.lead, dtype=np.int64)), v)
+        self._applied_to(order, math.prod(v.lead), v)
         return self._mixed("element", v)[..., None]
 
     def _from_set(self, axes: tuple[str, ...], members: Words, order: str, bound: Bound) -> Value:
@@ -504,7 +505,7 @@ class FormalAlgebra(ArrayAlgebra):
         v = _value(v)
         if kind in ("max", "min"):
             return reduce(lambda acc, axis: self._fold(acc, axis, lambda a, b: self._extreme(kind, a, b)), axes, v)
-        count = int(np.prod([v.size(a) for a in axes], dtype=np.int64))
+        count = math.prod(v.size(a) for a in axes)
         kept = tuple(a for a in v.axes if a not in axes)
         if not v.formal:
             where = tuple(v.axes.index(a) for a in axes)
@@ -525,7 +526,7 @@ class FormalAlgebra(ArrayAlgebra):
         order = [axes.index(a) for a in (*kept, *gone)]
         moved = part.transpose([*order, part.ndim - 1])
         lead = moved.shape[: len(kept)]
-        width = int(np.prod(moved.shape[len(kept) :], dtype=np.int64))
+        width = math.prod(moved.shape[len(kept) :])
         _check_room(lead, width, self.max_terms)
         return moved.reshape(*lead, width)
 
