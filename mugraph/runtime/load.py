@@ -123,7 +123,6 @@ class _Parameter:
     dtype: torch.dtype
     rank: int
     statics: tuple[tuple[int, int], ...]
-    bindings: tuple[Binding, ...]
     products: tuple[tuple[int, Size], ...]
     dense: bool
     overwritten: bool
@@ -202,7 +201,13 @@ class Executable:
         sizes = self.check(*args)
         if out is not None:
             self._check_out(out, args, sizes)
-        return self.run(*self._readable(args), out=out)
+        readable = self._readable(args)
+        if args and args[0].is_cuda:
+            import torch
+
+            with torch.cuda.device(args[0].device):  # kernels are launched on the current device
+                return self.run(*readable, out=out)
+        return self.run(*readable, out=out)
 
     # -- checks ------------------------------------------------------------------------------------------------------
 
@@ -358,7 +363,6 @@ def _parameters(program: Program, order: Mapping[Dim, Binding], dense: frozenset
                 dtype=getattr(torch, TORCH_DTYPES[i.storage.dtype]),
                 rank=len(shape),
                 statics=tuple((at, s) for at, s in enumerate(shape) if isinstance(s, int)),
-                bindings=tuple(b for b in order.values() if b.source == i.name),
                 products=tuple(
                     (at, s) for at, s in enumerate(shape) if not isinstance(s, int) and (i.name, at) not in sources
                 ),

@@ -52,7 +52,8 @@ class Binding:
 def bindings(program: Program) -> tuple[Binding, ...]:
     """Where each symbolic size of the program comes from, in an order in which each needs only earlier ones.
 
-    Plain dimensions come before products.  Raises GraphError if the inputs' shapes do not determine a size.
+    Plain dimensions come before products, and those before powers.  Raises GraphError if the inputs' shapes do not
+    determine a size.
     """
     found: dict[Dim, Binding] = {}
     wanted = set(program.dims())
@@ -64,7 +65,7 @@ def bindings(program: Program) -> tuple[Binding, ...]:
                 f"the shapes of the inputs of {program.name} do not determine {names}",
                 remedy="give an input that has it as a dimension",
             )
-        best = min(candidates, key=lambda b: (len(b.others), b.coefficient != 1, b.power != 1))
+        best = min(candidates, key=lambda b: (b.power, len(b.others), b.coefficient != 1))
         found[best.dim] = best
     return tuple(found.values())
 
