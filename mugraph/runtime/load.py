@@ -151,10 +151,10 @@ class Executable:
     """
 
     __slots__ = (
+        "_bindings",
         "_differentiable",
         "_names",
         "_notes",
-        "_order",
         "_parameters",
         "_results",
         "devices",
@@ -176,8 +176,8 @@ class Executable:
         self.devices = tuple(devices)
         self._differentiable = differentiable
         self._notes: dict[str, None] = {}
-        self._order = {b.dim: b for b in bindings(program)}
-        self._parameters = _parameters(program, self._order, frozenset(dense))
+        self._bindings = bindings(program)
+        self._parameters = _parameters(program, self._bindings, frozenset(dense))
         self._results = _results(program)
         self._names = {p.name: i for i, p in enumerate(self._parameters)}
 
@@ -248,7 +248,7 @@ class Executable:
 
     def _bind(self, args: Sequence[Any], sizes: dict[str, int]) -> None:
         """Gives each symbolic size its value, in range and the same for all dimensions that have it."""
-        for b in self._order.values():
+        for b in self._bindings:
             p = self._parameters[self._names[b.source]]
             t = args[self._names[b.source]]
             value = b.value(t.shape[b.position], sizes)
@@ -262,7 +262,7 @@ class Executable:
             for position, size in p.products:
                 expected = _value(size, sizes)
                 if t.shape[position] != expected:
-                    known = ", ".join(f"{d} = {sizes[d.name]} from {b.source}" for d, b in self._order.items())
+                    known = ", ".join(f"{b.dim} = {sizes[b.dim.name]} from {b.source}" for b in self._bindings)
                     remedy = f"dimension {position} must be {size} = {expected}"
                     raise self._refusal(p, f"it is {_shown(t)}, with {known}", remedy)
 
@@ -326,21 +326,19 @@ class Executable:
         """The arguments as the function can read them; a copy where it cannot read one as it lies."""
         changed: list[Any] | None = None
         for i, (p, t) in enumerate(zip(self._parameters, args, strict=True)):
-            reason = None
             if t.is_neg():
                 reason = "it is a lazily negated view"
             elif p.dense and not t.is_contiguous():
                 reason = f"its strides {tuple(t.stride())} are not row-major"
-            if reason is None:
+            elif p.overwritten and _overlaps_itself(t):
+                raise self._refusal(p, f"its strides {t.stride()} overlap", "pass a tensor with its own memory")
+            else:
                 continue
             if p.overwritten:
                 raise self._refusal(p, f"{reason}, and the result is written into it", "pass a dense tensor")
             changed = changed or list(args)
             changed[i] = t.resolve_neg().contiguous()
             self._note(f"{p.name} is copied before each call: {reason}")
-        for p, t in zip(self._parameters, args, strict=True):
-            if p.overwritten and _overlaps_itself(t):
-                raise self._refusal(p, f"its strides {t.stride()} overlap", "pass a tensor with its own memory")
         return changed or args
 
     def _note(self, text: str) -> None:
@@ -349,10 +347,10 @@ class Executable:
             _log.warning("%s: %s", self.program.name, text)
 
 
-def _parameters(program: Program, order: Mapping[Dim, Binding], dense: frozenset[str]) -> tuple[_Parameter, ...]:
+def _parameters(program: Program, order: Sequence[Binding], dense: frozenset[str]) -> tuple[_Parameter, ...]:
     import torch
 
-    sources = {(b.source, b.position) for b in order.values()}
+    sources = {(b.source, b.position) for b in order}
     found = []
     for i in program.inputs:
         shape = i.tensor.shape
@@ -390,6 +388,10 @@ def _results(program: Program) -> tuple[_Result, ...]:
 
 def _value(size: Size, sizes: Mapping[str, int]) -> int:
     """The size's value; -1, which no dimension has, if it is not whole."""
+    if isinstance(size, int):
+        return size
+    if isinstance(size, Dim):
+        return sizes[size.name]
     try:
         return size_value(size, sizes)
     except ShapeError:

@@ -41,6 +41,8 @@ class Binding:
 
     def value(self, size: int, known: Mapping[str, int]) -> int | None:
         """The value of the dim where the dimension has this size; None if no whole number gives that size."""
+        if self.power == 1 and self.coefficient == 1 and not self.others:
+            return size
         rest = self.coefficient
         for dim, power in self.others:
             rest *= Fraction(known[dim.name]) ** power
