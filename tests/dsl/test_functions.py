@@ -267,10 +267,10 @@ def test_a_function_of_the_language_computes_what_its_namesake_in_torch_does(nam
 
 
 EINSUMS = ["ij,jk->ik", "ij,kj->ki", "bij,bjk->bik", "ij,ij->", "ij->ji", "ij->", "i,j->ij", "ij,jk,kl->il", "ij,jk"]
-EINSUMS += ["...ij,jk->...ik", "bhqd,bhkd->bhqk", "i,ij,j->", "ii2"]
+EINSUMS += ["...ij,jk->...ik", "bhqd,bhkd->bhqk", "i,ij,j->"]
 
 
-@pytest.mark.parametrize("equation", EINSUMS[:-1])
+@pytest.mark.parametrize("equation", EINSUMS)
 def test_einsum_computes_what_torch_does(equation):
     sizes = {c: n for n, c in enumerate("ijklbhqd", start=2)}
     terms = equation.split("->")[0].replace("...", "bh").split(",")
@@ -289,6 +289,9 @@ def test_einsum_letters_name_the_axes():
 SHAPES = st.sampled_from([(4,), (1,), (3, 4), (3, 1), (1, 4), (2, 3, 4), (2, 1, 1), (4, 4), (1, 1), (2, 4, 4)])
 
 
+STEPS = ["add", "mul", "sub", "matmul", "T", "sum", "max", "exp", "reshape", "unsqueeze", "slice", "expand", "cat"]
+
+
 @st.composite
 def expressions(draw):
     """A random program as a list of steps over a growing pool of tensors; torch decides which steps are legal."""
@@ -296,7 +299,7 @@ def expressions(draw):
     count = draw(st.integers(2, 7))
     steps = [
         (
-            draw(st.sampled_from(["add", "mul", "sub", "matmul", "T", "sum", "max", "exp", "reshape", "unsqueeze", "slice", "expand", "cat"])),
+            draw(st.sampled_from(STEPS)),
             draw(st.integers(0, 50)),
             draw(st.integers(0, 50)),
             draw(st.integers(0, 50)),
@@ -366,10 +369,13 @@ def test_random_programs_agree_with_torch(case):
     agree(lambda *xs: run(*xs, cat=mg.concat), specs, lambda *xs: run(*xs, cat=torch.cat))
 
 
+TORCH = {"f16": torch.float16, "f32": torch.float32, "i64": torch.int64}
+
+
 def test_half_precision_promotes_as_in_torch():
     cases = [(f16["B", 4], f32["B", 4]), (f16["B", 4], f32[()]), (f16["B", 4], i64[4]), (f32[()], f16[1, 1])]
     for a, b in cases:
         p = agree(lambda x, y: x * y + 1, [a, b])
-        e = [torch.ones([1] * len(s.shape), dtype={"f16": torch.float16, "f32": torch.float32, "i64": torch.int64}[str(s.dtype)]) for s in (a, b)]  # fmt: skip
+        e = [torch.ones([1] * len(x.shape), dtype=TORCH[str(x.dtype)]) for x in (a, b)]
         want = str((e[0] * e[1] + 1).dtype).removeprefix("torch.float")
         assert str(p.tensors()[p.outputs[0].value].dtype) == f"f{want}"
