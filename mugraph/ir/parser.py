@@ -140,8 +140,8 @@ class _Line:
         return self.tokens[self.at - 1][1]
 
     def accept(self, token: str) -> bool:
-        """Whether the coming token is this sign or bare word; it is then read."""
-        if self.kind() == "string" or self.peek() != token:
+        """Whether the coming token is this sign or bare word (never a string); it is then read."""
+        if self.peek() != token:
             return False
         self.at += 1
         return True
@@ -182,7 +182,7 @@ class _Line:
     def series(self, close: str, item: Callable[[], T]) -> tuple[T, ...]:
         """Items with commas between them, up to the token `close` ('' is the end of the line)."""
         found: list[T] = []
-        while self.peek() != close or (close and self.kind() == "string"):
+        while self.peek() != close:
             if found:
                 self.expect(",")
             found.append(item())
@@ -557,7 +557,7 @@ class _Block:
         loads: list[Load] = []
         steps: list[Step] = []
         for child in line.below:
-            if child.accept("load"):
+            if not child.starts_equation() and child.accept("load"):
                 loads.append(self.program.located(child, lambda child: self.load(child, loops)))
             else:
                 steps.append(self.program.located(child, self.step))

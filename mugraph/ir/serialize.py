@@ -177,8 +177,10 @@ def _one_of(hints: tuple[Any, ...], data: Any, path: str) -> Any:
     if isinstance(data, dict):
         return _rational(data, path) if Fraction in hints and "rational" in data else _object(data, path, classes)
     for hint in hints:
-        if hint not in classes and hint is type(data):
+        if hint is type(data):
             return data
+        if get_origin(hint) is tuple and isinstance(data, list):
+            return _decoded(hint, data, path)
     _refuse(path, f"expected {' or '.join(h.__name__ for h in hints)}, found {_short(data)}")
 
 
