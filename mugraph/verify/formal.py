@@ -183,7 +183,7 @@ def _spread_to(terms: Words, lead: tuple[int, ...]) -> Words:
 
 
 def merged(c: Words, e: Words) -> Sum:
-    """The sum with equal exponents merged, zero terms dropped and exponents ascending."""
+    """The sum with equal exponents merged and zero terms dropped."""
     if c.shape[-1] == 1:
         return c, np.where(c == 0, U(0), e)
     order = np.argsort(e, axis=-1, kind="stable")
@@ -208,7 +208,8 @@ def sum_product(a: Sum, b: Sum, limit: int) -> Sum:
     _check_room(lead, width, limit)
     c = a[0][..., :, None] * b[0][..., None, :] % U(P)
     e = (a[1][..., :, None] + b[1][..., None, :]) % U(Q)
-    return merged(c.reshape(*lead, width), e.reshape(*lead, width))
+    c, e = c.reshape(*lead, width), e.reshape(*lead, width)
+    return (c, e) if 1 in (a[0].shape[-1], b[0].shape[-1]) else merged(c, e)  # a shift keeps exponents apart
 
 
 def sum_plus(a: Sum, b: Sum, limit: int) -> Sum:
@@ -482,29 +483,50 @@ class FormalAlgebra(ArrayAlgebra):
 
     def _extreme(self, order: str, a: Value, b: Value) -> Value:
         lead = np.broadcast_shapes(a.lead, b.lead)
-        sets = [_spread_to(s, lead) for s in (self._set(a, order), self._set(b, order))]
-        members = np.sort(np.concatenate(sets, axis=-1), axis=-1)
+        sets = [_spread_to(self._set(v, order), lead) for v in (a, b)]
+        result = self._union(order, a.axes, np.concatenate(sets, axis=-1), a, b)
+        if a.formal or b.formal:
+            return result
+        filled = sets[0][..., 0] != _NOTHING
+        return self._single(result, *(np.where(filled, a.words(i), b.words(i)) for i in (_P, _Q)))
+
+    def _extreme_along(self, order: str, v: Value, axes: tuple[str, ...]) -> Value:
+        kept = tuple(a for a in v.axes if a not in axes)
+        result = self._union(order, kept, self._gathered_terms(self._set(v, order), v.axes, axes, kept), v)
+        if v.formal:
+            return result
+        p, q = (self._gathered_terms(v.words(i)[..., None], v.axes, axes, kept) for i in (_P, _Q))
+        first: NDArray[Any] = np.zeros((*p.shape[:-1], 1), dtype=np.int64)
+        if v.order == order:
+            filled = self._gathered_terms(v.words(_SET)[..., :1], v.axes, axes, kept) != _NOTHING
+            first = filled.argmax(axis=-1)[..., None]
+        return self._single(result, *(np.take_along_axis(w, first, axis=-1)[..., 0] for w in (p, q)))
+
+    def _union(self, order: str, axes: tuple[str, ...], members: Words, *operands: Value) -> Value:
+        """The extreme of the elements along the last dimension, equal ones counted once."""
+        members = np.sort(members, axis=-1)
         members[..., 1:][members[..., 1:] == members[..., :-1]] = _NOTHING
         members = np.sort(members, axis=-1)
         counts = (members != _NOTHING).sum(axis=-1)
         members = members[..., : max(int(counts.max(initial=0)), 1)]
-        flat = [replace(v.bound, terms=1, below=1, exponent_top=0, exponent_bottom=0) for v in (a, b)]
-        result = self._from_set(a.axes, members, order, flat[0].either(flat[1]))
-        if a.formal or b.formal:
-            return result
-        filled = sets[0][..., 0] != _NOTHING
-        parts: list[NDArray[Any] | None] = list(result.parts)
-        for i in (_P, _Q):
-            own = np.where(filled, a.words(i), b.words(i))
-            parts[i] = np.where(counts == 1, own, result.words(i))
-        return replace(result, parts=tuple(parts))
+        flat = [Bound(v.bound.top, v.bound.bottom) for v in operands]
+        return self._from_set(axes, members, order, reduce(Bound.either, flat))
+
+    def _single(self, extreme: Value, p: Words, q: Words) -> Value:
+        """Where only one element is left, its own value."""
+        members = extreme.words(_SET)
+        alone = (members != _NOTHING).sum(axis=-1) == 1
+        parts = list(extreme.parts)
+        for i, own in ((_P, p), (_Q, q)):
+            parts[i] = np.where(alone, own, extreme.words(i))
+        return replace(extreme, parts=tuple(parts))
 
     # -- the algebra's interface ---------------------------------------------------------------------------------
 
     def total(self, kind: str, v: Named, axes: tuple[str, ...]) -> Value:
         v = _value(v)
         if kind in ("max", "min"):
-            return reduce(lambda acc, axis: self._fold(acc, axis, lambda a, b: self._extreme(kind, a, b)), axes, v)
+            return self._extreme_along(kind, v, axes)
         count = math.prod(v.size(a) for a in axes)
         kept = tuple(a for a in v.axes if a not in axes)
         if not v.formal:
@@ -512,7 +534,7 @@ class FormalAlgebra(ArrayAlgebra):
             p, q = (np.asarray(v.words(i).sum(axis=where) % U(m)) for i, m in ((_P, P), (_Q, Q)))
             return plain(kept, p, q, v.bound.total(count, formal=False))
         if v.denominator is not None and not self._constant_along(v, axes):
-            return reduce(lambda acc, axis: self._fold(acc, axis, self._plus), axes, v)
+            return reduce(self._sum_along, axes, v)
         top = merged(*(self._gathered_terms(part, v.axes, axes, kept) for part in v.numerator))
         bottom = None
         if v.denominator is not None:
@@ -536,12 +558,11 @@ class FormalAlgebra(ArrayAlgebra):
         first = cast(Sum, tuple(_first(part, v.axes, axes, keep=True) for part in v.denominator))
         return repeated or self._same(v.denominator, first, v.bound, v.bound)
 
-    def _fold(self, v: Value, axis: str, f: Any) -> Value:
-        """The entries along one axis, combined pairwise."""
-        pieces = [_value(narrow(v, axis, i, 1)) for i in range(v.size(axis))]
-        combined = reduce(f, pieces)
+    def _sum_along(self, v: Value, axis: str) -> Value:
+        """The entries along one axis, added pairwise over a common denominator."""
+        combined = reduce(self._plus, self._entries(v, axis))
         at = v.axes.index(axis)
-        return _value(combined.map(lambda p: np.take(p, 0, axis=at), tuple(a for a in v.axes if a != axis)))
+        return combined.map(lambda p: np.take(p, 0, axis=at), tuple(a for a in v.axes if a != axis))
 
     def function(self, fn: str, attrs: Mapping[str, str | Fraction], args: Sequence[Named]) -> Value:
         xs = [_value(v) for v in args]
