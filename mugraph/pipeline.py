@@ -1,0 +1,517 @@
+"""The whole path: program -> search -> stabilised, verified μGraph -> emitted source -> numeric check -> callable.
+
+This is the one module that knows every stage.  `superoptimize` is defined here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+import signal
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from mugraph import __version__, settings
+from mugraph.codegen.lower import lower
+from mugraph.codegen.stabilise import stabilise
+from mugraph.errors import (
+    CacheError,
+    CacheWarning,
+    MugraphError,
+    TargetMismatchError,
+    UnsupportedOpError,
+    VerificationError,
+)
+from mugraph.ir.axes import dims_of
+from mugraph.ir.graph import BlockGraph, KernelGraph, Program
+from mugraph.ir.ops import Kernel
+from mugraph.ir.printer import canonical_text
+from mugraph.ir.resize import reduction, resized
+from mugraph.ir.serialize import dumps, loads
+from mugraph.ir.threads import form_threads
+from mugraph.runtime.cache import Cache, key_of
+from mugraph.runtime.load import Executable, load_module
+from mugraph.search.cost import device
+from mugraph.search.driver import search
+from mugraph.search.report import SearchReport
+from mugraph.search.space import SearchSpace
+from mugraph.transpiler import torch as torch_code
+from mugraph.transpiler import triton as triton_code
+from mugraph.transpiler.target import Target, parse_target
+from mugraph.verify.certificate import Certificate
+from mugraph.verify.equivalence import Verified, verify
+from mugraph.verify.numeric import Checked, NumericReport, numeric_check
+from mugraph.viz.mermaid import draw_mermaid
+from mugraph.viz.svg import draw_svg
+
+SCHEMA_VERSION = 1
+DELTA = 2.0**-40
+_log = logging.getLogger("mugraph.pipeline")
+
+
+@dataclass(frozen=True)
+class Result:
+    """A superoptimised program.  Call it with tensors; print it for one screen of what it is.
+
+    graph        the μGraph, all levels
+    source       the emitted file, which needs torch (and triton) only
+    report       what the search did: a text, and `report_data` as plain data
+    certificate  what was established about the graph and the source
+    target       what the source is for
+    notes        what the user should know (a fallback, a check that could not be made)
+    """
+
+    program: Program
+    graph: KernelGraph
+    source: str
+    certificate: Certificate
+    report: SearchReport | ReportText
+    target: Target
+    notes: tuple[str, ...] = ()
+    cached: bool = False
+    directory: Path | None = field(default=None, compare=False)
+
+    @cached_property
+    def executable(self) -> Executable:
+        """The loaded source behind a check of its arguments.  Raises CompileError if it does not load."""
+        name = f"{self.program.name}_{self.target}"
+        module = load_module(self.source, name)
+        if self.target.kind == "torch":
+            return Executable(self.program, module.run, differentiable=True)
+        return Executable(self.program, module.run, devices=("cuda",))
+
+    def __call__(self, *args: Any, out: Any = None, **named: Any) -> Any:
+        """Runs the emitted source.  Raises LaunchError for arguments that do not fit the program's signature, and
+        TargetMismatchError where there is no device of the target."""
+        if self.target.kind == "triton" and not _device_is_there(self.target):
+            if settings.interpret.get():
+                return _interpreted(self, args, named)
+            raise TargetMismatchError(
+                f"this result is for {self.target}, and there is no such device here",
+                remedy="give target='torch', or set MUGRAPH_INTERPRET=1 to run the kernels under Triton's interpreter",
+            )
+        return self.executable(*args, out=out, **named)
+
+    def explain(self) -> str:
+        """Why this result: the search's report, then what the certificate says."""
+        return f"{self.report}\n{self.certificate}"
+
+    def __str__(self) -> str:
+        tiers = ", ".join(self.certificate.tiers)
+        where = f"saved in {self.directory}" if self.directory else "not saved: result.save('out/') writes it"
+        lines = [
+            str(self.graph).rstrip(),
+            f"target {self.target}; {tiers}: error <= 2^{self.certificate.delta_log2:.1f}"
+            + ("; from the cache" if self.cached else ""),
+            str(self.report),
+            *(f"note: {n}" for n in self.notes),
+            where,
+        ]
+        return "\n".join(lines)
+
+    def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> dict[str, str]:
+        return {"text/plain": str(self), "image/svg+xml": draw_svg(self.graph)}
+
+    def files(self) -> dict[str, str]:
+        """Everything that `save` writes, by file name."""
+        return {
+            "kernel.py": self.source,
+            "reference.py": torch_code.emit(self.program),
+            "program.json": dumps(self.program, indent=1),
+            "graph.json": dumps(self.graph, indent=1),
+            "graph.txt": f"{self.graph}\n",
+            "graph.svg": draw_svg(self.graph),
+            "graph.mmd": draw_mermaid(self.graph),
+            "certificate.json": self.certificate.to_json(),
+            "report.json": json.dumps(_plain(self.report), indent=1),
+        }
+
+    def save(self, directory: str | Path) -> Path:
+        """Writes the files and a manifest with their hashes.  The directory appears whole or not at all; one that is
+        there is replaced only if it was written by `save`.  Raises CacheError where it cannot be written."""
+        place = Path(directory)
+        if place.exists() and not (place / "manifest.json").is_file() and any(place.iterdir()):
+            raise CacheError(f"{place} is not empty and holds no manifest.json", remedy="name another directory")
+        files = self.files()
+        manifest = {
+            "schema_version": SCHEMA_VERSION,
+            "program": self.program.name,
+            "target": str(self.target),
+            "notes": list(self.notes),
+            "versions": dict(_versions()),
+            "files": {name: hashlib.sha256(text.encode()).hexdigest() for name, text in files.items()},
+        }
+        draft = place.parent / f".{place.name}-{uuid.uuid4().hex}"
+        old = place.parent / f".{place.name}-old-{uuid.uuid4().hex}"
+        try:
+            draft.mkdir(parents=True)
+            for name, text in {**files, "manifest.json": json.dumps(manifest, indent=1)}.items():
+                (draft / name).write_text(text, encoding="utf-8")
+            if place.exists():
+                place.rename(old)
+            draft.rename(place)
+        except OSError as error:
+            if old.exists() and not place.exists():
+                old.rename(place)
+            raise CacheError(f"cannot write {place}: {error}") from error
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
+            shutil.rmtree(old, ignore_errors=True)
+        return place
+
+
+@dataclass(frozen=True)
+class ReportText:
+    """A report read back from a file: its data, and the text it had."""
+
+    data: Mapping[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        return dict(self.data)
+
+    def __str__(self) -> str:
+        return str(self.data.get("text", ""))
+
+
+def load(directory: str | Path) -> Result:
+    """A saved result.  Raises CacheError where a file is missing, edited or of another schema version."""
+    place = Path(directory)
+    try:
+        manifest = json.loads((place / "manifest.json").read_text(encoding="utf-8"))
+        if manifest.get("schema_version") != SCHEMA_VERSION:
+            raise CacheError(
+                f"{place} has schema version {manifest.get('schema_version')}, this is {SCHEMA_VERSION}",
+                remedy="run mugraph optimize again",
+            )
+        files = {name: (place / name).read_text(encoding="utf-8") for name in manifest["files"]}
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise CacheError(f"{place} is no saved result: {error}", remedy="run mugraph optimize again") from error
+    for name, text in files.items():
+        if hashlib.sha256(text.encode()).hexdigest() != manifest["files"][name]:
+            raise CacheError(f"{place / name} was edited", remedy="run mugraph optimize again")
+    notes = tuple(manifest.get("notes", ()))
+    return replace(_read(files, parse_target(manifest["target"]), notes), directory=place)
+
+
+def _read(files: Mapping[str, str], target: Target, notes: tuple[str, ...]) -> Result:
+    return Result(
+        program=loads(files["program.json"]),
+        graph=loads(files["graph.json"]),
+        source=files["kernel.py"],
+        certificate=Certificate.from_json(files["certificate.json"]),
+        report=ReportText(json.loads(files["report.json"])),
+        target=target,
+        notes=notes,
+    )
+
+
+def _plain(report: SearchReport | ReportText) -> dict[str, Any]:
+    return {**report.to_dict(), "text": str(report)}
+
+
+# -- the path
+
+
+def optimize(
+    program: Program,
+    *,
+    target: str | Target | None = None,
+    space: SearchSpace | None = None,
+    budget_seconds: float | None = None,
+    delta: float = DELTA,
+    seed: int | None = None,
+    cache: Cache | None = None,
+    say: Callable[[str], None] = lambda _: None,
+) -> Result:
+    """Search, stabilise, verify, emit, check; from the cache where it was done before.
+
+    Ctrl-C (or the end of the budget) stops the search with the best so far; a second Ctrl-C quits.
+    Raises GraphError for a malformed program, UnsupportedOpError where the target has no form for an operator,
+    VerificationError where no candidate passes, UnknownTargetError for an unknown target.
+    """
+    chosen = parse_target(target)
+    space = space or SearchSpace()
+    budget = settings.budget_seconds.get(budget_seconds)
+    number = settings.seed.get(seed)
+    store = cache or Cache()
+    key = key_of(
+        f"{canonical_text(program)}\n{program}",
+        {"space": str(space), "delta": delta, "seed": number, "device": _device_name(chosen)},
+        str(chosen),
+        dict(_versions()),
+    )
+    if not settings.skip_cache.get() and not settings.force_search.get():
+        found = _from_cache(store, key, chosen)
+        if found is not None:
+            return found
+    if settings.disallow_search.get():
+        raise MugraphError(
+            f"{program.name} is not in the cache, and MUGRAPH_DISALLOW_SEARCH forbids a search",
+            remedy="optimize it ahead of time with the same cache directory",
+        )
+    result = _optimized(program, chosen, space, budget, delta, number, say)
+    saturated = isinstance(result.report, SearchReport) and result.report.stop.kind not in ("TimeLimit", "Interrupted")
+    if not settings.skip_cache.get() and saturated:
+        entry = store.put(key, result.files(), {"notes": list(result.notes), "target": str(chosen)})
+        result = replace(result, directory=entry.path if entry else None)
+    if settings.print_output_code.get():
+        say(result.source)
+    return result
+
+
+def _from_cache(store: Cache, key: str, target: Target) -> Result | None:
+    entry = store.get(key)
+    if entry is None:
+        return None
+    try:
+        files = {name: entry.text(name) for name in entry.files}
+        found = _read(files, target, tuple(entry.meta.get("notes", ())))
+    except (MugraphError, KeyError, ValueError) as error:
+        import warnings
+
+        warnings.warn(CacheWarning(f"the cache entry {entry.path} cannot be read: {error}"), stacklevel=3)
+        return None
+    return replace(found, cached=True, directory=entry.path)
+
+
+def _optimized(
+    program: Program,
+    target: Target,
+    space: SearchSpace,
+    budget: float,
+    delta: float,
+    seed: int,
+    say: Callable[[str], None],
+) -> Result:
+    started = time.perf_counter()
+
+    def tell(text: str) -> None:
+        say(f"[{time.perf_counter() - started:.1f}s] {text}")
+        _log.info(text)
+
+    def accept(graph: KernelGraph) -> tuple[Verified, str]:
+        verified = verify(program, finished(graph), delta=delta, seed=seed)
+        try:
+            return verified, emit(verified, target)
+        except UnsupportedOpError as error:  # this candidate has no form on the target; another may
+            raise VerificationError(f"not lowered: {error.message}") from error
+
+    tell(f"searching {program.name} for {target}")
+    with _interruptible() as interrupted:
+        found = search(
+            program,
+            accept=accept,
+            space=space,
+            on=device(_device_name(target)),
+            budget_seconds=budget,
+            interrupted=interrupted,
+        )
+    verified, source = found.accepted  # type: ignore[misc]
+    tell(f"found: {found.report.predicted_seconds * 1e6:.1f} µs predicted; verified, error <= {delta:.1e}")
+    numerics = numeric_tier(verified, target, source, seed)
+    checked = Checked(verified, _hash(source), numerics)  # refuses a source that disagrees with float64
+    tell(f"numeric check passed: {len(numerics.rows)} comparisons with float64 ({numerics.how})")
+    notes = list(found.report.notes)
+    if numerics.how == "interpreted":
+        notes.append("the kernels were checked under Triton's interpreter at reduced sizes, not on a device")
+    return Result(
+        program=program,
+        graph=verified.graph,
+        source=source,
+        certificate=checked.verified.certificate.with_numerics(numerics),
+        report=found.report,
+        target=target,
+        notes=tuple(notes),
+    )
+
+
+def finished(graph: KernelGraph) -> KernelGraph:
+    """The μGraph as it is verified and lowered: exponentials stabilised, thread graphs formed."""
+    stable = stabilise(graph)
+    equations = []
+    for e in stable.equations:
+        if isinstance(e.op, Kernel):
+            e = replace(e, op=Kernel(tuple(_with_threads(b) for b in e.op.blocks)))
+        equations.append(e)
+    return replace(stable, equations=tuple(equations))
+
+
+def _with_threads(block: BlockGraph) -> BlockGraph:
+    formed = form_threads(block)
+    return replace(formed, combine=form_threads(formed.combine)) if formed.combine else formed
+
+
+def emit(verified: Verified, target: Target) -> str:
+    """The source of a verified μGraph for a target.  A graph without kernels of ours is torch code everywhere."""
+    if target.kind == "torch" or not verified.graph.kernels():
+        return torch_code.emit(verified.graph)
+    return triton_code.emit(lower(verified))
+
+
+def numeric_tier(verified: Verified, target: Target, source: str, seed: int) -> NumericReport:
+    """The same μGraph at reduced sizes (two tiles and a tail along each tiled axis), lowered the same way, against
+    float64: on the device if it is there, under the interpreter if not, as torch code for the torch target."""
+    sizes, tiles = reduction(verified.program, verified.graph)
+    program = resized(verified.program, sizes, {})
+    graph = resized(verified.graph, sizes, tiles)
+    small = verify(program, graph, delta=2.0**-20, seed=seed)
+    text = emit(small, target)
+    stable = any(isinstance(e.op, Kernel) for e in graph.equations)
+    with runner(text, target, program) as (run, how):
+        report = numeric_check(
+            program,
+            run,
+            bindings=sample_bindings(program, tiles),
+            how=how,  # type: ignore[arg-type]
+            target=f"{target}, reduced sizes",
+            source_hash=_hash(source),
+            draws=("normal", "wide", "outlier", "logits") if how != "interpreted" else ("normal", "logits"),
+            seed=seed,
+            device="cuda" if how == "device" else "cpu",
+            beyond_eager=stable,
+        )
+    return report
+
+
+Run = Callable[..., Sequence[Any]]
+
+
+@contextmanager
+def runner(source: str, target: Target, program: Program) -> Iterator[tuple[Run, str]]:
+    """A function that runs emitted source on tensors by name, and how it runs them."""
+    order = [i.name for i in program.inputs]
+    kernels = "triton.jit" in source
+    if target.kind == "torch" or not kernels or _device_is_there(target):
+        module = load_module(source, f"{program.name}_check")
+
+        def run(inputs: Mapping[str, Any], bindings: Mapping[str, int], out: Sequence[Any]) -> Sequence[Any]:
+            del bindings
+            given = module.run(*(inputs[n] for n in order), out=out[0] if len(out) == 1 else tuple(out))
+            return given if isinstance(given, tuple) else (given,)
+
+        yield run, "device" if kernels and target.kind != "torch" else "torch"
+        return
+    from mugraph.runtime.interpret import Interpreter
+
+    with Interpreter() as interpreter:
+
+        def interpret(inputs: Mapping[str, Any], bindings: Mapping[str, int]) -> Sequence[Any]:
+            del bindings
+            return interpreter.run(source, {n: inputs[n] for n in order})
+
+        yield interpret, "interpreted"
+
+
+def sample_bindings(program: Program, tiles: Mapping[str, int]) -> list[dict[str, int]]:
+    """Values of the symbolic sizes: one tile and a part, and the least admissible."""
+    found = []
+    for wanted in (lambda tile: tile + max(1, tile // 2 - 1), lambda tile: 1):
+        bound = {}
+        for axis in program.axes().values():
+            for d in dims_of(axis.size):
+                value = wanted(min(tiles.get(axis.name, 4), 32))
+                bound[d.name] = max(bound.get(d.name, 1), min(max(value, d.min), d.max))
+        if bound not in found:
+            found.append(bound)
+    return found
+
+
+@contextmanager
+def _interruptible() -> Iterator[Callable[[], bool]]:
+    """The first Ctrl-C sets a flag, the second raises KeyboardInterrupt.  Only the main thread gets signals."""
+    hit = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield hit.is_set
+        return
+    before = signal.getsignal(signal.SIGINT)
+
+    def handle(number: int, frame: Any) -> None:
+        if hit.is_set():
+            raise KeyboardInterrupt
+        hit.set()
+
+    signal.signal(signal.SIGINT, handle)
+    try:
+        yield hit.is_set
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _interpreted(result: Result, args: Sequence[Any], named: Mapping[str, Any]) -> Any:
+    from mugraph.runtime.interpret import interpret
+
+    order = [i.name for i in result.program.inputs]
+    executable = Executable(result.program, lambda *tensors, out=None: tensors)
+    tensors = executable(*args, **named)  # the same checks as on a device
+    outputs = interpret(result.source, dict(zip(order, tensors, strict=True)))
+    return outputs[0] if len(outputs) == 1 else tuple(outputs)
+
+
+def _device_is_there(target: Target) -> bool:
+    import torch
+
+    if not torch.cuda.is_available():
+        return False
+    major, minor = torch.cuda.get_device_capability()
+    return target.arch in (None, 10 * major + minor)
+
+
+def _device_name(target: Target) -> str:
+    """The description that costs are predicted with: that of the target's generation, H100 where there is none."""
+    if target.arch is None:
+        return "h100"
+    return "80" if target.arch < 90 else "90" if target.arch < 100 else "100"
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _versions() -> tuple[tuple[str, str], ...]:
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = [("mugraph", __version__)]
+    for name in ("torch", "triton", "numpy"):
+        try:
+            found.append((name, version(name)))
+        except PackageNotFoundError:
+            found.append((name, "absent"))
+    return tuple(found)
+
+
+# -- the front door
+
+# How a PyTorch function or module is captured and wrapped; `mugraph.pytorch` puts itself here.
+FRONTENDS: list[Callable[..., Any]] = []
+
+
+def superoptimize(subject: Any = None, **options: Any) -> Any:
+    """Finds faster kernels for a program and returns something to call.
+
+    A `Program` (what `@mg.program` makes) gives a `Result` at once.  A PyTorch function or module gives a function
+    that is optimised at its first call for the shapes it gets, and falls back to the original, with one warning, where
+    something in it is not understood.  Without a subject, returns a decorator: `@mg.superoptimize(target="cuda:90")`.
+
+    Options: target ("torch", "cuda", "cuda:90", ...), space (SearchSpace), budget_seconds, delta, seed, cache; for
+    PyTorch functions also dynamic ({"x": {0: mg.Dim("B", 1, 256)}}) and strict (raise instead of falling back).
+    """
+    if subject is None:
+        return lambda later: superoptimize(later, **options)
+    if isinstance(subject, Program):
+        return optimize(subject, **options)
+    if callable(subject):
+        for frontend in FRONTENDS:
+            return frontend(subject, **options)
+    raise MugraphError(
+        f"superoptimize takes a program or a PyTorch function, not {type(subject).__name__}",
+        remedy="make a program with @mg.program, or give a function of tensors or an nn.Module",
+    )
