@@ -100,7 +100,7 @@ def read_code(tools: Path, binary: Path) -> dict[str, int]:
     """Counts of opcodes: spills (local memory), global loads of 16 bytes and of less, matrix instructions."""
     text = subprocess.run([tools / "nvdisasm", "-c", binary], capture_output=True, text=True, check=True).stdout
     codes = re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\d+ )?([A-Z][\w.]*)", text, re.MULTILINE)
-    loads = [c for c in codes if c.startswith(("LDG", "LDGSTS", "UTMALDG"))]
+    loads = [c for c in codes if c.startswith(("LDG.", "LDGSTS", "UTMALDG"))]
     wide = [c for c in loads if ".128" in c or c.startswith("UTMALDG")]
     matrix = ("HMMA", "IMMA", "QMMA", "DMMA", "HGMMA", "IGMMA", "QGMMA", "UTCHMMA", "UTCQMMA", "UTCIMMA")
     return {
