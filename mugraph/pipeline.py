@@ -47,9 +47,9 @@ from mugraph.search.space import SearchSpace
 from mugraph.transpiler import torch as torch_code
 from mugraph.transpiler import triton as triton_code
 from mugraph.transpiler.target import Target, parse_target
-from mugraph.verify.certificate import Certificate
+from mugraph.verify.certificate import Certificate, How, NumericReport
 from mugraph.verify.equivalence import Verified, verify
-from mugraph.verify.numeric import Checked, NumericReport, numeric_check
+from mugraph.verify.numeric import Checked, numeric_check
 from mugraph.viz.mermaid import draw_mermaid
 from mugraph.viz.svg import draw_svg
 
@@ -315,7 +315,9 @@ def _optimized(
             budget_seconds=budget,
             interrupted=interrupted,
         )
-    verified, source = found.accepted  # type: ignore[misc]
+    assert isinstance(found.accepted, tuple)
+    verified: Verified = found.accepted[0]
+    source: str = found.accepted[1]
     tell(f"found: {found.report.predicted_seconds * 1e6:.1f} µs predicted; verified, error <= {delta:.1e}")
     numerics = numeric_tier(verified, target, source, seed)
     checked = Checked(verified, _hash(source), numerics)  # refuses a source that disagrees with float64
@@ -371,7 +373,7 @@ def numeric_tier(verified: Verified, target: Target, source: str, seed: int) -> 
             program,
             run,
             bindings=sample_bindings(program, tiles),
-            how=how,  # type: ignore[arg-type]
+            how=how,
             target=f"{target}, reduced sizes",
             source_hash=_hash(source),
             draws=("normal", "wide", "outlier", "logits") if how != "interpreted" else ("normal", "logits"),
@@ -386,7 +388,7 @@ Run = Callable[..., Sequence[Any]]
 
 
 @contextmanager
-def runner(source: str, target: Target, program: Program) -> Iterator[tuple[Run, str]]:
+def runner(source: str, target: Target, program: Program) -> Iterator[tuple[Run, How]]:
     """A function that runs emitted source on tensors by name, and how it runs them."""
     order = [i.name for i in program.inputs]
     kernels = "triton.jit" in source
@@ -415,7 +417,7 @@ def sample_bindings(program: Program, tiles: Mapping[str, int]) -> list[dict[str
     """Values of the symbolic sizes: one tile and a part, and the least admissible."""
     found = []
     for wanted in (lambda tile: tile + max(1, tile // 2 - 1), lambda tile: 1):
-        bound = {}
+        bound: dict[str, int] = {}
         for axis in program.axes().values():
             for d in dims_of(axis.size):
                 value = wanted(min(tiles.get(axis.name, 4), 32))

@@ -7,7 +7,7 @@ from dataclasses import fields, is_dataclass, replace
 from typing import Any, TypeVar
 
 from mugraph.ir.axes import Axis, dims_of
-from mugraph.ir.graph import BlockGraph, Pass, Program
+from mugraph.ir.graph import BlockGraph, Pass, Program, Split
 from mugraph.ir.ops import Concat, Gather, Kernel, Pack, Rename, Reshape, Scatter, Slice, TopK, Unpack
 from mugraph.ir.types import DType
 
@@ -16,18 +16,20 @@ T = TypeVar("T")
 
 def resized(value: T, sizes: Mapping[str, int], tiles: Mapping[str, int]) -> T:
     """A graph (or any part of one) with the sizes of the named axes and the tiles of the named grid and loop axes
-    replaced.
+    replaced.  The size of a split's part axis is the number of its parts.
 
     >>> from mugraph.ir.types import tensor, DType
     >>> str(resized(tensor("x", (Axis("k", 4096),), DType.f16), {"k": 80}, {}).axes[0].size)
     '80'
     """
-    return _walked(value, lambda x: _resize_one(x, sizes, tiles))
+    result: T = _walked(value, lambda x: _resize_one(x, sizes, tiles))
+    return result
 
 
 def recast(value: T, dtypes: Mapping[DType, DType]) -> T:
     """A graph with element types replaced: the same program in bf16, say."""
-    return _walked(value, lambda x: dtypes.get(x, x) if isinstance(x, DType) else x)
+    result: T = _walked(value, lambda x: dtypes.get(x, x) if isinstance(x, DType) else x)
+    return result
 
 
 def _resize_one(x: Any, sizes: Mapping[str, int], tiles: Mapping[str, int]) -> Any:
@@ -36,6 +38,8 @@ def _resize_one(x: Any, sizes: Mapping[str, int], tiles: Mapping[str, int]) -> A
             return Axis(name, sizes[name])
         case BlockGraph():
             return replace(x, grid=tuple((a, tiles.get(a, t)) for a, t in x.grid))
+        case Split() if x.part.name in sizes:
+            return replace(x, parts=sizes[x.part.name])
         case Pass():
             return replace(x, loops=tuple((a, tiles.get(a, t)) for a, t in x.loops))
         case _:
@@ -53,23 +57,27 @@ def _walked(value: Any, change: Any) -> Any:
 
 
 MOST_TILE = 32
+MOST_PARTS = 4
 
 
 def reduction(program: Program, graph: Program) -> tuple[dict[str, int], dict[str, int]]:
-    """Sizes and tiles at which every tiled axis of static size has two tiles and a tail, and long whole axes shrink.
+    """Sizes and tiles at which every tiled axis of static size has two tiles and a tail, splits have few parts, one of
+    them empty, and long whole axes shrink.
 
     Axes that views cut or join, and what stands for them under another name, keep their sizes.
     """
     tiles: dict[str, int] = {}
+    sizes: dict[str, int] = {}
     for e in graph.kernels():
         assert isinstance(e.op, Kernel)
         for block in e.op.blocks:
+            if block.split:
+                sizes[block.split.part.name] = min(block.split.parts, MOST_PARTS)
             for b in (block, block.combine):
                 if b is not None:
                     for a, t in b.tiles().items():
                         tiles[a] = min(t, MOST_TILE, tiles.get(a, t))
     fixed = {a for g in (program, graph) for a in _cut_axes(g)}
-    sizes: dict[str, int] = {}
     for name, axis in program.axes().items():
         if name in fixed or not isinstance(axis.size, int):
             continue
