@@ -135,7 +135,8 @@ class Certificate:
         lines = [
             f"{self.graph} computes {self.program}: {', '.join(self.tiers)}",
             f"  program {self.program_hash[:16]}, graph {self.graph_hash[:16]}",
-            f"  tested: error ≤ 2^{self.delta_log2:.1f} at the sizes below, asked for 2^{self.delta_requested_log2:g}",
+            f"  tested: error ≤ 2^{self.delta_log2:.1f} (asked for 2^{self.delta_requested_log2:g}) at these sizes, "
+            "under the assumptions below",
         ]
         for d in self.draws:
             split = f", parts {_pairs_text(d.parts)}" if d.parts else ""

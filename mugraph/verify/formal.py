@@ -117,8 +117,9 @@ class Bound:
 
     @property
     def difference(self) -> int:
-        """Degree of the polynomial that vanishes where two plain values of this bound agree."""
-        return self.top + self.bottom
+        """Degree of what vanishes where two values of this bound agree: exact for plain values, and for values with
+        exponentials what two random points would give if they were independent of everything."""
+        return self.top + self.bottom + (self.terms + self.below) * (self.exponent_top + self.exponent_bottom)
 
 
 OPAQUE = Bound(1, 0)

@@ -209,19 +209,30 @@ def _draw(facts: _Facts, earlier: Sequence[Draw], number: int, fixed: dict[str, 
     variables = list(dict.fromkeys([*segments, *(same.of(a) for a in facts.axes)]))
     history = {v: tuple(d.sizes[v] for d in earlier if v in d.sizes) for v in variables}
 
-    varied = {same.of(a) for a in (*facts.looped, *facts.counted)}
+    bound_up = {name for c in constraints for name in _names(c)}
+    looped = {same.of(a) for a in (*facts.looped, *facts.counted)}
+    varied = looped | bound_up
 
     def candidates(v: str, taken: Mapping[str, int]) -> list[int]:
         wanted = TILED_SIZES if v in tiled else (1, 2) if v in segments else WHOLE_SIZES
+        sizes = range(1, 17) if v in bound_up else wanted
         if not earlier:
-            # a loop takes two full tiles and a tail where a second tile of the grid does
-            ranked = sorted(wanted, key=lambda s: (v in varied and s == wanted[0], s))
-        else:
-            used = {(*history[o], s) for o, s in taken.items() if o in history}
-            ranked = sorted(wanted, key=lambda s: (v in varied and s in history[v], (*history[v], s) in used, s))
-        return ranked if not constraints else [*ranked, *(s for s in range(1, 17) if s not in wanted)]
+            # a loop takes two full tiles and a tail where the grid does with one
+            return sorted(sizes, key=lambda s: (s not in wanted, v in looped and s == wanted[0], s))
+        used = {(*history[o], s) for o, s in taken.items() if o in history}
+        return sorted(
+            sizes, key=lambda s: (v in varied and s in history[v], (*history[v], s) in used, s not in wanted, s)
+        )
 
-    assigned = _solve(variables, constraints, known, candidates)
+    # an axis of size 1 hides its place among others
+    assigned = _solve(variables, constraints, known, candidates, {v: 2 for v in variables if v not in segments})
+    if assigned is None:
+        assigned = _solve(variables, constraints, known, candidates, {})
+    if assigned is None:
+        raise VerificationError(
+            "no small sizes fit the graph's slices, reshapes and concatenations",
+            remedy="verify with fixed sizes for the axes involved",
+        )
     sizes = {a: assigned[same.of(a)] for a in facts.axes}
     tiles = {a: min(tile, TILE) for a, tile in facts.tiles.items()}
     starts = {
@@ -284,17 +295,31 @@ def _segments(
     return variables, cuts
 
 
+def _names(c: _Constraint) -> tuple[str, ...]:
+    match c:
+        case _Product(_, left, right):
+            return left + right
+        case _Sum(parts, whole):
+            return (*parts, whole)
+        case _AtLeast(greater, _, less, _):
+            return greater, less
+
+
 def _solve(
-    variables: Sequence[str], constraints: Sequence[_Constraint], known: Mapping[str, int], candidates: Candidates
-) -> dict[str, int]:
-    """Values for all variables under the constraints: depth first, propagating what follows."""
+    variables: Sequence[str],
+    constraints: Sequence[_Constraint],
+    known: Mapping[str, int],
+    candidates: Candidates,
+    least: Mapping[str, int],
+) -> dict[str, int] | None:
+    """Values for all variables under the constraints, none below its least: depth first, propagating what follows."""
     steps = itertools.count()
 
     def search(taken: dict[str, int]) -> dict[str, int] | None:
         if next(steps) > STEPS:
             return None
         closed = _closed(taken, constraints)
-        if closed is None:
+        if closed is None or any(s < least.get(v, 1) for v, s in closed.items() if v not in known):
             return None
         v = next((v for v in variables if v not in closed), None)
         if v is None:
@@ -304,13 +329,7 @@ def _solve(
                 return found
         return None
 
-    found = search(dict(known))
-    if found is None:
-        raise VerificationError(
-            "no small sizes fit the graph's slices, reshapes and concatenations",
-            remedy="verify with fixed sizes for the axes involved",
-        )
-    return found
+    return search(dict(known))
 
 
 def _closed(taken: dict[str, int], constraints: Sequence[_Constraint]) -> dict[str, int] | None:

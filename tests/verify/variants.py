@@ -1,0 +1,290 @@
+"""Pairs of programs: written differently, equal by some law, and lookalikes that are not equal."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+from mugraph.ir.axes import Axis
+from mugraph.ir.graph import KernelGraph, Program
+from mugraph.ir.ops import (
+    Cast,
+    Compare,
+    Concat,
+    Const,
+    Contract,
+    CumSum,
+    Elementwise,
+    Gather,
+    Iota,
+    MaskedExp,
+    Op,
+    Reduce,
+    Rename,
+    Reshape,
+    Select,
+    SizeOf,
+    Slice,
+)  # fmt: skip
+from mugraph.ir.types import DType, Input
+from tests.graphs import Builder, axis, inp, program
+
+b, k, n, m = axis("b", 16), axis("k", 64), axis("n", 32), axis("m", 16)
+X, Y, Z = inp("X", b, k), inp("Y", b, k), inp("Z", b, k)
+W, V = inp("W", k, n), inp("V", k, n)
+KEEP = inp("Keep", b, k, dtype=DType.bool)
+IDX = inp("Idx", m, dtype=DType.i64)
+
+Step = tuple[str, Op | str, *tuple[str, ...]]
+Pair = tuple[list[Input], list[Step], list[Step]]
+
+
+def build(inputs: list[Input], steps: list[Step]) -> Program:
+    """A program from steps (name, function or operator, operands); the last one is the output."""
+    s = Builder({i.name: i.tensor for i in inputs})
+    for name, op, *args in steps:
+        s.add(name, Elementwise(op) if isinstance(op, str) else op, *args)
+    return program("p", inputs, s, steps[-1][0])
+
+
+def pair(inputs: list[Input], left: list[Step], right: list[Step]) -> tuple[Program, KernelGraph]:
+    p, q = build(inputs, left), build(inputs, right)
+    return p, KernelGraph("g", q.inputs, q.equations, q.outputs)
+
+
+def const(value: int | Fraction) -> Op:
+    return Const(Fraction(value))
+
+
+def total(*axes: str) -> Op:
+    return Reduce("sum", axes)
+
+
+def largest(*axes: str) -> Op:
+    return Reduce("max", axes)
+
+
+def half(name: str, start: int) -> Step:
+    return (name, Slice("k", axis("c", 32), start), "X")
+
+
+def softmax(shift: Step | None) -> list[Step]:
+    if shift is None:
+        return [("p", "exp", "X"), ("l", total("k"), "p"), ("o", "div", "p", "l")]
+    return [shift, ("z", "sub", "X", "t"), ("p", "exp", "z"), ("l", total("k"), "p"), ("o", "div", "p", "l")]
+
+
+EQUAL: dict[str, Pair] = {
+    "distribute": (
+        [X, W, V],
+        [("s", "add", "W", "V"), ("o", Contract(("k",)), "X", "s")],
+        [("p", Contract(("k",)), "X", "W"), ("q", Contract(("k",)), "X", "V"), ("o", "add", "p", "q")],
+    ),
+    "factor-out-of-sum": (
+        [X, Y],
+        [("r", total("k"), "Y"), ("p", "mul", "X", "r"), ("o", total("k"), "p")],
+        [("r", total("k"), "Y"), ("s", total("k"), "X"), ("o", "mul", "r", "s")],
+    ),
+    "exp-of-sum": (
+        [X, Y],
+        [("s", "add", "X", "Y"), ("o", "exp", "s")],
+        [("p", "exp", "X"), ("q", "exp", "Y"), ("o", "mul", "p", "q")],
+    ),
+    "exp-of-difference": (
+        [X, Y],
+        [("s", "sub", "X", "Y"), ("o", "exp", "s")],
+        [("p", "exp", "X"), ("q", "exp", "Y"), ("o", "div", "p", "q")],
+    ),
+    "softmax-shift": ([X], softmax(None), softmax(("t", largest("k"), "X"))),
+    "softmax-any-shift": ([X], softmax(("t", total("k"), "X")), softmax(("t", largest("k"), "X"))),
+    "fractions-of-exponentials": (
+        [X, Y],
+        [("p", "exp", "X"), ("q", "exp", "Y"), ("r", "div", "X", "p"), ("s", "div", "Y", "q"), ("o", "add", "r", "s")],
+        [
+            ("p", "exp", "X"),
+            ("q", "exp", "Y"),
+            ("r", "mul", "X", "q"),
+            ("s", "mul", "Y", "p"),
+            ("t", "add", "r", "s"),
+            ("u", "add", "X", "Y"),
+            ("v", "exp", "u"),
+            ("o", "div", "t", "v"),
+        ],
+    ),
+    "sum-of-unlike-fractions": (
+        [X, Y],
+        [("p", "exp", "X"), ("c", const(1),), ("d", "add", "p", "c"), ("f", "div", "Y", "d"), ("o", total("k"), "f")],
+        [("p", "exp", "X"), ("c", const(1)), ("d", "add", "c", "p"), ("r", "reciprocal", "d"),
+         ("o", Contract(("k",)), "r", "Y")],
+    ),
+    "function-of-exponentials": (
+        [X, Y],
+        [("p", "exp", "X"), ("q", "exp", "Y"), ("s", "mul", "p", "q"), ("o", "sqrt", "s")],
+        [("s", "add", "X", "Y"), ("p", "exp", "s"), ("o", "sqrt", "p")],
+    ),
+    "exponential-of-exponential": (
+        [X, Y],
+        [("p", "exp", "X"), ("q", "exp", "Y"), ("s", "mul", "p", "q"), ("o", "exp", "s")],
+        [("s", "add", "X", "Y"), ("p", "exp", "s"), ("o", "exp", "p")],
+    ),
+    "root-reciprocal": (
+        [X],
+        [("s", "rsqrt", "X"), ("o", "mul", "X", "s")],
+        [("s", "sqrt", "X"), ("o", "div", "X", "s")],
+    ),
+    "silu-is-x-sigmoid": ([X], [("o", "silu", "X")], [("s", "sigmoid", "X"), ("o", "mul", "X", "s")]),
+    "max-associates": (
+        [X, Y, Z],
+        [("s", "max", "X", "Y"), ("o", "max", "s", "Z")],
+        [("s", "max", "Z", "X"), ("t", "max", "Y", "Y"), ("o", "max", "t", "s")],
+    ),
+    "max-over-two-axes": ([X], [("s", largest("k"), "X"), ("o", largest("b"), "s")], [("o", largest("b", "k"), "X")]),
+    "relu-twice": ([X], [("o", "relu", "X")], [("s", "relu", "X"), ("o", "relu", "s")]),
+    "mean-is-sum-over-size": (
+        [X],
+        [("o", Reduce("mean", ("k",)), "X")],
+        [("s", total("k"), "X"), ("c", SizeOf(k)), ("o", "div", "s", "c")],
+    ),
+    "literal-is-the-size": (
+        [X],
+        [("o", Reduce("mean", ("k",)), "X")],
+        [("s", total("k"), "X"), ("c", const(64)), ("o", "div", "s", "c")],
+    ),
+    "variance": (
+        [X],
+        [("u", Reduce("mean", ("k",)), "X"), ("d", "sub", "X", "u"), ("q", "square", "d"),
+         ("o", Reduce("mean", ("k",)), "q")],
+        [("u", Reduce("mean", ("k",)), "X"), ("q", "square", "X"), ("v", Reduce("mean", ("k",)), "q"),
+         ("w", "square", "u"), ("o", "sub", "v", "w")],
+    ),
+    "casts-are-identities": ([X], [("o", "exp", "X")], [("c", Cast(DType.f32), "X"), ("e", "exp", "c"),
+                                                         ("o", Cast(DType.f16), "e")]),
+    "rotated-halves": (
+        [X],
+        [half("x", 0), half("y", 32), ("s", "mul", "x", "y"), ("t", "neg", "s"),
+         ("o", Concat(("c", "c"), k), "s", "t")],
+        [half("x", 0), half("y", 32), ("u", "neg", "x"), ("t", "mul", "u", "y"), ("s", "mul", "y", "x"),
+         ("o", Concat(("c", "c"), k), "s", "t")],
+    ),
+    "regrouped-heads": (
+        [X],
+        [("h", Reshape(((b,), (axis("h", 4),), (axis("d", 16),))), "X"), ("o", total("h", "d"), "h")],
+        [("o", total("k"), "X")],
+    ),
+    "gram-by-an-alias": (
+        [X],
+        [("y", Rename((("b", Axis("b2", 16)),)), "X"), ("o", Contract(("k",)), "X", "y")],
+        [("y", Rename((("b", Axis("b2", 16)),)), "X"), ("p", "mul", "X", "y"), ("o", total("k"), "p")],
+    ),
+    "gather-commutes": (
+        [X, IDX],
+        [("s", "exp", "X"), ("o", Gather("k"), "s", "Idx")],
+        [("s", Gather("k"), "X", "Idx"), ("o", "exp", "s")],
+    ),
+    "masked-exponential": (
+        [X, Y, KEEP],
+        [("s", "add", "X", "Y"), ("o", MaskedExp(), "s", "Keep")],
+        [("s", MaskedExp(), "X", "Keep"), ("p", "exp", "Y"), ("o", "mul", "s", "p")],
+    ),
+    "select-of-sums": (
+        [X, Y, Z],
+        [("c", Compare("lt"), "X", "Y"), ("p", "add", "X", "Z"), ("q", "add", "Y", "Z"),
+         ("o", Select(), "c", "p", "q")],
+        [("c", Compare("lt"), "X", "Y"), ("s", Select(), "c", "X", "Y"), ("o", "add", "s", "Z")],
+    ),
+    "prefix-sums-are-linear": (
+        [X, Y],
+        [("s", "add", "X", "Y"), ("o", CumSum("k"), "s")],
+        [("p", CumSum("k"), "X"), ("q", CumSum("k"), "Y"), ("o", "add", "p", "q")],
+    ),
+    "positions": (
+        [X],
+        [("i", Iota(k)), ("s", "mul", "X", "i"), ("o", total("k"), "s")],
+        [("i", Iota(k)), ("o", Contract(("k",)), "i", "X")],
+    ),
+}  # fmt: skip
+
+UNEQUAL: dict[str, Pair] = {
+    "sum-of-exponentials": (
+        [X, Y],
+        [("s", "add", "X", "Y"), ("o", "exp", "s")],
+        [("p", "exp", "X"), ("q", "exp", "Y"), ("o", "add", "p", "q")],
+    ),
+    "softmax-of-another-axis": (
+        [X],
+        softmax(None),
+        [("p", "exp", "X"), ("l", total("b"), "p"), ("o", "div", "p", "l")],
+    ),
+    "softmax-shifted-once": (
+        [X],
+        softmax(None),
+        [("t", largest("k"), "X"), ("z", "sub", "X", "t"), ("p", "exp", "z"), ("q", "exp", "X"), ("l", total("k"), "q"),
+         ("o", "div", "p", "l")],
+    ),
+    "largest-is-not-the-first": ([X, Y], [("o", "max", "X", "Y")], [("z", "sub", "Y", "Y"), ("o", "add", "X", "z")]),
+    "largest-leaves-one-out": (
+        [X, Y, Z],
+        [("s", "max", "X", "Y"), ("o", "max", "s", "Z")],
+        [("o", "max", "X", "Z")],
+    ),
+    "max-is-not-min": ([X, Y], [("o", "max", "X", "Y")], [("o", "min", "X", "Y")]),
+    "max-minus-min": (
+        [X, Y],
+        [("o", "max", "X", "Y")],
+        [("s", "min", "X", "Y"), ("d", "sub", "X", "s"), ("o", "add", "d", "X")],
+    ),
+    "sizes-that-are-equal-today": (
+        [X],
+        [("s", total("k"), "X"), ("c", SizeOf(k)), ("o", "div", "s", "c")],
+        [("s", total("k"), "X"), ("c", SizeOf(b)), ("o", "div", "s", "c")],
+    ),
+    "sum-of-shifted": (
+        [X],
+        [("c", const(1)), ("s", "add", "X", "c"), ("o", total("k"), "s")],
+        [("c", const(5)), ("s", total("k"), "X"), ("o", "add", "s", "c")],
+    ),
+    "other-half": ([X], [half("o", 0)], [half("o", 32)]),
+    "halves-in-another-order": (
+        [X],
+        [half("x", 0), half("y", 32), ("o", Concat(("c", "c"), k), "x", "y")],
+        [half("x", 0), half("y", 32), ("o", Concat(("c", "c"), k), "y", "x")],
+    ),
+    "another-regrouping": (
+        [X],
+        [("h", Reshape(((b,), (axis("h", 4),), (axis("d", 16),))), "X"), ("o", total("h"), "h")],
+        [("h", Reshape(((b,), (axis("d", 16),), (axis("h", 4),))), "X"), ("o", total("h"), "h")],
+    ),
+    "gathered-too-late": (
+        [X, IDX],
+        [("s", CumSum("k"), "X"), ("o", Gather("k"), "s", "Idx")],
+        [("s", Gather("k"), "X", "Idx"), ("o", CumSum("m"), "s")],
+    ),
+    "mask-left-out": ([X, KEEP], [("o", MaskedExp(), "X", "Keep")], [("o", "exp", "X")]),
+    "mask-before-the-exponential": (
+        [X, KEEP],
+        [("o", MaskedExp(), "X", "Keep")],
+        [("s", "mul", "X", "Keep"), ("o", "exp", "s")],
+    ),
+    "sides-of-a-selection": (
+        [X, Y],
+        [("c", Compare("lt"), "X", "Y"), ("o", Select(), "c", "X", "Y")],
+        [("c", Compare("lt"), "X", "Y"), ("o", Select(), "c", "Y", "X")],
+    ),
+    "another-root": ([X], [("o", "sqrt", "X")], [("s", "sqrt", "X"), ("o", "sqrt", "s")]),
+    "gelu-by-tanh": (
+        [X],
+        [("o", Elementwise("gelu", (("approximate", "none"),)), "X")],
+        [("o", Elementwise("gelu", (("approximate", "tanh"),)), "X")],
+    ),
+    "power-of-another-exponent": (
+        [X],
+        [("o", Elementwise("pow", (("exponent", Fraction(3)),)), "X")],
+        [("o", Elementwise("pow", (("exponent", Fraction(-3)),)), "X")],
+    ),
+    "integers-are-not-reals": ([X], [("o", "exp", "X")], [("c", Cast(DType.i32), "X"), ("d", Cast(DType.f16), "c"),
+                                                           ("o", "exp", "d")]),
+    "positions-from-one": (
+        [X],
+        [("i", Iota(k)), ("o", Contract(("k",)), "i", "X")],
+        [("i", Iota(k)), ("c", const(1)), ("j", "add", "i", "c"), ("o", Contract(("k",)), "j", "X")],
+    ),
+}  # fmt: skip
