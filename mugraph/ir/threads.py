@@ -79,7 +79,9 @@ def _thread(run: Sequence[Equation], block: BlockGraph, uses: dict[str, int]) ->
     inputs = tuple(dict.fromkeys(a for a in inside if a not in made))
     outputs = tuple(t.name for t in targets if uses.get(t.name, 0) > inside.count(t.name))
     tensors = block.tensors()
-    return Thread(ThreadGraph(inputs, _parts([tensors[i] for i in inputs] + targets, block), tuple(run), outputs))
+    return Thread(
+        ThreadGraph(inputs, _parts([tensors[i] for i in inputs if i in tensors] + targets, block), tuple(run), outputs)
+    )
 
 
 def _parts(values: Sequence[Tensor], block: BlockGraph) -> tuple[tuple[str, Part], ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mugraph.ir.graph import Program
-from mugraph.viz.picture import Box, Group, Level, Section, picture
+from mugraph.viz.picture import Box, Group, Level, Section, picture, printable
 from mugraph.viz.svg import FILL, STROKE
 
 _SHAPE = {
@@ -59,6 +59,7 @@ def _write_section(
 def _quoted(lines: tuple[str, ...]) -> str:
     """A label; Mermaid reads entities by number."""
     text = "<br/>".join(
-        line.replace("#", "#35;").replace('"', "#quot;").replace("<", "#lt;").replace(">", "#gt;") for line in lines
+        printable(line).replace("#", "#35;").replace('"', "#quot;").replace("<", "#lt;").replace(">", "#gt;")
+        for line in lines
     )
     return f'"{text}"'

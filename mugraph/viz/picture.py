@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import count
 from typing import Literal
 
 from mugraph.ir.graph import (
@@ -23,7 +24,6 @@ from mugraph.ir.graph import (
     Store,
     Thread,
     ThreadGraph,
-    equations_of,
 )
 from mugraph.ir.ops import Const, Kernel, Library, SizeOf
 from mugraph.ir.printer import load_maps, map_text, op_head, store_map
@@ -67,11 +67,11 @@ def picture(program: Program) -> Group:
     boxes: list[Box | Group] = []
     made: dict[str, str] = {}
     arrows: list[tuple[str, str]] = []
-    for i in program.inputs:
+    for n, i in enumerate(program.inputs):
         boxes.append(
-            Box(f"in {i.name}", "value", (i.name, type_text(i.tensor.dims, i.tensor.dtype), *["constant"] * i.constant))
+            Box(f"in {n}", "value", (i.name, type_text(i.tensor.dims, i.tensor.dtype), *["constant"] * i.constant))
         )
-        made[i.name] = f"in {i.name}"
+        made[i.name] = f"in {n}"
     for n, e in enumerate(program.equations):
         key = f"eq {n}"
         boxes.append(_launch(key, e.op) if isinstance(e.op, Kernel) else _operator(key, e))
@@ -79,8 +79,8 @@ def picture(program: Program) -> Group:
         made.update((t.name, key) for t in e.targets)
     for n, o in enumerate(program.outputs):
         alias = [f"into {o.alias_of}"] if o.alias_of else []
-        tensor = program.tensors()[o.value]
-        boxes.append(Box(f"out {n}", "value", (o.value, type_text(tensor.dims, tensor.dtype), *alias)))
+        types = [type_text(t.dims, t.dtype) for t in [program.tensors().get(o.value)] if t]
+        boxes.append(Box(f"out {n}", "value", (o.value, *types, *alias)))
         arrows += _arrows([o.value], made, f"out {n}")
     kind = "μGraph" if isinstance(program, KernelGraph) else "program"
     return Group("program", "kernel", (f"{kind} {program.name}",), (Section("", tuple(boxes)),), tuple(arrows))
@@ -106,15 +106,16 @@ def _formed(block: BlockGraph) -> BlockGraph:
 def _block(key: str, word: str, block: BlockGraph) -> Group:
     made: dict[str, str] = {}
     arrows: list[tuple[str, str]] = []
+    keys = (f"{key} {n}" for n in count())
 
     def place(loads: Iterable[Load], steps: Iterable[Step], loops: tuple[tuple[str, int], ...]) -> list[Box | Group]:
         boxes: list[Box | Group] = []
         for ld in loads:
-            made[ld.value.name] = f"{key} {ld.value.name}"
+            made[ld.value.name] = next(keys)
             boxes.append(_load(made[ld.value.name], block, ld, loops))
         for step in steps:
             targets, args = _ends(step)
-            at = f"{key} {targets[0] if targets else id(step)}"
+            at = next(keys)
             boxes.append(_step(at, step))
             arrows.extend(_arrows(args, made, at))
             made.update((t, at) for t in targets)
@@ -126,8 +127,9 @@ def _block(key: str, word: str, block: BlockGraph) -> Group:
         sections.append(Section(title, tuple(place(p.loads, p.body, p.loops))))
     last = place(block.loads, block.epilogue, ())
     for s in block.stores:
-        last.append(_store(f"{key} store {s.target}", block, s))
-        arrows += _arrows([s.value], made, f"{key} store {s.target}")
+        at = next(keys)
+        last.append(_store(at, block, s))
+        arrows += _arrows([s.value], made, at)
     sections.append(Section("epilogue" if sections else "", tuple(last)))
     facts = [f"grid {_tiles(block.grid)}"] if block.grid else []
     facts += [f"split {block.split.axis} into {block.split.parts}"] if block.split else []
@@ -157,11 +159,11 @@ def _step(key: str, step: Step) -> Box | Group:
 
 
 def _thread(key: str, graph: ThreadGraph) -> Group:
-    made = {name: f"{key} in {name}" for name in graph.inputs}
+    made = {name: f"{key} in {n}" for n, name in enumerate(graph.inputs)}
     boxes: list[Box | Group] = [Box(at, "port", (name,)) for name, at in made.items()]
     arrows: list[tuple[str, str]] = []
-    for e in equations_of(graph.equations):
-        at = f"{key} {e.targets[0].name}"
+    for n, e in enumerate(graph.equations):
+        at = f"{key} {n}"
         boxes.append(_operator(at, e))
         arrows += _arrows(e.args, made, at)
         made.update((t.name, at) for t in e.targets)
@@ -197,6 +199,11 @@ def _store(key: str, block: BlockGraph, store: Store) -> Box:
 
 def _tiles(tiles: tuple[tuple[str, int], ...]) -> str:
     return ", ".join(f"{a}: {t}" for a, t in tiles)
+
+
+def printable(text: str) -> str:
+    """The text without control characters, which neither XML nor Mermaid can hold."""
+    return "".join(c if c.isprintable() else "?" for c in text)
 
 
 def _arrows(args: Iterable[str], made: dict[str, str], to: str) -> list[tuple[str, str]]:

@@ -13,7 +13,7 @@ from typing import assert_never
 
 from mugraph.ir.graph import Program
 from mugraph.viz.layout import Layout, Point, Size, arrange
-from mugraph.viz.picture import Box, Group, Kind, Level, picture
+from mugraph.viz.picture import Box, Group, Kind, Level, picture, printable
 
 FILL: dict[Level, str] = {"kernel": "#e0edd5", "launch": "#d3e5c4", "block": "#dbe8f5", "thread": "#fdf2d0"}
 STROKE: dict[Level, str] = {"kernel": "#8fb573", "launch": "#8fb573", "block": "#7ea6d1", "thread": "#d8b95a"}
@@ -29,7 +29,7 @@ _ADVANCE = 0.6 * _SIZE  # of one character
 _LINE = 15.0
 _PAD = 8.0
 _ROOM = 14.0  # between a group's frame and its content
-_COLUMNS = 30
+_COLUMNS = 36
 _FONT = "ui-monospace, 'DejaVu Sans Mono', Menlo, Consolas, monospace"
 
 
@@ -95,7 +95,7 @@ def _drawn_group(group: Group) -> _Drawn:
 
 
 def _wrapped(lines: tuple[str, ...], columns: int) -> list[str]:
-    return [piece for line in lines for piece in wrap(line, columns, subsequent_indent=" ") or [""]]
+    return [piece for line in lines for piece in wrap(printable(line), columns, subsequent_indent=" ") or [""]]
 
 
 def _paint(drawn: _Drawn, x: float, y: float, out: list[str]) -> None:
@@ -141,7 +141,7 @@ def _text(text: str, x: float, y: float, out: list[str], heading: bool = False, 
     weight = ' font-weight="bold"' if heading else ""
     out.append(
         f'<text x="{x:.1f}" y="{y:.1f}" textLength="{len(text) * _ADVANCE:.1f}" lengthAdjust="spacingAndGlyphs" '
-        f'fill="#1f2937"{anchor}{weight} xml:space="preserve">{escape(text, quote=False)}</text>'
+        f'fill="#1f2937"{anchor}{weight} xml:space="preserve">{escape(printable(text), quote=False)}</text>'
     )
 
 
