@@ -31,14 +31,17 @@ from mugraph.ir.graph import (
 from mugraph.ir.infer import Type, infer, op_text, type_of
 from mugraph.ir.ops import (
     POINTWISE,
+    Broadcast,
     Contract,
     CumSum,
     Gather,
+    Iota,
     Kernel,
     Library,
     Reduce,
     Reshape,
     Scatter,
+    Slice,
 )  # fmt: skip
 from mugraph.ir.printer import Line, block_level_axes, kernel_level_axes, program_lines
 from mugraph.ir.types import DType, Output, Tensor
@@ -326,7 +329,8 @@ class _Block:
                 self.fail(e, f"{op_text(e.op)} closes the grid axis {closed[0]}", "loop over it, and split the loop")
             self.fail(e, f"{op_text(e.op)} closes the looped axis {closed[0]} outside an accumulator")
         before = {a.name for name in e.args for a in visible[name].axes}
-        if opened := sorted(({a.name for t in e.targets for a in t.axes} - before) & tiled):
+        opened = sorted(({a.name for t in e.targets for a in t.axes} - before) & tiled)
+        if opened and not isinstance(e.op, Iota | Slice | Broadcast):  # these are computed a tile at a time
             self.fail(e, f"{op_text(e.op)} makes the axis {opened[0]}, of which a block sees one tile only")
         maxima = set[str]().union(*(self.running.get(a, ()) for a in e.args))
         for t in e.targets:

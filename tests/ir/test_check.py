@@ -71,6 +71,23 @@ PROLOGUE = """mugraph prologue
       store l -> L
   output L"""
 
+CAUSAL = """mugraph causal
+  axes b = 64, s = 64
+  input X: f16[b, s]
+  Y: f32[b] = kernel(X)
+    block
+      grid b: 16
+      once
+        row: i64[b] = iota[b]()
+      loop s: 32
+        load x: f16[b, s] = X
+        column: i64[s] = iota[s]()
+        seen: bool[b, s] = ge(row, column)
+        e: f32[b, s] = maskedexp(x, seen)
+        y: f32[b] += sum[s](e)
+      store y -> Y
+  output Y"""
+
 ALIAS = """program alias
   axes b = 8, k = 4, b2 = 8
   input X: f16[b, k]
@@ -87,6 +104,7 @@ TEXTS = {
     "library": LIBRARY,
     "prologue": PROLOGUE,
     "alias": ALIAS,
+    "causal": CAUSAL,
 }
 
 
@@ -196,7 +214,7 @@ VALUES = [
     ),
     ("kernel", "root: f32[b] = sqrt(mse)", "root: f32[] = sum[b](mse)", "closes the grid axis b"),
     ("kernel", "root: f32[b] = sqrt(mse)", "root: f32[b] = cumsum[b](mse)", "closes the grid axis b"),
-    ("kernel", "root: f32[b] = sqrt(mse)", "root: i64[b] = iota[b]()", "one tile only"),
+    ("prologue", "contract[d](qc, k)", "concat[d, d, d -> s](qc, qc, qc)", "concat makes the axis s, of which a block"),
     ("kernel", "root: f32[b] = sqrt(mse)", "root: f32[b] = kernel(mse)", "kernel inside a block graph"),
     (
         "kernel",
