@@ -234,7 +234,7 @@ def _draw(facts: _Facts, earlier: Sequence[Draw], number: int, fixed: dict[str, 
             remedy="verify with fixed sizes for the axes involved",
         )
     sizes = {a: assigned[same.of(a)] for a in facts.axes}
-    tiles = {a: min(tile, TILE) for a, tile in facts.tiles.items()}
+    tiles = {a: _tile(tile, sizes[a], same.of(a) in known) for a, tile in facts.tiles.items()}
     starts = {
         (axis, start): sum(assigned[s] for s in before)
         for (root, start), before in cuts.items()
@@ -242,6 +242,11 @@ def _draw(facts: _Facts, earlier: Sequence[Draw], number: int, fixed: dict[str, 
         if same.of(axis) == root
     }
     return Draw(sizes, tiles, parts, starts)
+
+
+def _tile(declared: int, size: int, is_fixed: bool) -> int:
+    """Small enough for several tiles and a tail; an axis of a fixed size is not cut into more than a few."""
+    return min(declared, TILE) if not is_fixed or declared == 1 else max(TILE, 2 * size // 5)
 
 
 def _renamed(c: _Constraint, same: _Classes) -> _Constraint:

@@ -1,0 +1,192 @@
+"""What is equal is accepted with a bound, what is not is refused with a counterexample."""
+
+from dataclasses import replace
+from fractions import Fraction
+
+import pytest
+
+from mugraph.errors import GraphError, VerificationError
+from mugraph.ir import evaluate, fields
+from mugraph.ir.graph import KernelGraph, Program
+from mugraph.ir.ops import Const, Contract
+from mugraph.ir.types import DType
+from mugraph.verify import equivalence, formal
+from mugraph.verify.equivalence import Verified, recheck, verify
+from mugraph.verify.formal import EVALUATED, EXP_CUT, NESTED_EXP
+from tests import graphs
+from tests.verify.variants import EQUAL, UNEQUAL, X, Y, pair
+
+GRAPHS = {name: (program(), fused()) for name, (program, fused) in graphs.ALL.items()} | {
+    "gqa_plain": (graphs.attention(), graphs.attention_fused(online=False)),
+    "gqa_split": (graphs.attention(), graphs.attention_fused(parts=4)),
+    "gqa_split_plain": (graphs.attention(), graphs.attention_fused(online=False, parts=3)),
+}
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+def test_a_right_graph_is_accepted_with_the_bound_asked_for(name: str):
+    verified = verify(*GRAPHS[name])
+    certificate = verified.certificate
+    assert certificate.delta <= 2.0**-40
+    assert all(d.tests >= 2 for d in certificate.draws)
+    assert certificate.unused_laws == ()
+
+
+@pytest.mark.parametrize("name", EQUAL)
+def test_equal_by_a_law_is_accepted(name: str):
+    assert verify(*pair(*EQUAL[name])).certificate.delta <= 2.0**-40
+
+
+@pytest.mark.parametrize("name", UNEQUAL)
+def test_a_lookalike_is_refused(name: str):
+    with pytest.raises(VerificationError, match="differ"):
+        verify(*pair(*UNEQUAL[name]))
+
+
+def test_every_tile_is_full_somewhere_and_has_a_tail():
+    for draw in verify(*GRAPHS["gqa"]).certificate.draws:
+        sizes, tiles = dict(draw.sizes), dict(draw.tiles)
+        for axis, tile in tiles.items():
+            assert sizes[axis] > tile
+            assert tile == 1 or sizes[axis] % tile
+
+
+def test_no_two_axes_have_the_same_sizes_in_all_draws():
+    draws = [dict(d.sizes) for d in verify(*GRAPHS["gqa"]).certificate.draws]
+    columns = [tuple(d[a] for d in draws) for a in ("h", "g", "b", "s")]
+    assert len(set(columns)) == len(columns)
+
+
+def test_a_counterexample_names_output_index_sizes_seed_and_both_values():
+    with pytest.raises(VerificationError) as caught:
+        verify(*pair(*UNEQUAL["other-half"]))
+    assert "o[b=0, c=0] differs: the program gives " in caught.value.message
+    assert "at sizes b=" in caught.value.message
+    assert "seed 0/0/0/0" in caught.value.message
+
+
+def test_the_same_seed_gives_the_same_certificate_and_another_seed_other_keys():
+    program, graph = GRAPHS["lora"]
+    first, again, other = (verify(program, graph, seed=s).certificate for s in (1, 1, 2))
+    assert first == again
+    assert first.draws != other.draws
+
+
+def test_a_smaller_delta_takes_more_tests():
+    program, graph = GRAPHS["gqa_plain"]
+    few, many = (verify(program, graph, delta=2.0**-d).certificate for d in (40, 80))
+    assert many.delta <= 2.0**-80
+    assert sum(d.tests for d in many.draws) > sum(d.tests for d in few.draws)
+
+
+def test_an_unreachable_delta_is_refused(monkeypatch):
+    monkeypatch.setattr(equivalence, "MOST_TESTS", 2)
+    with pytest.raises(VerificationError, match="2 tests bound the error"):
+        verify(*GRAPHS["gqa_plain"], delta=2.0**-80)
+
+
+def test_a_delta_that_is_no_probability_is_refused():
+    with pytest.raises(VerificationError, match="delta is 0"):
+        verify(*GRAPHS["lora"], delta=0)
+
+
+def test_only_verify_makes_a_verified():
+    verified = verify(*GRAPHS["lora"])
+    with pytest.raises(VerificationError, match="only verify"):
+        Verified(verified.program, verified.graph, verified.certificate)
+    with pytest.raises((VerificationError, ValueError)):
+        replace(verified, graph=GRAPHS["gqa"][1])
+
+
+def test_other_inputs_and_outputs_are_refused():
+    program, graph = GRAPHS["lora"]
+    with pytest.raises(VerificationError, match="takes"):
+        verify(program, replace(graph, inputs=graph.inputs[::-1]))
+    with pytest.raises(VerificationError, match="takes"):
+        verify(program, graphs.lora_fused(dtype=DType.bf16))
+    with pytest.raises(VerificationError, match="gives"):
+        verify(replace(program, outputs=program.outputs * 2), graph)
+
+
+def test_a_malformed_graph_is_refused():
+    program, graph = GRAPHS["lora"]
+    with pytest.raises(GraphError):
+        verify(program, replace(graph, outputs=()))
+
+
+def test_a_denominator_that_is_always_zero_is_refused():
+    steps = [("d", "sub", "X", "X"), ("o", "div", "X", "d")]
+    with pytest.raises(VerificationError, match="denominator is zero"):
+        verify(*pair([X], steps, steps))
+
+
+def test_a_denominator_that_is_zero_by_chance_is_drawn_again(monkeypatch):
+    drawn = formal.FormalAlgebra.random
+
+    def first_is_zero(self, axes, key):
+        value = drawn(self, axes, key)
+        return value.map(lambda p: p * 0) if self.key == "0/0/0/0" else value
+
+    monkeypatch.setattr(formal.FormalAlgebra, "random", first_is_zero)
+    steps = [("o", "div", "X", "Y")]
+    keys = verify(*pair([X, Y], steps, steps)).certificate.draws[0].keys
+    assert keys[0] == "0/0/0/1"
+
+
+def test_too_many_terms_cut_the_exponential_and_the_certificate_says_so(monkeypatch):
+    defaults = formal.FormalAlgebra.__init__.__kwdefaults__
+    monkeypatch.setitem(defaults, "max_terms", 8)
+    inputs, steps, _ = EQUAL["softmax-shift"]
+    assert verify(*pair(inputs, steps, steps)).certificate.unused_laws == (EXP_CUT,)
+    with pytest.raises(VerificationError, match="with exp opaque"):
+        verify(*pair(*EQUAL["exp-of-sum"]))
+
+
+def test_nested_exponentials_and_functions_of_exponentials_are_recorded():
+    certificate = verify(*pair(*EQUAL["exponential-of-exponential"])).certificate
+    assert certificate.unused_laws == (NESTED_EXP,)
+    assert EVALUATED in certificate.assumptions
+    assert EVALUATED not in verify(*pair(*EQUAL["exp-of-sum"])).certificate.assumptions
+
+
+def test_a_literal_that_is_a_true_size_is_tested_at_that_size():
+    certificate = verify(*pair(*EQUAL["literal-is-the-size"])).certificate
+    assert all(dict(d.sizes)["k"] == 64 for d in certificate.draws)
+    assert any("k=64" in a for a in certificate.assumptions)
+
+
+def test_a_certificate_can_be_checked_again_and_is_about_one_pair_of_graphs():
+    program, graph = GRAPHS["lora"]
+    certificate = verify(program, graph).certificate
+    assert recheck(certificate, program, graph).certificate == certificate
+    with pytest.raises(VerificationError, match="another graph"):
+        recheck(certificate, program, graphs.lora_fused(k_size=2048))
+    with pytest.raises(VerificationError, match="says delta_log2"):
+        recheck(replace(certificate, delta_log2=-60.0), program, graph)
+
+
+# -- a weaker verifier --------------------------------------------------------------------------------------------
+
+
+def scaled(factor: int) -> tuple[Program, KernelGraph]:
+    """A contraction, and the same times a literal."""
+    steps = [("o", Contract(("k",)), "X", "Y")]
+    wrong = [("s", Contract(("k",)), "X", "Y"), ("c", Const(Fraction(factor))), ("o", "mul", "s", "c")]
+    return pair([X, Y], steps, wrong)
+
+
+def test_small_primes_accept_what_large_primes_refuse(monkeypatch):
+    p, q = 227, 113
+    wrong = scaled(1 + p * q)
+    with pytest.raises(VerificationError):
+        verify(*wrong)
+    for module in (formal, fields, evaluate):
+        monkeypatch.setattr(module, "P", p)
+        monkeypatch.setattr(module, "Q", q)
+    monkeypatch.setattr(equivalence, "FEWEST_TESTS", 1)
+    verify(*wrong, delta=0.5)
+
+
+def test_a_verifier_whose_comparison_always_holds_accepts_errors(monkeypatch):
+    monkeypatch.setattr(formal.FormalAlgebra, "differs", lambda self, a, b: formal.np.zeros(a.lead, dtype=bool))
+    verify(*scaled(2))
