@@ -1,0 +1,1 @@
+"""The PyTorch door: capture of functions and modules."""

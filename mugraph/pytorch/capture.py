@@ -1,0 +1,378 @@
+"""From a PyTorch function or module to a `Program`, through `torch.export`.
+
+The exported ATen graph is run on the traced tensors of the language, so both front ends share one meaning of
+broadcasting, views and promotion.
+"""
+
+from __future__ import annotations
+
+import inspect
+import linecache
+import os
+import re
+import sys
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import FunctionType
+from typing import Any, cast
+
+from mugraph.dsl import tensor as t
+from mugraph.dsl.record import Recorder, Value
+from mugraph.dsl.tensor import SizeValue, Tensor
+from mugraph.dsl.trace import TensorSpec, Tracing
+from mugraph.errors import CaptureError, Location, MugraphError, UnsupportedOpError
+from mugraph.ir.axes import Dim, Size, over, times
+from mugraph.ir.graph import Program
+from mugraph.pytorch.ops import IGNORED, dtype_of, meaning_of
+
+# Operators that are kept whole: their decompositions would hide what they are.
+KEPT = (
+    "linear.default", "silu.default", "gelu.default", "rms_norm.default", "layer_norm.default", "softmax.int",
+    "matmul.default", "scaled_dot_product_attention.default", "einsum.default", "log_softmax.int",
+    "logsumexp.default",
+)  # fmt: skip
+
+# Arithmetic on sizes, which arrives as Python operators.
+SIZE_OPERATORS = {"mul", "add", "sub", "floordiv", "truediv", "neg", "pow", "getitem"}
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A program and how a call of the original function maps to it.
+
+    `arguments` gives the number of the flattened argument that each of the program's first inputs takes; the others
+    are weights, whose values are in `constants` by input name.  `static` holds the arguments that are no tensors and
+    were fixed.  `results` gives for each flattened result the number of the program's output, or a fixed value.
+    """
+
+    program: Program
+    arguments: tuple[int, ...]
+    constants: Mapping[str, Any]
+    static: Mapping[int, Any]
+    results: tuple[int | tuple[Any], ...]
+    in_spec: Any
+    out_spec: Any
+
+    def flatten(self, args: tuple[Any, ...]) -> list[Any]:
+        """The program's inputs, weights included, for a call with these arguments.  Raises CaptureError where the
+        structure or a fixed argument differs from the captured one."""
+        from torch.utils import _pytree as pytree
+
+        leaves, spec = pytree.tree_flatten(args)
+        if spec != self.in_spec:
+            raise CaptureError("the arguments have another structure than the captured ones")
+        for i, value in self.static.items():
+            if leaves[i] != value:
+                raise CaptureError(f"argument {i} is {leaves[i]!r}, captured was {value!r}", remedy="capture again")
+        return [leaves[i] for i in self.arguments] + list(self.constants.values())
+
+    def unflatten(self, outputs: Sequence[Any]) -> Any:
+        """The function's result from the program's outputs."""
+        from torch.utils import _pytree as pytree
+
+        leaves = [outputs[r] if isinstance(r, int) else r[0] for r in self.results]
+        return pytree.tree_unflatten(leaves, self.out_spec)
+
+
+def capture(
+    fn: Callable[..., Any],
+    example_args: tuple[Any, ...],
+    dynamic: Mapping[str, Mapping[int, Dim]] | None = None,
+    name: str | None = None,
+) -> Captured:
+    """Captures `fn`, a function or a module in eval mode, called with `example_args` (tensors, pytrees of them, and
+    plain values, which become fixed).
+
+    `dynamic` names symbolic sizes: `{"x": {0: mg.Dim("B", 1, 256)}}`.  Examples need a size of at least 2 there.
+    Raises CaptureError if torch cannot export the function, UnsupportedOpError for an operator without a meaning here.
+    """
+    exported = _exported(fn, example_args, dynamic or {})
+    return _Interpreter(exported, fn, example_args, dynamic or {}, name).run()
+
+
+def _exported(fn: Callable[..., Any], args: tuple[Any, ...], dynamic: Mapping[str, Mapping[int, Dim]]) -> Any:
+    import torch
+
+    called = _named_forward(fn)
+
+    class Shim(torch.nn.Module):
+        """torch.export takes modules only."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            if isinstance(fn, torch.nn.Module):
+                self.inner = fn
+
+        def forward(self, *args: Any) -> Any:
+            return called(*args)
+
+    names = _argument_names(fn, len(args))
+    if unknown := sorted(set(dynamic) - set(names)):
+        raise CaptureError(f"there is no argument {unknown[0]}", remedy=f"known: {', '.join(names)}")
+    dims = {
+        d.name: torch.export.Dim(d.name, min=d.min, max=d.max) for sizes in dynamic.values() for d in sizes.values()
+    }
+    shapes = tuple({i: dims[d.name] for i, d in dynamic[n].items()} if n in dynamic else None for n in names)
+    table: Any = torch.export.default_decompositions()
+    for key in [k for k in table if str(k).removeprefix("aten.") in KEPT]:
+        table.pop(key)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            program = torch.export.export(
+                Shim(), args, strict=False, dynamic_shapes={"args": shapes} if dynamic else None
+            )
+            return program.run_decompositions(table)
+    except MugraphError:
+        raise
+    except Exception as error:
+        first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise CaptureError(
+            f"torch.export cannot capture {getattr(fn, '__name__', type(fn).__name__)}: {first}",
+            where=_raised_at(error),
+            remedy="remove branches on data and in-place writes to inputs; examples need 2 or more in dynamic sizes",
+        ) from error
+
+
+def _named_forward(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """The function under the code name `forward`, because the stack traces of an export keep only such frames."""
+    if not isinstance(fn, FunctionType):
+        return fn
+    code = fn.__code__.replace(co_name="forward")
+    copy = FunctionType(code, fn.__globals__, fn.__name__, fn.__defaults__, fn.__closure__)
+    copy.__kwdefaults__ = fn.__kwdefaults__
+    return copy
+
+
+def _raised_at(error: BaseException) -> Location | None:
+    """The innermost user line of a traceback."""
+    found, step = None, error.__traceback__
+    while step is not None:
+        path = step.tb_frame.f_code.co_filename
+        if _is_user(path):
+            found = Location(_relative(path), step.tb_lineno, linecache.getline(path, step.tb_lineno).strip())
+        step = step.tb_next
+    return found
+
+
+def _argument_names(fn: Callable[..., Any], count: int) -> list[str]:
+    parameters = inspect.signature(getattr(fn, "forward", fn)).parameters.values()
+    names: list[str] = []
+    for p in parameters:
+        if p.kind is p.VAR_POSITIONAL:
+            names += [f"{p.name}{i}" for i in range(count - len(names))]
+        elif p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) and len(names) < count:
+            names.append(p.name)
+    if len(names) != count:
+        raise CaptureError(f"the function takes {len(names)} positional arguments, not {count}")
+    return names
+
+
+_PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
+
+
+def _is_user(path: str) -> bool:
+    torch_home = os.path.dirname(os.path.abspath(cast(str, sys.modules["torch"].__file__))) + os.sep
+    return not path.startswith((_PACKAGE, torch_home, "torch" + os.sep, "<frozen"))
+
+
+def _relative(path: str) -> str:
+    return path.removeprefix(os.getcwd() + os.sep)
+
+
+def _user_line(stack_trace: str | None) -> Location | None:
+    """The innermost line of a node's stack trace that is the user's."""
+    places = re.findall(r'File "([^"]+)", line (\d+)', stack_trace or "")
+    for path, line in reversed(places):
+        if _is_user(path):
+            return Location(_relative(path), int(line), linecache.getline(path, int(line)).strip())
+    return None
+
+
+class _Interpreter:
+    """Runs an exported graph on traced tensors."""
+
+    def __init__(
+        self,
+        exported: Any,
+        fn: Callable[..., Any],
+        args: tuple[Any, ...],
+        dynamic: Mapping[str, Mapping[int, Dim]],
+        name: str | None,
+    ) -> None:
+        from torch.utils import _pytree as pytree
+
+        self.exported = exported
+        self.name = name or re.sub(r"\W", "_", getattr(fn, "__name__", type(fn).__name__)).strip("_") or "program"
+        self.leaves, self.in_spec = pytree.tree_flatten(args)
+        self.tracing = Tracing(Recorder())
+        self.values: dict[Any, Any] = {}
+        self.names: dict[Value, str] = {}
+        self.symbols: dict[str, Dim] = {}
+        self.leaf_names, self.leaf_dims = self._leaf_names(_argument_names(fn, len(args)), args, dynamic)
+        self.arguments: list[int] = []
+        self.static: dict[int, Any] = {}
+        self.constants: dict[str, Any] = {}
+
+    def _leaf_names(
+        self, names: Sequence[str], args: tuple[Any, ...], dynamic: Mapping[str, Mapping[int, Dim]]
+    ) -> tuple[list[str], list[Mapping[int, Dim]]]:
+        from torch.utils import _pytree as pytree
+
+        found: list[str] = []
+        dims: list[Mapping[int, Dim]] = []
+        for name, arg in zip(names, args, strict=True):
+            count = len(pytree.tree_leaves(arg))
+            found += [name] if count == 1 else [f"{name}_{i}" for i in range(count)]
+            dims += [dynamic.get(name, {})] * count
+        return found, dims
+
+    def run(self) -> Captured:
+        signature = self.exported.graph_signature
+        self._refuse_mutation(signature)
+        kinds = {spec.arg.name: spec for spec in signature.input_specs}
+        nodes = list(self.exported.graph.nodes)
+        user = [n for n in nodes if n.op == "placeholder" and kinds[n.name].kind.name == "USER_INPUT"]
+        for i, node in enumerate(user):
+            self._user_input(node, i)
+        for node in nodes:
+            if node.op == "placeholder" and node not in self.values and node.users:
+                self._weight(node, kinds[node.name])
+        for node in nodes:
+            if node.op == "call_function":
+                self._call(node)
+        return self._captured(next(n for n in nodes if n.op == "output"))
+
+    def _refuse_mutation(self, signature: Any) -> None:
+        for spec in signature.output_specs:
+            if spec.kind.name != "USER_OUTPUT":
+                raise UnsupportedOpError(
+                    f"the function writes into {spec.target or 'an input'}",
+                    remedy="return the new value instead of writing in place",
+                )
+
+    # -- inputs ------------------------------------------------------------------------------------------------
+
+    def _user_input(self, node: Any, i: int) -> None:
+        import torch
+
+        leaf = self.leaves[i]
+        if not isinstance(leaf, torch.Tensor):
+            self.static[i] = self.values[node] = leaf
+            return
+        shape = node.meta["val"].shape
+        for place, dim in self.leaf_dims[i].items():
+            symbol = str(getattr(getattr(shape[place], "node", None), "expr", shape[place]))
+            self.symbols.setdefault(symbol, dim)
+        sizes = tuple(self._size(s) for s in shape)
+        self.values[node] = self.tracing.input(self.leaf_names[i], TensorSpec(dtype_of(leaf.dtype), sizes))
+        self.arguments.append(i)
+
+    def _weight(self, node: Any, spec: Any) -> None:
+        exported = self.exported
+        tables = (exported.state_dict, exported.constants, getattr(exported, "tensor_constants", {}))
+        value = next(table[spec.target] for table in tables if spec.target in table)
+        if not value.ndim:
+            self.values[node] = value.item()  # a number that torch lifted
+            return
+        label = re.sub(r"\W", "_", spec.target.removeprefix("inner."))
+        while label in self.constants or label in self.leaf_names:
+            label += "_"
+        kept = TensorSpec(dtype_of(value.dtype), tuple(value.shape), constant=True)
+        self.values[node] = self.tracing.input(label, kept)
+        self.constants[label] = value.detach()
+
+    def _size(self, size: Any) -> Size:
+        """A torch size, int or symbolic, as a Size."""
+        expr = getattr(getattr(size, "node", None), "expr", None)
+        return int(size) if expr is None else self._expression(expr)
+
+    def _expression(self, expr: Any) -> Size:
+        if expr.is_Integer:
+            return int(expr)
+        if expr.is_Symbol and str(expr) in self.symbols:
+            return self.symbols[str(expr)]
+        if expr.is_Mul:
+            result: Size = 1
+            for factor in expr.args:
+                inverse = factor.is_Pow and factor.args[1] == -1
+                result = over(result, self._expression(factor.args[0])) if inverse else times(
+                    result, self._expression(factor)
+                )  # fmt: skip
+            return result
+        raise CaptureError(f"the size {expr} is not understood", remedy="name it in `dynamic`")
+
+    # -- operators ---------------------------------------------------------------------------------------------
+
+    def _value(self, arg: Any) -> Any:
+        import torch
+
+        if isinstance(arg, torch.fx.Node):
+            return self.values[arg]
+        if isinstance(arg, list | tuple):
+            return [self._value(a) for a in arg]
+        return arg
+
+    def _call(self, node: Any) -> None:
+        name = str(node.target)
+        where = _user_line(node.meta.get("stack_trace"))
+        self.tracing.recorder.where = where
+        args = [self._value(a) for a in node.args]
+        kwargs = {k: self._value(v) for k, v in node.kwargs.items() if v is not None}
+        try:
+            result = self._applied(name, node, args, kwargs)
+        except MugraphError as error:
+            error.where = error.where or (None if where is None else str(where))
+            error.op = error.op or name
+            raise
+        except TypeError as error:
+            raise _unsupported(f"{name} with these arguments", name, where) from error
+        self.values[node] = result
+        if isinstance(result, Tensor):
+            self.names.setdefault(result.value, node.name)
+
+    def _applied(self, name: str, node: Any, args: list[Any], kwargs: dict[str, Any]) -> Any:
+        if name.startswith("aten."):
+            base = name.split(".")[1]
+            if base in IGNORED:
+                return None
+            if base == "sym_size":
+                return t.dim_size(args[0], t.normal_axis(args[0], args[1]))
+            meaning = meaning_of(name, self.tracing.recorder)
+            if meaning is not None:
+                return meaning(*args, **kwargs)
+        elif getattr(node.target, "__module__", "") == "_operator":
+            if node.target.__name__ in SIZE_OPERATORS:
+                return node.target(*args)
+            if all(isinstance(a, SizeValue | int | bool) for a in args):
+                return None  # a condition on sizes, asserted by the next node
+        raise _unsupported(f"the operator {name} is not supported", name, self.tracing.recorder.where)
+
+    # -- results -----------------------------------------------------------------------------------------------
+
+    def _captured(self, node: Any) -> Captured:
+        outputs: list[Tensor] = []
+        results: list[int | tuple[Any]] = []
+        for found in self._value(list(node.args[0])):
+            if isinstance(found, Tensor):
+                results.append(len(outputs))
+                outputs.append(found)
+            else:
+                results.append((found,))
+        self.tracing.recorder.where = None
+        program = self.tracing.finish(self.name, outputs, None, self.names)
+        return Captured(
+            program,
+            tuple(self.arguments),
+            self.constants,
+            self.static,
+            tuple(results),
+            self.in_spec,
+            self.exported.call_spec.out_spec,
+        )
+
+
+def _unsupported(message: str, name: str, where: Location | None) -> UnsupportedOpError:
+    remedy = "keep it outside the optimised function; the function can be split around it"
+    return UnsupportedOpError(message, op=name, where=where, remedy=remedy)
