@@ -170,8 +170,8 @@ class _Checker:
             if t.dtype is not dtype:
                 message = f"{t.name} is {t.dtype}; {op_text(e.op)} gives {dtype}"
                 self.fail(e, message, error=ShapeError, op=op_text(e.op))
-            if isinstance(e.op, Reshape) and not tile and t.dims != e.op.dims:
-                self.fail(e, f"{t} has other dimensions than its reshape", error=ShapeError, op="reshape")
+            if isinstance(e.op, Reshape) and not tile and t.axes != tuple(a for d in e.op.dims for a in d):
+                self.fail(e, f"{t} has its axes in another order than its reshape", error=ShapeError, op="reshape")
 
     def kernel(self, e: Equation, blocks: Sequence[BlockGraph], args: Mapping[str, Tensor]) -> None:
         stored: dict[str, Tensor] = {}

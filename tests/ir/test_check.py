@@ -144,7 +144,7 @@ TYPES = [
     ("kernel", "Y: f16[b, n] =", "Y: i32[b, n] =", "Y is i32; stored is y"),
     ("library", "C: f16[i, l]", "C: f32[i, l]", "C is f32; contract gives f16"),
     ("library", "Y: f16[b, n]", "Y: f32[b, n]", "Y is f32; library gives f16"),
-    ("alias", "flat: f16[(b b2)]", "flat: f16[b, b2]", "other dimensions than its reshape"),
+    ("alias", "flat: f16[(b b2)]", "flat: f16[b2, b]", "its axes in another order than its reshape"),
     ("alias", "b2 = 8", "b2 = 9", "alias of b by b2 of another size"),
 ]
 
