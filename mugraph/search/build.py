@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
-from mugraph.ir.axes import Axis
+from mugraph.ir.axes import Axis, representative
 from mugraph.ir.graph import (
     Accumulator,
     BlockGraph,
@@ -42,6 +43,8 @@ from mugraph.search.extract import Derivation, Entry, is_leaf_edge
 from mugraph.search.extract import Step as Chosen
 from mugraph.search.partition import Choice
 from mugraph.search.values import Number
+
+COMBINE_TILE = 4096  # elements of a partial result, all parts together, in one block of the combine
 
 
 class Unbuildable(Exception):
@@ -320,6 +323,22 @@ class BlockBuilder:
         stored = Tensor(target, ((split.part,), *inner.dims), inner.dtype)
         self.partial.append((step.entry, Store(name, target, "partial"), stored))
 
+    def combine_grid(self, grid: tuple[tuple[str, int], ...], split: Split) -> tuple[tuple[str, int], ...]:
+        """Smaller tiles than the loop's, because a block of the combine holds all parts at once."""
+        tiles = dict(grid)
+
+        def elements() -> int:
+            held = []
+            for _, _, stored in self.partial:
+                sizes = [tiles.get(a.name, representative(a.size)) for a in stored.axes if a.name != split.part.name]
+                held.append(split.parts * math.prod(sizes))
+            return max(held, default=0)
+
+        while elements() > COMBINE_TILE and any(t > 1 for t in tiles.values()):
+            widest = max(tiles, key=lambda a: tiles[a])
+            tiles[widest] //= 2
+        return tuple((a, tiles[a]) for a, _ in grid)
+
     def combine(self, grid: tuple[tuple[str, int], ...], split: Split) -> BlockGraph:
         """Loads the partial results, closes the part axis by the same monoid, and computes what lies above."""
         section = self.after
@@ -341,6 +360,7 @@ class BlockBuilder:
             if step.entry[1] > self.last and not number and (step.entry, True) not in self.names:
                 self.place(step, section, combining=True)
         stores = self.stores(section, combining=True)
+        grid = self.combine_grid(grid, split)
         return BlockGraph(grid, None, (), self.loads(section), tuple(section.steps), stores)
 
 
