@@ -10,9 +10,9 @@ beyond a tensor must be made neutral.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import reduce
+from functools import partial, reduce
 from typing import TYPE_CHECKING, Literal
 
 from mugraph.codegen.passes import Names, Observer, names_of, prepare, refuse
@@ -36,7 +36,7 @@ from mugraph.codegen.plan import (
 )  # fmt: skip
 from mugraph.errors import UnsupportedOpError
 from mugraph.ir.axes import Axis, Monomial, Size, representative
-from mugraph.ir.graph import Accumulator, BlockGraph, Equation, KernelGraph, Monoid
+from mugraph.ir.graph import Accumulator, BlockGraph, Equation, KernelGraph, Load, Monoid, Step
 from mugraph.ir.ops import (
     Broadcast,
     Cast,
@@ -47,9 +47,7 @@ from mugraph.ir.ops import (
     Elementwise,
     Iota,
     Kernel,
-    Library,
     MaskedExp,
-    Op,
     Reduce,
     Rename,
     Reshape,
@@ -105,7 +103,9 @@ def plan_graph(graph: KernelGraph, options: Options | None = None, observer: Obs
             calls.append(Torch(equation))
             continue
         for block in equation.op.blocks:
-            name = f"{graph.name}_{len(calls)}" if len(graph.equations) > 1 or len(equation.op.blocks) > 1 else graph.name
+            name = (
+                f"{graph.name}_{len(calls)}" if len(graph.equations) > 1 or len(equation.op.blocks) > 1 else graph.name
+            )
             for store in block.stores:
                 if store.kind == "partial":
                     assert block.split
@@ -187,20 +187,16 @@ class _Resolver:
         self.memo: dict[tuple[str, Map], str] = {}
         return self.scopes[-1]
 
-    def loads(self, loads: Iterable[object], env: dict[str, str]) -> None:
-        from mugraph.ir.graph import Load
-
+    def loads(self, loads: Iterable[Load], env: dict[str, str]) -> None:
         for load in loads:
-            assert isinstance(load, Load)
             own, theirs = load.value.axes, self.sources[load.source].axes
             same = {a.name for a in own} == {a.name for a in theirs}
             # an alias: axes correspond by position
             index = tuple(Index(a.name) for a in (theirs if same else own))
-            env[load.value.name] = self.define(load.value, lambda t, i=index, s=load.source: Read(t, (Piece(s, i),)))  # type: ignore[misc]
+            env[load.value.name] = self.define(load.value, partial(Read, pieces=(Piece(load.source, index),)))
 
-    def define(self, wish: Tensor, make: object) -> str:
+    def define(self, wish: Tensor, make: Callable[[Tensor], Read | Equation | Accumulator]) -> str:
         """Puts an item into the open scope under a unique name."""
-        assert callable(make)
         name = wish.name if wish.name not in self.values else self.names.fresh(f"{wish.name}_again")
         self.values[name] = replace(wish, name=name)
         item = make(self.values[name])
@@ -208,7 +204,7 @@ class _Resolver:
         self.scopes[-1].items.append(item)
         return name
 
-    def step(self, step: object, env: dict[str, str]) -> None:
+    def step(self, step: Step, env: dict[str, str]) -> None:
         match step:
             case Equation(_, op, args) if isinstance(op, Reshape | Transpose | Broadcast | Slice | Concat | Rename):
                 env[step.target.name] = self.view(step, [env[a] for a in args])
@@ -404,7 +400,9 @@ class _Planner:
         found: dict[str, Extent] = {}
         for axis in self.axes_in(raw):
             size = axis.size
-            tile, role = (raw.loop[1], "loop") if raw.loop and raw.loop[0] == axis.name else (grid.get(axis.name), "grid")
+            tile, role = (
+                (raw.loop[1], "loop") if raw.loop and raw.loop[0] == axis.name else (grid.get(axis.name), "grid")
+            )
             if tile is None:
                 found[axis.name] = self.whole(axis)
                 continue

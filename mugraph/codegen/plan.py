@@ -3,8 +3,8 @@
     Plan      = inputs, outputs, calls [Launch | Torch], buffers [Buffer]
     Launch    = one kernel: grid axes in program-id order, split part, lanes (tile dimensions) in canonical order,
                 scopes [Scope], stores, launch parameters
-    Scope     = extents (how each axis is covered), loop axis | none, reads, before [Action], body [Action], after [Close]
-    Action    = Read | Compute | Accumulate | Close | Write
+    Scope     = extents (how each axis is covered), loop axis | none, before [Action], body [Action]
+    Action    = Read | Compute | Accumulate | Write
 
 A *lane dimension* is one axis, or several flattened (query heads and tokens make one side of a matmul).  Every tile of
 a launch has its dimensions in the launch's canonical order, so tiles meet by inserting dimensions of size 1.
@@ -188,7 +188,10 @@ class Launch:
 
     def __str__(self) -> str:
         lines = [f"launch {self.name}  (warps {self.num_warps}, stages {self.num_stages})"]
-        lines.append(f"  program id: {', '.join(self.grid) or 'one block'}" + (f", {self.split[1]} parts of {self.split[0]}" if self.split else ""))  # noqa: E501
+        lines.append(
+            f"  program id: {', '.join(self.grid) or 'one block'}"
+            + (f", {self.split[1]} parts of {self.split[0]}" if self.split else "")
+        )
         lines.append(f"  tile dimensions: {', '.join('·'.join(lane) for lane in self.lanes)}")
         for scope in self.scopes:
             lines.append("  scope" if scope.loop is None else f"  loop {scope.loop}")

@@ -134,6 +134,10 @@ def _is_exp(op: Op) -> bool:
     return isinstance(op, MaskedExp) or (isinstance(op, Elementwise) and op.fn == "exp")
 
 
+def _mask_of(e: Equation) -> str | None:
+    return e.args[1] if isinstance(e.op, MaskedExp) else None
+
+
 class _Facts:
     """What is known of a block graph's values before anything changes."""
 
@@ -151,7 +155,7 @@ class _Facts:
 
     def active(self, seeds: set[str]) -> set[str]:
         """The exponentials to scale: those that a sum closes an axis of, and those that meet a scaled factor."""
-        wild = {n for n, e in self.steps.items() if _is_exp(e.op) and not self.below_zero(e.args[0])}
+        wild = {n for n, e in self.steps.items() if _is_exp(e.op) and not self.below_zero(e.args[0], _mask_of(e))}
         chosen = {n for n in wild if self.is_summed(n, {a.name for a in self.tensors[self.steps[n].args[0]].axes})}
         while True:
             scaled = set(seeds)
@@ -186,22 +190,31 @@ class _Facts:
                     return True
         return False
 
-    def below_zero(self, name: str) -> bool:
-        """Whether the value is provably at most 0: a value less its own maximum, or the negation of a square."""
+    def below_zero(self, name: str, mask: str | None) -> bool:
+        """Whether the value is provably at most 0 where the mask is true: a value less its own maximum, or the
+        negation of a square."""
         e = self.steps.get(name)
         match e:
             case Equation(_, Elementwise("sub"), (z, m)):
-                top = self.steps.get(m)
-                return (
-                    top is not None
-                    and isinstance(top.op, Reduce)
-                    and top.op.kind == "max"
-                    and self.structure(top.args[0]) == self.structure(z)
-                )
+                return self.bounds(m, self.structure(z), mask)
             case Equation(_, Elementwise("neg"), (x,)):
                 return self.above_zero(x)
             case Equation(_, Elementwise("mul" | "div"), (x, y)):
                 return (self.above_zero(x) and self.negative(y)) or (self.negative(x) and self.above_zero(y))
+            case _:
+                return False
+
+    def bounds(self, m: str, z: str, mask: str | None) -> bool:
+        """Whether m is at least the value of structure z: a maximum that ranges over it."""
+        if self.structure(m) == z:
+            return True
+        match self.steps.get(m):
+            case Equation(_, Reduce("max"), (x,)):
+                return self.bounds(x, z, mask)
+            case Equation(_, Elementwise("max"), (x, y)):
+                return self.bounds(x, z, mask) or self.bounds(y, z, mask)
+            case Equation(_, Select(), (seen, x, _)):
+                return seen == mask and self.bounds(x, z, mask)
             case _:
                 return False
 
@@ -287,7 +300,9 @@ class _Writer:
             if p.loops:
                 self.alive |= {s.target.name for s in body if isinstance(s, Accumulator)}
             else:
-                self.alive |= {ld.value.name for ld in p.loads} | {s.target.name for s in body if isinstance(s, Equation)}
+                self.alive |= {ld.value.name for ld in p.loads} | {
+                    s.target.name for s in body if isinstance(s, Equation)
+                }
         self.loop = None
         self.open()
         for step in self.block.epilogue:
@@ -344,7 +359,11 @@ class _Writer:
     def put(self, target: Tensor, op: Op, *args: str) -> str:
         """An equation for an old value, under its name."""
         (t,) = infer(op, [type_of(self.names.values[a]) for a in args])
-        kept = target if {a.name for a in target.axes} == {a.name for a in t.axes} else tensor(target.name, t.axes, DType.f32)
+        kept = (
+            target
+            if {a.name for a in target.axes} == {a.name for a in t.axes}
+            else tensor(target.name, t.axes, DType.f32)
+        )
         self.names.values[target.name] = kept
         self.steps.append(Equation((kept,), op, args))
         return target.name
@@ -408,7 +427,7 @@ class _Writer:
         name = e.target.name
         if name in self.active:
             x = self.whole(e.args[0])
-            self.env[name] = Scaled(None, ((1, x),), e.args[1] if isinstance(e.op, MaskedExp) else None)
+            self.env[name] = Scaled(None, ((1, x),), _mask_of(e))
             return
         parts = [self.scaled(a) for a in e.args]
         if all(p.plain for p in parts):
@@ -460,7 +479,11 @@ class _Writer:
     def divided(self, e: Equation, a: Scaled, b: Scaled) -> Scaled:
         v = a.v
         if b.v:
-            v = self.put(e.target, Elementwise("div"), a.v, b.v) if a.v else self.put(e.target, Elementwise("reciprocal"), b.v)  # noqa: E501
+            v = (
+                self.put(e.target, Elementwise("div"), a.v, b.v)
+                if a.v
+                else self.put(e.target, Elementwise("reciprocal"), b.v)
+            )
         return Scaled(v, _sum(a.terms, b.terms, -1), a.mask)
 
     def added(self, e: Equation, parts: Sequence[Scaled]) -> None:
@@ -509,7 +532,9 @@ class _Writer:
         exponent = self.exponent(Scaled(None, terms))
         top = self.maximum(self.lowered(exponent, mask), crossing, accumulate, axes)
         less = self.emit(f"{exponent}_less", Elementwise("sub"), exponent, top)
-        wish = next((a for a, p in zip(e.args, parts, strict=True) if p.terms and p.v is None), f"{e.target.name}_scale")
+        wish = next(
+            (a for a, p in zip(e.args, parts, strict=True) if p.terms and p.v is None), f"{e.target.name}_scale"
+        )
         factor = self.power(wish, less, mask)
         self.close(e, (factor, *(p.v for p in parts if p.v)), accumulate, "rescaled", top)
         self.env[e.target.name] = Scaled(e.target.name, ((1, top),))
@@ -540,9 +565,7 @@ class _Writer:
         self.steps.append(Accumulator(equation, monoid, scale) if accumulate else equation)
 
 
-def _sum(
-    a: tuple[tuple[int, str], ...], b: tuple[tuple[int, str], ...], sign: int
-) -> tuple[tuple[int, str], ...]:
+def _sum(a: tuple[tuple[int, str], ...], b: tuple[tuple[int, str], ...], sign: int) -> tuple[tuple[int, str], ...]:
     """a + sign * b as signed terms; equal terms of opposite sign cancel."""
     left = list(a)
     for s, term in b:

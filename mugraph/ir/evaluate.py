@@ -188,6 +188,7 @@ class ArrayAlgebra(Algebra[Named]):
         self.sizes = dict(sizes)
         self.tiles = dict(tiles or {})
         self.parts = dict(parts or {})
+        self.here: Mapping[str, tuple[int, int]] = {}  # start and length of the tile that is being computed
 
     # -- what an algebra must say
 
@@ -402,6 +403,7 @@ class ArrayAlgebra(Algebra[Named]):
         """What one block stores, and where."""
         alive: dict[str, Named] = {}
         for p in block.passes:
+            self.here = at
             if not p.loops:
                 alive.update({ld.value.name: self.load(ld, args, at) for ld in p.loads})
                 self.steps(p.body, alive, alive, True)
@@ -411,11 +413,13 @@ class ArrayAlgebra(Algebra[Named]):
             dying = {t.name for e in equations_of(p.body) for t in e.targets} - {a.target.name for a in p.accumulators}
             first = True
             for place in self.iterations(p, block, part, parts):
+                self.here = {**at, **place}
                 inside = dict(alive)
-                inside.update({ld.value.name: self.load(ld, args, {**at, **place}) for ld in p.loads})
+                inside.update({ld.value.name: self.load(ld, args, self.here) for ld in p.loads})
                 self.steps(p.body, inside, alive, first)
                 yield from ((s, inside[s.value], {**at, **place}) for s in block.stores if s.value in dying)
                 first = False
+        self.here = at
         alive.update({ld.value.name: self.load(ld, args, at) for ld in block.loads})
         self.steps(block.epilogue, alive, alive, True)
         yield from ((s, alive[s.value], dict(at)) for s in block.stores if s.value in alive)
@@ -482,7 +486,16 @@ class ArrayAlgebra(Algebra[Named]):
         if isinstance(op, Kernel | Library):
             raise GraphError(f"{op_text(op)} inside a block graph", op=op_text(op))
         results = self.apply(op, [values[a] for a in args])
+        if isinstance(op, Iota | Slice | Broadcast):
+            results = tuple(self.in_tile(v, union_axes([values[a] for a in args])) for v in results)
         values.update((t.name, self.declared(v, t)) for t, v in zip(targets, results, strict=True))
+
+    def in_tile(self, v: Named, known: tuple[str, ...]) -> Named:
+        """The part in the present tile of axes that the operator itself brings; its operands are tiles already."""
+        for axis, (start, length) in self.here.items():
+            if axis in v.axes and axis not in known:
+                v = narrow(v, axis, start, length)
+        return v
 
 
 class FloatAlgebra(ArrayAlgebra):

@@ -61,7 +61,9 @@ class Compiler:
         return [Resources(arch=arch, **kernel) for kernel in found]
 
 
-def resources(source: str, arch: int, options: Mapping[str, Any] | None = None, timeout: float = 120.0) -> list[Resources]:  # noqa: E501
+def resources(
+    source: str, arch: int, options: Mapping[str, Any] | None = None, timeout: float = 120.0
+) -> list[Resources]:
     """One compilation in a process of its own; see `Compiler.resources`."""
     with Compiler(timeout) as compiler:
         return compiler.resources(source, arch, options)

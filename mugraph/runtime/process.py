@@ -94,7 +94,8 @@ class Worker:
             paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
             environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
             environment |= {"PYTHONPATH": os.pathsep.join(paths), **self.environment}
-            self._errors = tempfile.TemporaryFile()
+            # open as long as the process lives
+            self._errors = tempfile.TemporaryFile()  # noqa: SIM115
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "mugraph.runtime.worker"],
                 stdin=subprocess.PIPE,

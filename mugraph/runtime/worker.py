@@ -9,7 +9,6 @@ import pickle
 import re
 import struct
 import subprocess
-import sys
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -83,7 +82,12 @@ def compile_kernels(source: str, arch: int, options: dict[str, Any]) -> list[dic
         binary.write_bytes(compiled.asm["cubin"])
         tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
         found.append(
-            {"kernel": name, "shared_bytes": compiled.metadata.shared, **read_usage(tools, binary), **read_code(tools, binary)}
+            {
+                "kernel": name,
+                "shared_bytes": compiled.metadata.shared,
+                **read_usage(tools, binary),
+                **read_code(tools, binary),
+            }
         )
     return found
 
@@ -133,4 +137,4 @@ def serve() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(serve())
+    serve()

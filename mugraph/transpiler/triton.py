@@ -2,8 +2,8 @@
 
     emit(plan) -> str
 
-The file stands alone: it imports torch and triton, holds one `@triton.jit` kernel per launch, `run(inputs..., out=None)`
-and `SIGNATURES`, the table by which the kernels compile ahead of time.
+The file stands alone: it imports torch and triton, holds one `@triton.jit` kernel per launch, one torch function per
+library call, `run(inputs..., out=None)`, and `SIGNATURES`, the table by which the kernels compile ahead of time.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from mugraph.codegen.plan import (
     equation_text,
 )  # fmt: skip
 from mugraph.errors import UnsupportedOpError
-from mugraph.ir.axes import MAX_SIZE, Axis, Dim, Monomial, Size, dims_of, product, size_value
-from mugraph.ir.graph import Equation
+from mugraph.ir.axes import MAX_SIZE, Axis, Dim, Monomial, Size, dims_of, product
+from mugraph.ir.graph import Equation, Program
 from mugraph.ir.ops import (
     Broadcast,
     Cast,
@@ -49,8 +49,9 @@ from mugraph.ir.ops import (
     Select,
     SizeOf,
 )  # fmt: skip
-from mugraph.ir.types import DType, Tensor
-from mugraph.transpiler.library import torch_lines
+from mugraph.ir.types import DType, Input, Output, Storage, Tensor
+from mugraph.transpiler import torch as torch_code
+from mugraph.transpiler.signature import bindings, size_text
 
 WIDTH = 120
 TL = {
@@ -72,18 +73,39 @@ TORCH = {
 RELATION = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
 NEUTRAL = {"sum": "0.0", "max": 'float("-inf")', "min": 'float("inf")'}
 LOG2E = 1.4426950408889634
-RESERVED = {"tl", "torch", "triton", "run", "out", "range", "grid", "pid", "part", "DOT", "LOG2E", "SIGNATURES", "float"}
+RESERVED = {
+    "tl",
+    "torch",
+    "triton",
+    "run",
+    "out",
+    "range",
+    "grid",
+    "pid",
+    "part",
+    "DOT",
+    "LOG2E",
+    "SIGNATURES",
+    "float",
+}
 
 
 def emit(plan: Plan) -> str:
     """The plan as a Python file.  Raises UnsupportedOpError, naming the operator, where there is no Triton for it."""
     kernels = {launch.name: _Kernel(launch, plan) for launch in plan.launches()}
     texts = [k.text() for k in kernels.values()]
-    parts = [_header(plan, texts), *texts, _run(plan, kernels), _signatures(kernels)]
+    functions: dict[str, str] = {}
+    for call in plan.calls:
+        if isinstance(call, Torch):
+            name = f"{re.sub(r'[^0-9A-Za-z_]', '_', plan.name)}_torch_{len(functions)}"
+            functions[call.equation.target.name] = name
+            texts.append(_torch_function(call.equation, plan, name))
+    parts = [_header(plan, texts), *texts, _run(plan, kernels, functions), _signatures(kernels)]
     return "\n\n\n".join(p for p in parts if p) + "\n"
 
 
-def _header(plan: Plan, kernels: list[str]) -> str:
+def _header(plan: Plan, functions: list[str]) -> str:
+    kernels = [f for f in functions if f.startswith("@triton.jit")]
     what = "with Triton kernels" if kernels else "with torch"
     lines = [f'"""{plan.name}({", ".join(plan.inputs)}) -> {", ".join(plan.outputs)}, {what}.', ""]
     lines += [str(b.tensor) for b in plan.buffers if b.tensor.name in {*plan.inputs, *plan.outputs}]
@@ -502,7 +524,9 @@ class _Kernel:
 
     # -- memory --------------------------------------------------------------------------------------------------
 
-    def terms(self, buffer: str, index: Iterable[tuple[str, Index]], want: Sequence[Lane]) -> tuple[list[str], list[str]]:
+    def terms(
+        self, buffer: str, index: Iterable[tuple[str, Index]], want: Sequence[Lane]
+    ) -> tuple[list[str], list[str]]:
         """Offsets that stay through the loop, and those that move with it."""
         fixed: list[str] = []
         moving: list[str] = []
@@ -539,12 +563,12 @@ class _Kernel:
 
     def sum(self, name: str, terms: Sequence[str]) -> None:
         """`name = a + b + ...`, over several statements if one is too long."""
-        line, first = "", True
+        line = ""
         for t in terms:
             candidate = f"{line} + {t}" if line else t
             if line and len(self.indent) + len(name) + 3 + len(candidate) > WIDTH:
                 self.put(f"{name} = {line}")
-                candidate, first = f"{name} + {t}", False
+                candidate = f"{name} + {t}"
             line = candidate
         self.put(f"{name} = {line}")
 
@@ -820,7 +844,11 @@ class _Kernel:
             var = self.name_of(("value", name), name)
         neutral = NEUTRAL["sum" if a.monoid == "rescaled" else a.monoid]
         shape = self.shape(lanes) if lanes else "[]"
-        text = f"tl.zeros({shape}, tl.float32)" if neutral == "0.0" and lanes else f"tl.full({shape}, {neutral}, tl.float32)"
+        text = (
+            f"tl.zeros({shape}, tl.float32)"
+            if neutral == "0.0" and lanes
+            else f"tl.full({shape}, {neutral}, tl.float32)"
+        )
         self.put(f"{var} = {text}")
         self.var[name] = var
 
@@ -878,7 +906,9 @@ class _Kernel:
     def parameters(self) -> list[str]:
         names = [self.pointer(b.tensor.name) for b in self.buffers]
         names += [self.name_of(("size", a), "") for a in self.sizes]
-        names += [self.name_of(("stride", b.tensor.name, i), "") for b in self.buffers for i in range(len(b.tensor.dims))]
+        names += [
+            self.name_of(("stride", b.tensor.name, i), "") for b in self.buffers for i in range(len(b.tensor.dims))
+        ]
         names += [f"{n}: tl.constexpr" for n in self.lane_params]
         return names + (["DOT: tl.constexpr"] if self.widen else [])
 
@@ -942,11 +972,11 @@ class _Kernel:
 def _split_args(call: str) -> list[str]:
     """The arguments of a `tl.load(...)` text."""
     inner = call[len("tl.load(") : -1]
-    pieces, depth, start = [], 0, 0
-    for i, ch in enumerate(inner):
-        depth += ch in "([" and 1 or 0
-        depth -= ch in ")]" and 1 or 0
-        if ch == "," and depth == 0:
+    pieces: list[str] = []
+    depth = start = 0
+    for i, letter in enumerate(inner):
+        depth += (letter in "([") - (letter in ")]")
+        if letter == "," and depth == 0:
             pieces.append(inner[start:i].strip())
             start = i + 1
     return [*pieces, inner[start:].strip()]
@@ -984,58 +1014,61 @@ def _python(name: str) -> str:
 
 
 def _size_text(size: Size) -> str:
-    match size:
-        case int():
-            return str(size)
-        case Dim(name):
-            return f"size_{name}"
-        case Monomial(coefficient, powers):
-            top = [str(coefficient.numerator)] if coefficient.numerator != 1 else []
-            top += [f"size_{d.name}" for d, p in powers for _ in range(max(p, 0))]
-            bottom = [f"size_{d.name}" for d, p in powers for _ in range(max(-p, 0))]
-            bottom += [str(coefficient.denominator)] if coefficient.denominator != 1 else []
-            text = " * ".join(top) or "1"
-            return f"({text} // ({' * '.join(bottom)}))" if bottom else f"({text})" if len(top) > 1 else text
+    """A size in `run`, where each symbolic one has a variable."""
+    text = size_text(size, {d: f"size_{d.name}" for d in dims_of(size)})
+    return f"({text})" if " " in text else text
 
 
-def _run(plan: Plan, kernels: Mapping[str, _Kernel]) -> str:
+def _run(plan: Plan, kernels: Mapping[str, _Kernel], functions: Mapping[str, str]) -> str:
     inputs = [_python(n) for n in plan.inputs]
-    outputs = [_python(n) for n in plan.outputs]
-    result = ", ".join(outputs)
+    result = ", ".join(map(_python, plan.outputs))
     lines = _call("def run", [*inputs, "*", "out=None"], ":", "")
-    what = "a tensor" if len(outputs) == 1 else "tensors in order"
+    what = "a tensor" if len(plan.outputs) == 1 else "tensors in order"
     lines.append(f'    """{result} as {what}, written into `out` if given."""')
     lines += _sizes(plan)
-    device = f"{inputs[0]}.device"
-    for i, name in enumerate(plan.outputs):
-        b = plan.buffer(name)
-        if b.space in ("output", "zeroed") and name not in _made_by_torch(plan):
-            given = "out" if len(outputs) == 1 else f"out[{i}]"
-            shape = _shape(b.tensor)
-            lines.append(f"    if out is None:")
-            lines += _call(f"{_python(name)} = torch.empty", [shape, f"dtype={TORCH[b.tensor.dtype]}", f"device={device}"], "", "        ")  # noqa: E501
-            lines += ["    else:", f"        {_python(name)} = {given}"]
-            if b.space == "zeroed":
-                lines.append(f"    {_python(name)}.zero_()")
-    made = _made_by_torch(plan)
-    for b in plan.buffers:
-        if b.space in ("workspace", "global") and b.tensor.name not in made:
-            dtype = TORCH[b.tensor.dtype]
-            lines += _call(f"{_python(b.tensor.name)} = torch.empty", [_shape(b.tensor), f"dtype={dtype}", f"device={device}"], "", "    ")  # noqa: E501
+    lines += _allocations(plan)
     for call in plan.calls:
         match call:
             case Launch(name):
                 k = kernels[name]
                 lines += _call(f"{k.fn}[({k.grid()},)]", k.arguments(), "", "    ")
             case Torch(equation):
-                lines.append(f"    # {equation_text(equation)}")
-                lines += [f"    {line}" for line in torch_lines(equation, plan, _python, _size_text)]
+                targets = ", ".join(_python(t.name) for t in equation.targets)
+                args = [_python(a) for a in equation.args]
+                lines += _call(f"{targets} = {functions[equation.target.name]}", args, "", "    ")
+    made = _made_by_torch(plan)
     for i, name in enumerate(plan.outputs):
         if name in made:
-            given = "out" if len(outputs) == 1 else f"out[{i}]"
-            lines += ["    if out is not None:", f"        {_python(name)} = {given}.copy_({_python(name)})"]
-    lines.append(f"    return {result}")
-    return "\n".join(lines)
+            lines += ["    if out is not None:", f"        {_python(name)} = {_given(plan, i)}.copy_({_python(name)})"]
+    return "\n".join([*lines, f"    return {result}"])
+
+
+def _allocations(plan: Plan) -> list[str]:
+    """Outputs, taken from `out` if given; values between launches; workspaces."""
+    made = _made_by_torch(plan) | set(plan.inputs)
+    device = f"{_python(plan.inputs[0])}.device"
+    lines: list[str] = []
+
+    def allocated(b: Buffer, indent: str) -> list[str]:
+        args = [_shape(b.tensor), f"dtype={TORCH[b.tensor.dtype]}", f"device={device}"]
+        return _call(f"{_python(b.tensor.name)} = torch.empty", args, "", indent)
+
+    outputs = [plan.buffer(name) for name in plan.outputs]
+    fresh = [(i, b) for i, b in enumerate(outputs) if b.tensor.name not in made]
+    if fresh:
+        lines.append("    if out is None:")
+        for _, b in fresh:
+            lines += allocated(b, "        ")
+        lines.append("    else:")
+        lines += [f"        {_python(b.tensor.name)} = {_given(plan, i)}" for i, b in fresh]
+    for b in plan.buffers:
+        if b.tensor.name not in made and b.tensor.name not in plan.outputs:
+            lines += allocated(b, "    ")
+    return lines + [f"    {_python(b.tensor.name)}.zero_()" for b in plan.buffers if b.space == "zeroed"]
+
+
+def _given(plan: Plan, output: int) -> str:
+    return "out" if len(plan.outputs) == 1 else f"out[{output}]"
 
 
 def _made_by_torch(plan: Plan) -> set[str]:
@@ -1043,51 +1076,37 @@ def _made_by_torch(plan: Plan) -> set[str]:
 
 
 def _shape(t: Tensor) -> str:
-    sizes = [_size_text(s) for s in t.shape]
+    sizes = [size_text(s, {d: f"size_{d.name}" for d in dims_of(s)}) for s in t.shape]
     return f"({', '.join(sizes)}{',' if len(sizes) == 1 else ''})"
 
 
 def _sizes(plan: Plan) -> list[str]:
     """Symbolic sizes from the shapes of inputs."""
-    lines: list[str] = []
-    known: set[str] = set()
+    inputs = tuple(Input(plan.buffer(n).tensor, Storage(plan.buffer(n).tensor.dtype)) for n in plan.inputs)
+    found = bindings(Program(plan.name, inputs, (), ()))
+    names = {b.dim: f"size_{b.dim.name}" for b in found}
+    known = {d.name for d in names}
     wanted = {d.name for b in plan.buffers for s in b.tensor.shape for d in dims_of(s)}
-    shapes = [(n, i, s) for n in plan.inputs for i, s in enumerate(plan.buffer(n).tensor.shape)]
-    progress = True
-    while progress and wanted - known:
-        progress = False
-        for name, i, size in shapes:
-            open_ = [(d, p) for d, p in _powers(size) if d.name not in known]
-            if len(open_) == 1 and open_[0][1] == 1:
-                d = open_[0][0]
-                rest = _without(size, d)
-                over = "" if rest == 1 else f" // {_size_text(rest)}"
-                lines.append(f"    size_{d.name} = {_python(name)}.shape[{i}]{over}")
-                known.add(d.name)
-                progress = True
-    if missing := wanted - known:
-        raise UnsupportedOpError(f"no input's shape gives the size {sorted(missing)[0]}", op="sizeof")
-    return lines
+    if missing := sorted(wanted - known):
+        raise UnsupportedOpError(f"no input's shape gives the size {missing[0]}", op="sizeof")
+    return [f"    {names[b.dim]} = {b.text(f'{_python(b.source)}.shape', names)}" for b in found]
 
 
-def _powers(size: Size) -> tuple[tuple[Dim, int], ...]:
-    match size:
-        case int():
-            return ()
-        case Dim():
-            return ((size, 1),)
-        case Monomial(_, powers):
-            return powers
-
-
-def _without(size: Size, d: Dim) -> Size:
-    return product([size]) / d if isinstance(size, Monomial) else 1
+def _torch_function(equation: Equation, plan: Plan, name: str) -> str:
+    """A library call's meaning, or a plain equation, as a function of torch."""
+    inputs = tuple(Input(plan.buffer(a).tensor, Storage(plan.buffer(a).tensor.dtype)) for a in equation.args)
+    unique = tuple(dict.fromkeys(inputs))
+    outputs = tuple(Output(t.name, Storage(t.dtype)) for t in equation.targets)
+    text = torch_code.emit(Program(name, unique, (equation,), outputs), name)
+    return text.split("import torch\n", 1)[1].strip()
 
 
 def _signatures(kernels: Mapping[str, _Kernel]) -> str:
     if not kernels:
         return ""
-    lines = ["# How each kernel compiles ahead of time: types (`:16`: divisible by 16) or constants, and launch options."]
+    lines = [
+        "# How each kernel compiles ahead of time: types (`:16`: divisible by 16) or constants, and launch options."
+    ]
     lines.append("SIGNATURES = {")
     for k in kernels.values():
         lines += [f'    "{k.fn}": (', "        {"]
