@@ -43,7 +43,7 @@ from mugraph.runtime.load import Executable, load_module
 from mugraph.search.cost import device
 from mugraph.search.driver import search
 from mugraph.search.report import SearchReport
-from mugraph.search.space import SearchSpace
+from mugraph.search.space import SearchSpace, space_of
 from mugraph.transpiler import torch as torch_code
 from mugraph.transpiler import triton as triton_code
 from mugraph.transpiler.target import Target, parse_target
@@ -138,9 +138,7 @@ class Result:
     def save(self, directory: str | Path) -> Path:
         """Writes the files and a manifest with their hashes.  The directory appears whole or not at all; one that is
         there is replaced only if it was written by `save`.  Raises CacheError where it cannot be written."""
-        place = Path(directory)
-        if place.exists() and not (place / "manifest.json").is_file() and any(place.iterdir()):
-            raise CacheError(f"{place} is not empty and holds no manifest.json", remedy="name another directory")
+        place = check_writable(directory)
         files = self.files()
         manifest = {
             "schema_version": SCHEMA_VERSION,
@@ -167,6 +165,16 @@ class Result:
             shutil.rmtree(draft, ignore_errors=True)
             shutil.rmtree(old, ignore_errors=True)
         return place
+
+
+def check_writable(directory: str | Path) -> Path:
+    """The directory, if `Result.save` may write it: absent, empty, or written by `save` before.  Raises CacheError."""
+    place = Path(directory)
+    if place.exists() and not place.is_dir():
+        raise CacheError(f"{place} is a file", remedy="name another directory")
+    if place.exists() and not (place / "manifest.json").is_file() and any(place.iterdir()):
+        raise CacheError(f"{place} is not empty and holds no manifest.json", remedy="name another directory")
+    return place
 
 
 @dataclass(frozen=True)
@@ -198,8 +206,11 @@ def load(directory: str | Path) -> Result:
     for name, text in files.items():
         if hashlib.sha256(text.encode()).hexdigest() != manifest["files"][name]:
             raise CacheError(f"{place / name} was edited", remedy="run mugraph optimize again")
-    notes = tuple(manifest.get("notes", ()))
-    return replace(_read(files, parse_target(manifest["target"]), notes), directory=place)
+    try:
+        found = _read(files, parse_target(manifest["target"]), tuple(manifest.get("notes", ())))
+    except (KeyError, ValueError, TypeError) as error:
+        raise CacheError(f"{place} is no saved result: {error!r}", remedy="run mugraph optimize again") from error
+    return replace(found, directory=place)
 
 
 def _read(files: Mapping[str, str], target: Target, notes: tuple[str, ...]) -> Result:
@@ -239,7 +250,7 @@ def optimize(
     VerificationError where no candidate passes, UnknownTargetError for an unknown target.
     """
     chosen = parse_target(target)
-    space = space or SearchSpace()
+    space = space or space_of(settings.effort.get())
     budget = settings.budget_seconds.get(budget_seconds)
     number = settings.seed.get(seed)
     store = cache or Cache()
@@ -319,18 +330,50 @@ def _optimized(
     verified: Verified = found.accepted[0]
     source: str = found.accepted[1]
     tell(f"found: {found.report.predicted_seconds * 1e6:.1f} µs predicted; verified, error <= {delta:.1e}")
+    return _checked(verified, source, target, seed, found.report, found.report.notes, tell)
+
+
+def from_graph(
+    program: Program,
+    graph: KernelGraph,
+    *,
+    target: str | Target | None = None,
+    delta: float = DELTA,
+    seed: int | None = None,
+) -> Result:
+    """A μGraph that was written by hand, or read from a file, as a result: stabilised, verified, lowered and checked
+    like one that was found.
+
+    Raises VerificationError where the graph does not compute the program or the emitted source disagrees with float64,
+    GraphError for a malformed graph, UnsupportedOpError where the target has no form for an operator.
+    """
+    chosen, number = parse_target(target), settings.seed.get(seed)
+    verified = verify(program, finished(graph), delta=delta, seed=number)
+    report = ReportText({"text": f"{graph.name}: a given graph, no search"})
+    return _checked(verified, emit(verified, chosen), chosen, number, report)
+
+
+def _checked(
+    verified: Verified,
+    source: str,
+    target: Target,
+    seed: int,
+    report: SearchReport | ReportText,
+    notes: Sequence[str] = (),
+    tell: Callable[[str], None] = lambda _: None,
+) -> Result:
+    """The last stage: a verified graph with its source, once the source agrees with float64."""
     numerics = numeric_tier(verified, target, source, seed)
     checked = Checked(verified, _hash(source), numerics)  # refuses a source that disagrees with float64
     tell(f"numeric check passed: {len(numerics.rows)} comparisons with float64 ({numerics.how})")
-    notes = list(found.report.notes)
     if numerics.how == "interpreted":
-        notes.append("the kernels were checked under Triton's interpreter at reduced sizes, not on a device")
+        notes = (*notes, "the kernels were checked under Triton's interpreter at reduced sizes, not on a device")
     return Result(
-        program=program,
+        program=verified.program,
         graph=verified.graph,
         source=source,
         certificate=checked.verified.certificate.with_numerics(numerics),
-        report=found.report,
+        report=report,
         target=target,
         notes=tuple(notes),
     )
