@@ -49,6 +49,10 @@ from mugraph.ir.types import Dims, DType, Tensor
 # Names for axes that nobody named, in the order they are given out.
 LETTERS = "kndehpqrtuvwxyzacfgijlmos"
 
+# How strong a wish for an axis name is: a name the user gave (a second axis of that name becomes `b2`), an einsum
+# letter, the role in a matmul.
+FIRM, LETTER, ROLE = STRENGTHS = (0, 1, 2)
+
 
 @dataclass(eq=False)
 class Value:
@@ -202,18 +206,17 @@ class Naming:
     def name(self, vars: Iterable[Var]) -> None:
         """Names these variables; those with hints get theirs before the others get letters."""
         atoms = [v for v in dict.fromkeys(self.axes.atoms(vars)) if v not in self.names]
-        for strength in range(10):
+        for strength in STRENGTHS:
             for atom in atoms:
                 for wish, hint in atom.hints:
-                    if wish == strength and atom not in self.names and self._free(hint, strength):
-                        self._give(atom, hint)
+                    if wish == strength and atom not in self.names:
+                        if hint not in self.taken:
+                            self._give(atom, hint)
+                        elif strength == FIRM:
+                            self._give(atom, self._next(hint))
         for atom in atoms:
             if atom not in self.names:
-                firm = [hint for wish, hint in sorted(atom.hints) if wish == 0]
-                self._give(atom, self._next(firm[0]) if firm else self._letter())
-
-    def _free(self, hint: str, strength: int) -> bool:
-        return hint not in self.taken
+                self._give(atom, self._letter())
 
     def _give(self, atom: Var, name: str) -> None:
         self.taken.add(name)

@@ -16,7 +16,7 @@ from functools import reduce as fold
 from types import EllipsisType
 from typing import Any, NoReturn
 
-from mugraph.dsl.record import Recorder, Value, literal
+from mugraph.dsl.record import LETTER, ROLE, Recorder, Value, literal
 from mugraph.dsl.unify import Var, VarDim, VarDims, divides
 from mugraph.errors import CaptureError, ShapeError, UnsupportedOpError
 from mugraph.ir.axes import Dim, Monomial, Size, dims_of, over, product, times
@@ -907,7 +907,7 @@ def matmul(a: Any, b: Any) -> Tensor:
     return contracted("matmul", (a, b), (left, right), out, exact=("inner",))
 
 
-def _hint(x: Tensor, i: int, name: str, strength: int = 5) -> None:
+def _hint(x: Tensor, i: int, name: str, strength: int = ROLE) -> None:
     atoms = x.recorder.axes.atoms(x.dims[i])
     if len(atoms) == 1:
         atoms[0].hints.append((strength, name))
@@ -920,7 +920,7 @@ def einsum(equation: str, *xs: Tensor) -> Tensor:
     for term, x in zip(labels, xs, strict=True):
         for i, label in enumerate(term):
             if isinstance(label, str):
-                _hint(x, i, label.lower(), 2)
+                _hint(x, i, label.lower(), LETTER)
     return contracted("einsum", xs, labels, out)
 
 

@@ -12,6 +12,8 @@ The function runs once, on traced tensors.  The name `f` is then a `Program`, a 
 from __future__ import annotations
 
 import inspect
+import linecache
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -143,7 +145,12 @@ def _parameter_names(fn: Callable[..., Any], count: int) -> list[str]:
 
 def _definition(fn: Callable[..., Any]) -> Location | None:
     code = getattr(inspect.unwrap(fn), "__code__", None)
-    return code and Location(code.co_filename, code.co_firstlineno, f"def {code.co_name}")
+    return code and source_line(code.co_filename, code.co_firstlineno)
+
+
+def source_line(path: str, line: int) -> Location:
+    """A place in a user's file, relative to the working directory."""
+    return Location(path.removeprefix(os.getcwd() + os.sep), line, linecache.getline(path, line).strip())
 
 
 def _annotations(fn: Callable[..., Any]) -> dict[str, TensorSpec]:

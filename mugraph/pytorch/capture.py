@@ -7,7 +7,6 @@ broadcasting, views and promotion.
 from __future__ import annotations
 
 import inspect
-import linecache
 import os
 import re
 import sys
@@ -20,7 +19,7 @@ from typing import Any, cast
 from mugraph.dsl import tensor as t
 from mugraph.dsl.record import Recorder, Value
 from mugraph.dsl.tensor import SizeValue, Tensor
-from mugraph.dsl.trace import TensorSpec, Tracing
+from mugraph.dsl.trace import TensorSpec, Tracing, source_line
 from mugraph.errors import CaptureError, Location, MugraphError, UnsupportedOpError
 from mugraph.ir.axes import Dim, Size, over, times
 from mugraph.ir.graph import Program
@@ -151,7 +150,7 @@ def _raised_at(error: BaseException) -> Location | None:
     while step is not None:
         path = step.tb_frame.f_code.co_filename
         if _is_user(path):
-            found = Location(_relative(path), step.tb_lineno, linecache.getline(path, step.tb_lineno).strip())
+            found = source_line(path, step.tb_lineno)
         step = step.tb_next
     return found
 
@@ -177,16 +176,12 @@ def _is_user(path: str) -> bool:
     return not path.startswith((_PACKAGE, torch_home, "torch" + os.sep, "<frozen"))
 
 
-def _relative(path: str) -> str:
-    return path.removeprefix(os.getcwd() + os.sep)
-
-
 def _user_line(stack_trace: str | None) -> Location | None:
     """The innermost line of a node's stack trace that is the user's."""
     places = re.findall(r'File "([^"]+)", line (\d+)', stack_trace or "")
     for path, line in reversed(places):
         if _is_user(path):
-            return Location(_relative(path), int(line), linecache.getline(path, int(line)).strip())
+            return source_line(path, int(line))
     return None
 
 
