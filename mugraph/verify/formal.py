@@ -187,20 +187,30 @@ def merged(c: Words, e: Words) -> Sum:
     """The sum with equal exponents merged and zero terms dropped."""
     if c.shape[-1] == 1:
         return c, np.where(c == 0, U(0), e)
-    order = np.argsort(e, axis=-1, kind="stable")
-    c, e = np.take_along_axis(c, order, axis=-1), np.take_along_axis(e, order, axis=-1)
-    last = np.ones(e.shape, dtype=bool)
-    last[..., :-1] = e[..., 1:] != e[..., :-1]
-    running = np.cumsum(c, axis=-1, dtype=U)  # below 2**31 * terms, which fits
-    before = np.zeros_like(running)
-    before[..., 1:] = np.maximum.accumulate(np.where(last, running, U(0)), axis=-1)[..., :-1]
-    c = np.where(last, (running - before) % U(P), U(0))
+    c, e = _unpacked(np.sort(_packed(c, e), axis=-1))
+    again = e[..., 1:] == e[..., :-1]
+    if again.any():
+        last = np.ones(e.shape, dtype=bool)
+        np.logical_not(again, out=last[..., :-1])
+        running = np.cumsum(c, axis=-1, dtype=U)  # below 2**31 * terms, which fits
+        before = np.zeros_like(running)
+        before[..., 1:] = np.maximum.accumulate(np.where(last, running, U(0)), axis=-1)[..., :-1]
+        c = np.where(last, (running - before) % U(P), U(0))
     present = c != 0
-    width = max(int(present.sum(axis=-1).max(initial=0)), 1)
-    if width < c.shape[-1]:
-        front = np.argsort(~present, axis=-1, kind="stable")[..., :width]
-        c, e = np.take_along_axis(c, front, axis=-1), np.take_along_axis(e, front, axis=-1)
-    return c, np.where(c == 0, U(0), e)
+    width = max(int(np.count_nonzero(present, axis=-1).max(initial=0)), 1)
+    if width == c.shape[-1]:
+        return c, e
+    kept = np.sort(np.where(present, _packed(c, e), _NOTHING), axis=-1)[..., :width]
+    return _unpacked(np.where(kept == _NOTHING, U(0), kept))
+
+
+def _packed(c: Words, e: Words) -> Words:
+    """Terms as single words, in the order of their exponents."""
+    return (e << U(31)) | c
+
+
+def _unpacked(words: Words) -> Sum:
+    return words & U(2**31 - 1), words >> U(31)
 
 
 def sum_product(a: Sum, b: Sum, limit: int) -> Sum:
@@ -270,7 +280,7 @@ class FormalAlgebra(ArrayAlgebra):
         self.cuts: set[str] = set()
         self.assumptions: set[str] = set()
         self._omegas = [fields.order_q_element(key, i) for i in range(2)]
-        self._applied: dict[object, tuple[int, int]] = {}  # opaque function -> applications, degree of the arguments
+        self._applied: dict[object, tuple[int, Bound]] = {}  # opaque function -> applications, bound of all arguments
         self._coincidence = 0.0  # probability that denominators came out equal by accident
         self._inverted = 0.0  # probability that some denominator is zero
 
@@ -305,7 +315,8 @@ class FormalAlgebra(ArrayAlgebra):
         else:
             final = (degree / (P - 1)) * (degree / (Q - 1))
         collisions = sum(
-            n * (n - 1) / 2 * (degree / (P - 1)) * (degree / (Q - 1)) for n, degree in self._applied.values()
+            n * (n - 1) / 2 * (bound.difference / (P - 1)) * (bound.difference / (Q - 1))
+            for n, bound in self._applied.values()
         )
         total = final + collisions + self._coincidence
         return min(1.0, total / (1 - self._inverted)) if self._inverted < 1 else 1.0
@@ -457,9 +468,8 @@ class FormalAlgebra(ArrayAlgebra):
         return mixed
 
     def _applied_to(self, key: object, count: int, *args: Value) -> None:
-        degree = max((v.bound.difference for v in args), default=0)
-        n, highest = self._applied.get(key, (0, 0))
-        self._applied[key] = (n + count, max(highest, degree))
+        n, widest = self._applied.get(key, (0, Bound()))
+        self._applied[key] = (n + count, reduce(Bound.either, (v.bound for v in args), widest))
 
     def _opaque(self, key: object, *args: Value) -> Value:
         """A function of which only this is known: equal arguments give equal results."""

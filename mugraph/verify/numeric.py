@@ -128,7 +128,9 @@ def _rows(
         elif overflowed:
             note = f"the program overflows at its own types ({dtype})"
         with np.errstate(all="ignore"):
-            tolerance = DEVIATIONS * deviation + ULPS * (2 * unit * np.abs(want) + least)
+            # elements that nearly vanish are compared at the unit of the greatest: their error is far from normal
+            floor = 2 * unit * np.abs(want).max(initial=0.0)
+            tolerance = DEVIATIONS * deviation + ULPS * (2 * unit * np.abs(want) + least) + floor
             eager_error = np.abs(own - want)
             if not overflowed:
                 tolerance = tolerance * max(1.0, EAGER_FACTOR * _worst(eager_error, tolerance)[0])

@@ -7,14 +7,17 @@ import pytest
 
 from mugraph.errors import GraphError, VerificationError
 from mugraph.ir import evaluate, fields
-from mugraph.ir.graph import KernelGraph, Program
-from mugraph.ir.ops import Const, Contract
+from mugraph.ir.graph import BlockGraph, Equation, KernelGraph, Pass, Program, Store
+from mugraph.ir.ops import Const, Contract, Kernel, Library
+from mugraph.ir.threads import form_threads
 from mugraph.ir.types import DType
 from mugraph.verify import equivalence, formal
 from mugraph.verify.equivalence import Verified, recheck, verify
 from mugraph.verify.formal import EVALUATED, EXP_CUT, NESTED_EXP
 from tests import graphs
-from tests.verify.variants import EQUAL, UNEQUAL, X, Y, pair
+from tests.graphs import axis, inp
+from tests.verify.mutants import block_of, with_block
+from tests.verify.variants import EQUAL, UNEQUAL, X, Y, build, pair
 
 GRAPHS = {name: (program(), fused()) for name, (program, fused) in graphs.ALL.items()} | {
     "gqa_plain": (graphs.attention(), graphs.attention_fused(online=False)),
@@ -32,6 +35,47 @@ def test_a_right_graph_is_accepted_with_the_bound_asked_for(name: str):
     assert certificate.unused_laws == ()
 
 
+@pytest.mark.parametrize("name", ["rmsnorm_linear", "gqa_split"])
+def test_a_graph_with_threads_is_accepted(name: str):
+    program, graph = GRAPHS[name]
+    verify(program, with_block(graph, form_threads(block_of(graph))))
+
+
+def library_and_kernel(semantics: Program) -> KernelGraph:
+    """`lora` in two launches: a library call for X·A, and a kernel of which its result is an argument."""
+    p = graphs.lora()
+    xa, args = p.tensors()["xa"], ("X", "W", "xa", "Bm")
+    low = Equation((xa,), Library("matmul", semantics), ("X", "A"))
+    b = graphs.Builder(block=True)
+    loads = tuple(b.load(name.lower(), p.tensors()[name]) for name in args)
+    b.acc("xw_acc", Contract(("k",)), "x", "w")
+    body = b.take()
+    b.add("low", Contract(("r",)), "xa", "bm")
+    b.fn("y", "add", "xw_acc", "low")
+    passes = (Pass((("k", 64),), loads[:2], body),)
+    block = BlockGraph((("b", 16), ("n", 64)), None, passes, loads[2:], b.take(), (Store("y", "Y"),))
+    return KernelGraph(p.name, p.inputs, (low, Equation((p.tensors()["Y"],), Kernel((block,)), args)), p.outputs)
+
+
+def matmul(*axes: str) -> Program:
+    """U[i, j]·V[j, l], contracted over the axes."""
+    i, j, l = axis("i", graphs.B), axis("j", 4096), axis("l", 16)
+    return build([inp("U", i, j), inp("V", j, l)], [("T", Contract(axes), "U", "V")])
+
+
+def test_a_library_call_and_a_kernel_are_accepted():
+    verify(graphs.lora(), library_and_kernel(matmul("j")))
+
+
+def test_a_library_call_of_another_meaning_is_refused():
+    wrong = build(
+        list(matmul("j").inputs),
+        [("S", Contract(("j",)), "U", "V"), ("T", "neg", "S")],
+    )
+    with pytest.raises(VerificationError, match="differ"):
+        verify(graphs.lora(), library_and_kernel(wrong))
+
+
 @pytest.mark.parametrize("name", EQUAL)
 def test_equal_by_a_law_is_accepted(name: str):
     assert verify(*pair(*EQUAL[name])).certificate.delta <= 2.0**-40
@@ -46,9 +90,9 @@ def test_a_lookalike_is_refused(name: str):
 def test_every_tile_is_full_somewhere_and_has_a_tail():
     for draw in verify(*GRAPHS["gqa"]).certificate.draws:
         sizes, tiles = dict(draw.sizes), dict(draw.tiles)
-        for axis, tile in tiles.items():
-            assert sizes[axis] > tile
-            assert tile == 1 or sizes[axis] % tile
+        for name, tile in tiles.items():
+            assert sizes[name] > tile
+            assert tile == 1 or sizes[name] % tile
 
 
 def test_no_two_axes_have_the_same_sizes_in_all_draws():
