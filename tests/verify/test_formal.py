@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mugraph.ir.fields import P, Q, U
@@ -30,6 +30,7 @@ def as_dict(s) -> dict[int, int]:
     return {e: c for e, c in found.items() if c}
 
 
+@settings(max_examples=40)
 @given(sums)
 def test_merging_keeps_the_sum_and_leaves_each_exponent_once(s):
     c, e = merged(*s)
@@ -37,6 +38,7 @@ def test_merging_keeps_the_sum_and_leaves_each_exponent_once(s):
     assert np.count_nonzero(c) == len(as_dict(s))
 
 
+@settings(max_examples=40)
 @given(sums, sums)
 def test_sums_and_products_are_those_of_the_group_ring(a, b):
     x, y = as_dict(a), as_dict(b)
