@@ -24,7 +24,7 @@ from typing import Literal, cast
 
 from mugraph.dsl.record import Naming, Recorded, Recorder, Resolver, Value
 from mugraph.dsl.tensor import SizeValue, Tensor, dim_size
-from mugraph.dsl.trace import local_names
+from mugraph.dsl.trace import free_name, local_names
 from mugraph.dsl.unify import Var, VarDims
 from mugraph.errors import GraphError, Location
 from mugraph.ir.axes import Axis, Size
@@ -133,7 +133,7 @@ class BlockBuilder:
         self._in_loop = True
         yield self
         self._in_loop = False
-        self._take_names(4)
+        self._take_names(3)
         self._enter(Scope())
 
     def _enter(self, scope: Scope) -> None:
@@ -155,7 +155,7 @@ class BlockBuilder:
         inner = BlockBuilder(self.sources, dict(self.grid), None, self.program, axes)
         inner._main = self
         yield inner
-        inner._take_names(4)
+        inner._take_names(3)
         self._combine = inner
 
     # -- leaves ------------------------------------------------------------------------------------------------
@@ -325,11 +325,8 @@ class BlockBuilder:
         taken: set[str] = set()
 
         def give(value: Value, base: str) -> None:
-            name = base
-            while name in taken:
-                name = f"{base}{len(taken)}"
-            taken.add(name)
-            names[value] = name
+            names[value] = free_name(base, taken)
+            taken.add(names[value])
 
         for scope in self.scopes:
             for value, source, _ in scope.loads:
@@ -339,9 +336,12 @@ class BlockBuilder:
         for step in steps:
             if step.target in self._names:
                 give(step.target, self._names[step.target])
+        count = 0
         for step in steps:
             if step.target not in names:
-                give(step.target, "t0" if "t0" not in taken else f"t{len(names)}")
+                while f"t{count}" in taken:
+                    count += 1
+                give(step.target, f"t{count}")
         return names
 
     def _built(

@@ -290,7 +290,7 @@ class Tracing:
         dims = resolver.dims(x.dims)
         op = Transpose() if sorted(dims) == sorted(held.dims) else Reshape(dims)
         taken = {*resolver.names.values(), *resolver.tensors}
-        return Equation((Declared(_free(name, taken), dims, x.dtype),), op, (held.name,), None)
+        return Equation((Declared(free_name(name, taken), dims, x.dtype),), op, (held.name,), None)
 
     def _axis_order(self, steps: Sequence[Recorded], outputs: Sequence[Tensor]) -> Iterator[Var]:
         for _, x, _ in self.inputs:
@@ -307,7 +307,7 @@ class Tracing:
         taken = set(names.values())
 
         def give(value: Value, base: str) -> None:
-            names[value] = _free(base, taken)
+            names[value] = free_name(base, taken)
             taken.add(names[value])
 
         for step in steps:
@@ -325,7 +325,8 @@ class Tracing:
         return names
 
 
-def _free(base: str, taken: set[str]) -> str:
+def free_name(base: str, taken: set[str]) -> str:
+    """`base`, or `base2`, `base3`, .. where it is taken."""
     return base if base not in taken else next(n for i in range(2, len(taken) + 3) if (n := f"{base}{i}") not in taken)
 
 

@@ -8,9 +8,11 @@ import torch
 
 from mugraph.dsl.trace import TensorSpec, trace
 from mugraph.ir.axes import size_value
+from mugraph.ir.check import check
 from mugraph.ir.evaluate import TypeAlgebra, evaluate, reference
 from mugraph.ir.graph import Program
 from mugraph.ir.infer import Type, type_of
+from mugraph.ir.parser import parse_program
 
 SIZES = {"B": 5, "S": 6, "L": 3}
 
@@ -39,7 +41,9 @@ def check_types(p: Program) -> None:
 def agree(fn: Callable[..., Any], specs: Sequence[TensorSpec], torch_fn: Callable[..., Any] | None = None) -> Program:
     """Traces fn, checks types, and compares with torch; returns the program."""
     p = trace(fn, specs)
+    check(p)
     check_types(p)
+    assert parse_program(str(p)) == p
     arrays = arrays_for(p, SIZES)
     torch.set_default_dtype(torch.float64)
     try:

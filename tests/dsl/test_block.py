@@ -10,6 +10,7 @@ import pytest
 import mugraph.dsl.functions as mg
 from mugraph.dsl.block import BlockBuilder, block
 from mugraph.errors import GraphError
+from mugraph.ir.check import check
 from mugraph.ir.evaluate import reference
 from mugraph.ir.graph import Accumulator, BlockGraph, Equation, KernelGraph, Program
 from mugraph.ir.ops import Kernel
@@ -165,7 +166,16 @@ def test_structures_differ_where_graphs_do():
     assert structure(replace(swapped, equations=(replace(equation, op=Kernel((broken,))),))) != structure(other)
 
 
+def test_values_are_called_as_the_variables_that_hold_them():
+    (b,) = split_attention(HAND["split attention"][1]()).graph().kernels()[0].op.blocks
+    assert [a.target.name for a in b.passes[0].accumulators] == ["m", "l", "acc"]
+    assert [s.target for s in b.stores] == ["m_parts", "l_parts", "acc_parts"]
+    assert b.combine is not None
+    assert {"f", "whole", "o"} < set(b.combine.tensors())
+
+
 def agrees(p: Program, graph: KernelGraph, rows: int = 19) -> None:
+    check(graph)
     draw = np.random.default_rng(0)
     sizes = {"B": rows}
     arrays = {

@@ -379,3 +379,10 @@ def test_half_precision_promotes_as_in_torch():
         e = [torch.ones([1] * len(x.shape), dtype=TORCH[str(x.dtype)]) for x in (a, b)]
         want = str((e[0] * e[1] + 1).dtype).removeprefix("torch.float")
         assert str(p.tensors()[p.outputs[0].value].dtype) == f"f{want}"
+
+
+def test_the_comparison_with_torch_can_fail():
+    with pytest.raises(AssertionError):
+        agree(lambda x: x @ x.T, [f32[3, 3]], lambda x: x.T @ x)
+    with pytest.raises(AssertionError):
+        agree(lambda x: x.sum(-1, keepdims=True), [X], lambda x: x.sum(-1))
