@@ -7,6 +7,7 @@ from typing import Any
 
 from mugraph.errors import SettingError
 from mugraph.search.laws import LAWS
+from mugraph.settings import Effort
 
 
 @dataclass(frozen=True)
@@ -52,3 +53,15 @@ class SearchSpace:
 
     def __str__(self) -> str:
         return "SearchSpace(" + ", ".join(f"{f.name}={getattr(self, f.name)!r}" for f in fields(self)) + ")"
+
+
+def space_of(effort: Effort) -> SearchSpace:
+    """The space for an effort: `none` leaves the program as library calls, `quick` is the default space, `full` has
+    ten times its budgets."""
+    match effort:
+        case "none":
+            return SearchSpace(split=False, laws=(), nodes=1, states=1)
+        case "quick":
+            return SearchSpace()
+        case "full":
+            return SearchSpace(nodes=200_000, states=5_000)

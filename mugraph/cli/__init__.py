@@ -1,0 +1,33 @@
+"""The command line: `mugraph optimize | verify | show | cache | env`.
+
+Data goes to stdout, narration and errors to stderr.  Exit codes: 0 ok, 1 internal, 2 usage, 3 nothing beats the
+baseline (which is then the artefact), 4 verification failed, 5 unsupported, 6 compile failed, 130 interrupted (the
+best so far is saved).
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+__all__ = ["main"]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code.  `argv` is without the program's name; default: that of the
+    process."""
+    from mugraph.cli.commands import app, with_shapes_apart
+
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        app(args=with_shapes_apart(arguments), prog_name="mugraph")
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else 0 if end.code is None else 1
+    else:
+        code = 0
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader, such as `head`, had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return code

@@ -1,0 +1,490 @@
+"""The commands, each a few lines over the library.  Nothing here imports torch before a command needs it."""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import math
+import re
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, ParamSpec
+
+import typer
+
+from mugraph import __version__, settings
+from mugraph.errors import (
+    BudgetExceeded,
+    CacheError,
+    CaptureError,
+    CompileError,
+    GraphError,
+    LaunchError,
+    MugraphError,
+    NoCandidateError,
+    ParseError,
+    SettingError,
+    ShapeError,
+    TargetMismatchError,
+    UnknownTargetError,
+    UnsupportedOpError,
+    VerificationError,
+)
+
+if TYPE_CHECKING:
+    from mugraph.ir.graph import Program
+    from mugraph.pipeline import Result
+
+OK, INTERNAL, USAGE, BASELINE, UNVERIFIED, UNSUPPORTED, NOT_COMPILED, INTERRUPTED = 0, 1, 2, 3, 4, 5, 6, 130
+
+EXIT_CODES: dict[type[MugraphError], int] = {
+    CaptureError: USAGE,
+    ShapeError: USAGE,
+    ParseError: USAGE,
+    GraphError: USAGE,
+    SettingError: USAGE,
+    UnknownTargetError: USAGE,
+    TargetMismatchError: USAGE,
+    CacheError: USAGE,
+    NoCandidateError: BASELINE,
+    BudgetExceeded: BASELINE,
+    VerificationError: UNVERIFIED,
+    UnsupportedOpError: UNSUPPORTED,
+    CompileError: NOT_COMPILED,
+    LaunchError: NOT_COMPILED,
+}
+
+P = ParamSpec("P")
+
+app = typer.Typer(
+    name="mugraph",
+    help="A superoptimizer for tensor programs: finds, proves and emits fast GPU kernels.",
+    epilog="Exit codes: 0 ok, 1 internal, 2 usage, 3 nothing beats the baseline (it is the artefact), "
+    "4 verification failed, 5 unsupported, 6 compile failed, 130 interrupted (the best so far is saved).",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+cache_app = typer.Typer(help="Results on disk.", no_args_is_help=True)
+app.add_typer(cache_app, name="cache")
+
+_debug = False
+
+
+def say(text: str) -> None:
+    """Narration, on stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def print_document(data: Any) -> None:
+    """One JSON document, strict: a number that is not finite becomes null."""
+    print(json.dumps(_finite(data), indent=1, ensure_ascii=False, allow_nan=False, default=str))
+
+
+def _finite(value: Any) -> Any:
+    match value:
+        case float() if not math.isfinite(value):
+            return None
+        case Mapping():
+            return {str(k): _finite(v) for k, v in value.items()}
+        case list() | tuple():
+            return [_finite(v) for v in value]
+        case _:
+            return value
+
+
+def command(body: Callable[P, int | None]) -> Callable[P, None]:
+    """Turns what a command returns or raises into an exit code, and an error into its text on stderr; with `--json`
+    the error is the document."""
+
+    @functools.wraps(body)
+    def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            try:
+                code = body(*args, **kwargs) or OK
+            except MugraphError as error:
+                code = exit_code(error)
+                if wants_traceback():
+                    traceback.print_exc()
+                say(str(error))
+                if kwargs.get("as_json"):
+                    print_document({"error": error.to_dict(), "exit_code": code})
+            except KeyboardInterrupt:
+                code = INTERRUPTED
+                say("interrupted: nothing was saved")
+            except BrokenPipeError:
+                code = OK  # the reader had enough; `main` closes the stream
+            except Exception:
+                code = INTERNAL
+                traceback.print_exc()
+                say("an error inside mugraph; please report it with the lines above")
+        raise typer.Exit(code)
+
+    return run
+
+
+def exit_code(error: MugraphError) -> int:
+    return next((EXIT_CODES[c] for c in type(error).__mro__ if c in EXIT_CODES), INTERNAL)
+
+
+def wants_traceback() -> bool:
+    """With --debug, or MUGRAPH_LOGS with a `+` somewhere."""
+    try:
+        return _debug or logging.DEBUG in settings.logs.get().values()
+    except SettingError:
+        return _debug
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
+    say(f"{category.__name__}: {message}")
+
+
+def with_shapes_apart(arguments: Sequence[str]) -> list[str]:
+    """`--shapes x=... w=...` -> `--shapes x=... --shapes w=...`."""
+    found: list[str] = []
+    in_shapes = False
+    for text in arguments:
+        is_shape = re.fullmatch(r"[^\W\d]\w*=[^:=/]*:\w+", text) is not None
+        if in_shapes and is_shape and found[-1] != "--shapes":
+            found.append("--shapes")
+        in_shapes = text == "--shapes" or (in_shapes and is_shape)
+        found.append(text)
+    return found
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"mugraph {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+) -> None:
+    global _debug
+    _debug = debug
+
+
+# -- optimize
+
+
+Json = Annotated[bool, typer.Option("--json", help="Print exactly one JSON document on stdout.")]
+
+
+@app.command()
+@command
+def optimize(
+    subject: Annotated[str, typer.Argument(metavar="FILE.py:FN", help="A program, or a function and its file.")],
+    shapes: Annotated[
+        list[str] | None,
+        typer.Option(help="Types of the arguments, x=8x4096:f16 or x=Bx4096:f16 (repeat, or list several)."),
+    ] = None,
+    target: Annotated[str | None, typer.Option(help="torch, triton, cuda or cuda:90 (default: this machine).")] = None,
+    effort: Annotated[str | None, typer.Option(help="How hard to search: none, quick, full.")] = None,
+    budget: Annotated[float | None, typer.Option(metavar="SECONDS", help="Stop with the best so far.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of every draw.")] = None,
+    split: Annotated[bool, typer.Option("--split/--no-split", help="Reductions may be cut over the grid.")] = True,
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="Directory to write.")] = None,
+    as_json: Json = False,
+) -> int:
+    """Find, verify and emit a faster form of a program; write it to a directory."""
+    settings.configure_logging()
+    from dataclasses import replace
+
+    from mugraph import pipeline
+    from mugraph.cli.subject import program_of
+    from mugraph.search.space import space_of
+    from mugraph.transpiler.target import parse_target
+
+    if out is not None:
+        pipeline.check_writable(out)
+    space = space_of(settings.effort.get(effort)).but(**({} if split else {"split": False}))
+    chosen = parse_target(target)
+    program = program_of(subject, shapes or [])
+    result = pipeline.optimize(program, target=chosen, space=space, budget_seconds=budget, seed=seed, say=say)
+    if result.cached:
+        say(f"found in the cache: {result.directory}")
+    if out is not None:
+        result = replace(result, directory=result.save(out))
+        say(f"wrote {', '.join(sorted(result.files()))} and manifest.json to {out}")
+    if as_json:
+        print_document(summary(result))
+    else:
+        print(result)
+    code = outcome(result)
+    if code == BASELINE:
+        say("nothing beats the program as it stands: what was emitted is the program as library calls")
+    if code == INTERRUPTED:
+        say("the search was interrupted: this is the best so far" + ("" if out else ", and it was not saved"))
+    say(how_to_use(result, " --shapes ".join([subject, *(shapes or [])]), out))
+    return code
+
+
+def summary(result: Result) -> dict[str, Any]:
+    """What `optimize --json` prints."""
+    report = result.report.to_dict()
+    return {
+        "schema_version": 1,
+        "program": result.program.name,
+        "target": str(result.target),
+        "predicted_seconds": report["predicted_seconds"],
+        "floor_seconds": report["floor_seconds"],
+        "percent_of_floor": report["percent_of_floor"],
+        "beats_baseline": not is_baseline(result),
+        "stop": report["stop"],
+        "delta_log2": result.certificate.delta_log2,
+        "tiers": list(result.certificate.tiers),
+        "files": sorted(result.files()),
+        "directory": None if result.directory is None else str(result.directory),
+        "cached": result.cached,
+        "notes": list(result.notes),
+    }
+
+
+def is_baseline(result: Result) -> bool:
+    """Whether the search chose the program as library calls, its last candidate."""
+    return bool(result.report.to_dict()["candidates"][-1]["verdict"] == "chosen")
+
+
+def outcome(result: Result) -> int:
+    if not result.cached and result.report.to_dict()["stop"] == "Interrupted":
+        return INTERRUPTED
+    return BASELINE if is_baseline(result) else OK
+
+
+def how_to_use(result: Result, subject: str, out: Path | None) -> str:
+    """The line that says how to hard-code the result."""
+    arguments = ", ".join(i.name for i in result.program.inputs)
+    if out is None:
+        again = f"mugraph optimize {subject} --target {result.target} -o DIR"
+        return f"keep it: {again}, then mugraph.load('DIR')({arguments})"
+    return f"use it: mugraph.load({str(out)!r})({arguments}), or run({arguments}) of {out / 'kernel.py'} alone"
+
+
+# -- verify
+
+
+@app.command()
+@command
+def verify(
+    directory: Annotated[Path, typer.Argument(help="What `optimize -o` wrote.")],
+    strict: Annotated[bool, typer.Option("--strict", help="Repeat the numeric check as well.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Check a saved result again, in this process, from its files alone."""
+    settings.configure_logging()
+    from mugraph.cli.saved import recheck_saved
+
+    started = time.perf_counter()
+    found = recheck_saved(directory, strict, lambda text: say(f"[{time.perf_counter() - started:.1f}s] {text}"))
+    if as_json:
+        print_document(
+            {
+                "schema_version": 1,
+                "verified": True,
+                "program": found.result.program.name,
+                "target": str(found.result.target),
+                "delta_log2": found.result.certificate.delta_log2,
+                "checks": found.checks,
+                "not_repeated": found.not_repeated,
+            }
+        )
+    else:
+        print(found)
+
+
+# -- show
+
+Format = Literal["text", "svg", "mermaid", "json", "report"]
+
+
+@app.command()
+@command
+def show(
+    path: Annotated[Path, typer.Argument(help="A saved directory, a graph.json or a program's .txt.")],
+    form: Annotated[Format, typer.Option("--format", help="What to print.")] = "text",
+) -> None:
+    """Print a graph, its picture, or the report beside it."""
+    if form == "report":
+        print(report_text(path))
+        return
+    graph = read_graph(path)
+    match form:
+        case "text":
+            print(str(graph).rstrip())
+        case "svg":
+            from mugraph.viz.svg import draw_svg
+
+            print(draw_svg(graph))
+        case "mermaid":
+            from mugraph.viz.mermaid import draw_mermaid
+
+            print(draw_mermaid(graph))
+        case "json":
+            from mugraph.ir.serialize import dumps
+
+            print(dumps(graph, indent=1))
+
+
+def read_graph(path: Path) -> Program:
+    """The graph of a directory, a JSON file or a text.  Raises ParseError or GraphError where it is none."""
+    from mugraph.ir.check import check
+    from mugraph.ir.graph import Program
+    from mugraph.ir.parser import parse_program
+    from mugraph.ir.serialize import loads
+
+    file = path / "graph.json" if path.is_dir() else path
+    if file.exists() and file.suffix not in (".json", ".txt"):
+        raise ParseError(f"{file} is no graph", remedy="name a saved directory, a graph.json or a program's .txt")
+    text = _text(file)
+    graph = loads(text) if file.suffix == ".json" else parse_program(text)
+    if not isinstance(graph, Program):
+        raise ParseError(f"{file} holds a {type(graph).__name__}, not a graph")
+    check(graph)
+    return graph
+
+
+def report_text(path: Path) -> str:
+    folder = path if path.is_dir() else path.parent
+    file = folder / "report.json"
+    try:
+        return str(json.loads(_text(file))["text"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ParseError(f"{file} is no report: {error}", remedy="run mugraph optimize again") from error
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ParseError(
+            f"cannot read {file}: {reason}", remedy="name a saved directory, a graph.json or a program's .txt"
+        ) from error
+
+
+# -- cache
+
+
+@cache_app.command("ls")
+@command
+def cache_ls(as_json: Json = False) -> None:
+    """List the results in the cache."""
+    from mugraph.runtime.cache import Cache
+
+    rows = [
+        {
+            "key": e.key,
+            "program": _program_name(e.files),
+            "target": e.meta.get("target"),
+            "bytes": e.size,
+            "written": time.strftime("%Y-%m-%d %H:%M", time.localtime(e.path.stat().st_mtime)),
+        }
+        for e in Cache().ls()
+    ]
+    if as_json:
+        print_document({"path": str(Cache().path), "entries": rows})
+        return
+    for r in rows:
+        print(f"{str(r['key'])[:12]}  {r['written']}  {r['bytes']:>9}  {r['target']!s:<8}  {r['program']}")
+    say(f"{len(rows)} results in {Cache().path}")
+
+
+def _program_name(files: Mapping[str, bytes]) -> str | None:
+    try:
+        return str(json.loads(files["program.json"])["value"]["name"])
+    except (KeyError, ValueError, TypeError):
+        return None
+
+
+@cache_app.command("clear")
+@command
+def cache_clear() -> None:
+    """Remove all results from the cache."""
+    from mugraph.runtime.cache import Cache
+
+    say(f"removed {Cache().clear()} results from {Cache().path}")
+
+
+@cache_app.command("path")
+@command
+def cache_path() -> None:
+    """Print the cache directory."""
+    print(settings.cache_dir.get())
+
+
+# -- env
+
+
+@app.command()
+@command
+def env(as_json: Json = False) -> None:
+    """Print versions, devices and settings: what a bug report needs."""
+    data = environment()
+    if as_json:
+        print_document(data)
+        return
+    for name, value in data["versions"].items():
+        print(f"{name:<10} {value or 'not installed'}")
+    print(f"{'platform':<10} {data['platform']}, {data['cpu_count']} CPUs")
+    print(f"{'devices':<10} {', '.join(data['devices']) or 'no CUDA device'}")
+    print(f"{'cache':<10} {data['cache']}")
+    print()
+    width = max(len(s["environment"]) for s in data["settings"])
+    for s in data["settings"]:
+        print(f"{s['environment']:<{width}}  {s['value'] or '-'}  ({s['help']})")
+
+
+def environment() -> dict[str, Any]:
+    """Versions by package (None where it is not installed), devices, and the value of every setting."""
+    import os
+    import platform
+    from importlib.metadata import PackageNotFoundError, version
+
+    versions: dict[str, str | None] = {"mugraph": __version__, "python": platform.python_version()}
+    for name in ("torch", "triton", "numpy"):
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = None
+    rows = [{"name": s.name, "environment": s.env, "value": _value(s), "help": s.help} for s in settings.SETTINGS]
+    return {
+        "schema_version": 1,
+        "versions": versions,
+        "platform": platform.platform(),
+        "cpu_count": os.cpu_count(),
+        "devices": _devices() if versions["torch"] else [],
+        "cache": _value(settings.cache_dir),
+        "settings": rows,
+    }
+
+
+def _value(setting: settings.Setting[Any]) -> str:
+    try:
+        value = setting.get()
+    except SettingError as error:
+        return f"invalid: {error.message}; {error.remedy}"
+    return "" if value is None or value == {} else str(int(value)) if isinstance(value, bool) else str(value)
+
+
+def _devices() -> list[str]:
+    import torch
+
+    if not torch.cuda.is_available():
+        return []
+    found = []
+    for i in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(i)
+        found.append(f"{torch.cuda.get_device_name(i)} (cuda:{major}{minor})")
+    return found

@@ -1,0 +1,102 @@
+"""A saved result, checked again in a fresh process."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from mugraph.errors import CacheError, MugraphError, VerificationError
+from mugraph.pipeline import Result, emit, load, numeric_tier
+from mugraph.verify.certificate import Certificate, graph_hash
+from mugraph.verify.equivalence import Verified, recheck
+from mugraph.verify.numeric import Checked
+
+# What `Result.files` makes of the two graphs alone.
+DERIVED = ("reference.py", "program.json", "graph.json", "graph.txt", "graph.svg", "graph.mmd")
+
+
+@dataclass(frozen=True)
+class Rechecked:
+    """What was established again, and what the files say that was not."""
+
+    result: Result
+    checks: tuple[str, ...]
+    not_repeated: tuple[str, ...]
+
+    def __str__(self) -> str:
+        head = f"{self.result.directory}: {self.result.program.name} for {self.result.target} is verified"
+        lines = [head, *(f"  {c}" for c in self.checks), *(f"  not repeated: {n}" for n in self.not_repeated)]
+        return "\n".join(lines)
+
+
+def recheck_saved(directory: Path, strict: bool = False, say: Callable[[str], None] = lambda _: None) -> Rechecked:
+    """Repeats the proof that the certificate records, emits the source again and compares it and the derived files.
+    With `strict` the numeric check is repeated too, the way it was recorded.
+
+    Raises CacheError where the directory holds no result, VerificationError for whatever does not come out again.
+    """
+    if not (directory / "manifest.json").is_file():
+        raise CacheError(f"{directory} holds no manifest.json", remedy="name a directory that mugraph optimize wrote")
+    try:
+        result = load(directory)
+    except MugraphError as error:
+        raise VerificationError(f"refused: {error.message}", remedy=error.remedy) from error
+    certificate = result.certificate
+    say(f"read {directory}: every file has the hash in the manifest")
+    verified = recheck(certificate, result.program, result.graph)
+    tests = sum(d.tests for d in certificate.draws)
+    say(f"the graph computes the program: {tests} tests repeated")
+    _same_files(result, verified, directory)
+    say("the source and the derived files come out the same again")
+    checks = [
+        f"files: {len(result.files())} with the hashes of the manifest",
+        f"tested: {tests} tests repeated with their keys, error <= 2^{certificate.delta_log2:.1f}",
+        "kernel.py: emitted again from the graph, the same text",
+    ]
+    missing = ["report.json: the search's counts and prices are taken as recorded"]
+    if strict:
+        _numerics_again(result, verified)
+        checks.append("numerics: repeated, within the tolerance")
+    else:
+        missing += [f"{report} (--strict repeats it)" for report in certificate.numerics]
+    return Rechecked(result, tuple(checks), tuple(missing))
+
+
+def _same_files(result: Result, verified: Verified, directory: Path) -> None:
+    source = emit(verified, result.target)
+    if source != result.source:
+        raise VerificationError(
+            f"{directory / 'kernel.py'} is not what this version emits from the graph for {result.target}",
+            remedy="run mugraph optimize again",
+        )
+    files = result.files()
+    for name in DERIVED:
+        path = directory / name
+        if not path.is_file() or path.read_text(encoding="utf-8") != files[name]:
+            raise VerificationError(f"{path} does not follow from the graphs", remedy="run mugraph optimize again")
+    _about_this_source(result.certificate, source)
+
+
+def _about_this_source(certificate: Certificate, source: str) -> None:
+    digest = hashlib.sha256(source.encode()).hexdigest()
+    for report in certificate.numerics:
+        if report.source_hash != digest:
+            raise VerificationError("the certificate's numeric check is about another source")
+        if not report.passed:
+            raise VerificationError(f"the recorded numeric check did not pass: {report}")
+
+
+def _numerics_again(result: Result, verified: Verified) -> None:
+    """Raises VerificationError where no check is recorded, or it cannot be repeated in the same way, or fails."""
+    if not result.certificate.numerics:
+        raise VerificationError(f"{graph_hash(result.graph)[:16]} has no numeric check on record")
+    for report in result.certificate.numerics:
+        again = numeric_tier(verified, result.target, result.source, result.certificate.seed)
+        if again.how != report.how:
+            raise VerificationError(
+                f"the numeric check ran on record as {report.how}, here it runs as {again.how}",
+                remedy="verify on a machine with the target's device, or without --strict",
+            )
+        Checked(verified, report.source_hash, again)
