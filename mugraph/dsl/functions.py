@@ -339,7 +339,8 @@ arange = iota
 
 def causal_mask(rows: SizeValue, columns: SizeValue, offset: int = 0) -> Tensor:
     """bool [rows, columns]: column <= row + offset."""
-    return iota(columns) <= iota(rows).unsqueeze(-1) + offset
+    last = iota(rows).unsqueeze(-1)
+    return iota(columns) <= (last + offset if offset else last)
 
 
 def tril(x: Tensor, diagonal: int = 0) -> Tensor:
