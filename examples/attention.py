@@ -1,10 +1,10 @@
 """Attention for decoding with grouped queries (LLaMA-3-70B on 4 GPUs): 2 KV heads, 8 query heads each, 4096 keys.
 
 The program is softmax as the textbook writes it.  What comes out keeps a running maximum m, a running denominator l and
-a running sum acc in one loop over the keys.  With few rows a GPU would idle, so the keys are also cut over the grid, and
-a combine, derived from the same rule, merges the parts.
+a running sum acc in one loop over the keys.  With few rows a GPU would idle, so the keys are also cut over the grid,
+and a combine, derived from the same rule, merges the parts.
 
-    python -m examples.attention
+Run it with `python -m examples.attention`.
 """
 
 import torch

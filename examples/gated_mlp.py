@@ -1,6 +1,6 @@
 """A gated MLP, silu(x @ w1) * (x @ w2), as one kernel that reads x once.
 
-    python -m examples.gated_mlp
+Run it with `python -m examples.gated_mlp`.
 """
 
 import torch

@@ -3,7 +3,7 @@
 Who knows a good kernel can write it down, tile by tile, and need not trust it: a graph that computes something else is
 refused with a counterexample.
 
-    python -m examples.hand_written_block
+Run it with `python -m examples.hand_written_block`.
 """
 
 import torch

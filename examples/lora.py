@@ -2,7 +2,7 @@
 
 x @ w and x @ a accumulate in one loop over k; the small product with b follows in the epilogue, which loads b.
 
-    python -m examples.lora
+Run it with `python -m examples.lora`.
 """
 
 import torch

@@ -3,7 +3,7 @@
 The function is captured at its first call through torch.export.  `dynamic` makes a size symbolic, so that one result
 serves every number of rows.  A function with an operator that is not understood runs as it was written, with a warning.
 
-    python -m examples.pytorch_function
+Run it with `python -m examples.pytorch_function`.
 """
 
 import warnings

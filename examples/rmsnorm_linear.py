@@ -3,7 +3,7 @@
 As written, the norm needs a pass over x before the product can begin.  Found instead: both sums run in one loop over k,
 and the division by the root happens once, after it, because it does not depend on k.
 
-    python -m examples.rmsnorm_linear
+Run it with `python -m examples.rmsnorm_linear`.
 """
 
 import torch
