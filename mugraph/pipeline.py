@@ -32,7 +32,8 @@ from mugraph.errors import (
     VerificationError,
 )
 from mugraph.ir.axes import dims_of
-from mugraph.ir.graph import BlockGraph, KernelGraph, Program
+from mugraph.ir.check import check
+from mugraph.ir.graph import KernelGraph, Program
 from mugraph.ir.ops import Kernel
 from mugraph.ir.printer import canonical_text
 from mugraph.ir.resize import reduction, resized
@@ -249,6 +250,7 @@ def optimize(
     Raises GraphError for a malformed program, UnsupportedOpError where the target has no form for an operator,
     VerificationError where no candidate passes, UnknownTargetError for an unknown target.
     """
+    check(program)
     chosen = parse_target(target)
     space = space or space_of(settings.effort.get())
     budget = settings.budget_seconds.get(budget_seconds)
@@ -385,14 +387,9 @@ def finished(graph: KernelGraph) -> KernelGraph:
     equations = []
     for e in stable.equations:
         if isinstance(e.op, Kernel):
-            e = replace(e, op=Kernel(tuple(_with_threads(b) for b in e.op.blocks)))
+            e = replace(e, op=Kernel(tuple(form_threads(b) for b in e.op.blocks)))
         equations.append(e)
     return replace(stable, equations=tuple(equations))
-
-
-def _with_threads(block: BlockGraph) -> BlockGraph:
-    formed = form_threads(block)
-    return replace(formed, combine=form_threads(formed.combine)) if formed.combine else formed
 
 
 def emit(verified: Verified, target: Target) -> str:
