@@ -22,6 +22,8 @@ from typing import Literal, NamedTuple
 from mugraph.search import values as v
 from mugraph.search.values import Call, Factor, Fingerprinter, Load, Number, Paren, Term, Token, Value
 
+MOST_ALIKE = 4  # factors with the same indices of which each is split off in turn; of more, the last one
+
 EdgeKind = Literal["load", "number", "product", "sum", "add", "call", "reduce"]
 
 
@@ -80,6 +82,7 @@ class Builder:
         self.by_key: dict[object, int] = {}
         self.work: deque[tuple[int, Value]] = deque()
         self.shared: list[Split] = []
+        self.alike: list[tuple[int, Term]] = []
         self.rules: Counter[str] = Counter()
         self.deduplicated = 0
         self.truncated = False
@@ -142,13 +145,15 @@ class Builder:
 
     def run(self) -> None:
         while self.work:
-            c, value = self.work.popleft()
-            if len(value) == 1:
-                self.expand_term(c, value[0])
-            else:
-                self.expand_sum(c, value)
-        for s in self.shared:
-            self.share(s)
+            while self.work:
+                c, value = self.work.popleft()
+                if len(value) == 1:
+                    self.expand_term(c, value[0])
+                else:
+                    self.expand_sum(c, value)
+            for s in self.shared:
+                self.share(s)
+            self.split_alike()
 
     def expand_sum(self, c: int, value: Value) -> None:
         if len(value) <= 4:
@@ -221,18 +226,32 @@ class Builder:
         """Rule a.  Factor 0 stays on the right, so that each partition is seen once."""
         n = len(term.factors)
         tokens = [v.factor_tokens(f) for f in term.factors]
+        apart = False
         for mask in range(1, 1 << (n - 1)):
             left = tuple(i for i in range(1, n) if mask >> (i - 1) & 1)
             right = tuple(i for i in range(n) if i not in left)
             if admissible(left, tokens, term.bound) or admissible(right, tokens, term.bound):
-                self.add_split(c, term, left, "split", must_exist=False)
+                apart |= self.add_split(c, term, left, "split", must_exist=False)
             else:
                 self.shared.append(Split(c, term, left))
+        if not apart:
+            self.alike.append((c, term))
+
+    def split_alike(self) -> None:
+        """Factors that indices do not tell apart (x / y, element by element), of which no share is known, are split
+        off one at a time."""
+        alike, self.alike = self.alike, []
+        for c, term in alike:
+            n = len(term.factors)
+            if not self.classes[c].edges:
+                for i in range(n if 2 < n <= MOST_ALIKE else 1):
+                    self.add_split(c, term, (n - 1 - i,), "split", must_exist=False)
 
     def share(self, s: Split) -> None:
         self.add_split(s.owner, s.term, s.left, "share", must_exist=True)
 
-    def add_split(self, c: int, term: Term, left: tuple[int, ...], rule: str, must_exist: bool) -> None:
+    def add_split(self, c: int, term: Term, left: tuple[int, ...], rule: str, must_exist: bool) -> bool:
+        """Adds the edge; False if a side has no class."""
         right = tuple(i for i in range(len(term.factors)) if i not in left)
         held = [frozenset().union(*(v.factor_tokens(term.factors[i]) & term.bound for i in s)) for s in (left, right)]
         both = held[0] & held[1]
@@ -245,8 +264,9 @@ class Builder:
         for side in sides:
             children.append(find(side))
             if children[-1] is None:
-                return
+                return False
         self.edge(c, rule, "product", children, axes=tuple(sorted(t[0] for t in both)))
+        return True
 
     def distribute(self, c: int, term: Term) -> None:
         """Rule c."""

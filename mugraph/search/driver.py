@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from mugraph.errors import GraphError, VerificationError
 from mugraph.ir.axes import Axis, dims_of, representative, size_value
 from mugraph.ir.graph import KernelGraph, Program
-from mugraph.ir.ops import Contract, Op
+from mugraph.ir.ops import Contract, Elementwise, Op, Reduce
 from mugraph.ir.types import DType, Tensor
 from mugraph.search import values as v
 from mugraph.search.build import Context, Unbuildable, baseline, build
@@ -111,7 +111,9 @@ def search(
             tried.append(CandidateReport(structure(plan, here.axes), seconds, f"has {kernels} kernels"))
             continue
         if best is not None or (fits and seconds > base_seconds):
-            tried.append(CandidateReport(structure(plan, here.axes), seconds, "costlier"))
+            cheaper = best is not None and seconds < best[2]
+            verdict = "cheaper, but by less than the model is sure of" if cheaper else "costlier"
+            tried.append(CandidateReport(structure(plan, here.axes), seconds, verdict))
             continue
         try:
             graph = build(context, plan, wanted)
@@ -139,11 +141,21 @@ def search(
 
 # -- set-up
 
+SAMPLES = 32  # two different maxima are taken for one with probability 2^-32
+
+
+def _takes_extremes(program: Program) -> bool:
+    return any(
+        (isinstance(e.op, Elementwise) and e.op.fn in ("max", "min"))
+        or (isinstance(e.op, Reduce) and e.op.kind in ("max", "min"))
+        for e in program.equations
+    )
+
 
 def _closure(program: Program, known: Meaning, space: SearchSpace) -> tuple[Closure, dict[str, int]]:
     """The closure of every equation, and of what the named laws make of the outputs."""
     static = {a.name: a.size for a in program.axes().values() if isinstance(a.size, int)}
-    prints = v.Fingerprinter(known.base, static, key=0)
+    prints = v.Fingerprinter(known.base, static, samples=SAMPLES if _takes_extremes(program) else 1)
     names = dict.fromkeys([o.value for o in program.outputs] + [a for b in known.boundaries for a in b.args])
     names.update(dict.fromkeys(known.values))
     seeds = [known.values[n] for n in names]

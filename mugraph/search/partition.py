@@ -43,10 +43,6 @@ class Choice:
     needs: tuple[int, ...]
 
 
-class Interrupted(Exception):
-    """The search was told to stop."""
-
-
 class Partition:
     def __init__(self, problem: Problem, space: SearchSpace, stop: Callable[[], bool] = lambda: False) -> None:
         self.p, self.space, self.stop = problem, space, stop
@@ -65,11 +61,11 @@ class Partition:
             found = self.library(roots) + self.kernels(roots)
             found.sort(key=self.rank)
             unpriced = [c for c in found[0].needs if c not in self.p.memory] if found else []
-            if not unpriced:
-                break
             for c in unpriced:
                 self.solve((c,))
-        found = [f for f in found if all(c in self.p.memory for c in f.needs)]
+            if not unpriced or self.stop():
+                break
+        found = [f for f in found if all(self.p.memory.get(c, math.inf) < math.inf for c in f.needs)]
         self.choices[roots] = found
         if len(roots) == 1:
             self.p.memory[roots[0]] = self.total(found[0]) if found else math.inf
@@ -120,14 +116,14 @@ class Partition:
         for shrink in (1, 4, 16, 64):
             for roles in self.roles(roots, WHOLE if shrink == 1 else 1):
                 if self.stop():
-                    raise Interrupted
+                    break
                 self.configurations += 1
                 tiles = self.default_tiles(roots, roles, shrink)
                 d = KernelSearch(self.p, roots, roles, tiles, alone).run(upper)
                 if d is not None:
                     found.append(d)
                     upper = min(upper, d.cost * SLACK)
-            if found:
+            if found or self.stop():
                 break
         found.sort(key=lambda d: d.cost)
         return found[:KEPT]
@@ -232,13 +228,11 @@ def power_of_two(n: int) -> int:
 def partition(
     problem: Problem, space: SearchSpace, targets: tuple[int, ...], stop: Callable[[], bool]
 ) -> tuple[list[list[Choice]], Partition]:
-    """Complete plans, cheapest first: each a list of launches that together compute the targets."""
+    """Complete plans, cheapest first: each a list of launches that together compute the targets.  When told to stop,
+    the best so far."""
     run = Partition(problem, space, stop)
     started = time.perf_counter()
-    try:
-        plans = _plans(run, targets)
-    except Interrupted:
-        plans = []
+    plans = _plans(run, targets)
     run.seconds = time.perf_counter() - started
     return plans, run
 

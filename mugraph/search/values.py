@@ -72,6 +72,7 @@ Value = tuple[Term, ...]
 
 ONE = Number(Fraction(1))
 NOTHING: frozenset[Token] = frozenset()
+SAMPLE: Token = ("", 0)  # the dimension of independent samples, in points only
 _uids = itertools.count(1)
 
 
@@ -303,10 +304,12 @@ class Fingerprinter:
 
     base:   the axis that an alias stands for (aliases share inputs, sizes and weights)
     static: axes of known size, whose weights add up to it
+    samples: independent inputs at once.  One is enough but for maxima, which are one of their operands: each element
+            is the same operand by accident half of the time.
     """
 
-    def __init__(self, base: Mapping[str, str], static: Mapping[str, int], key: object = 0) -> None:
-        self.base, self.static, self.key = base, static, key
+    def __init__(self, base: Mapping[str, str], static: Mapping[str, int], key: object = 0, samples: int = 1) -> None:
+        self.base, self.static, self.key, self.samples = base, static, key, samples
         aliased = {b for a, b in base.items() if a != b}
         self.wide = {a for a in base if base[a] in aliased}
         self.points: dict[Factor | Value, Point] = {}
@@ -331,7 +334,8 @@ class Fingerprinter:
         """The free axes, sorted, and the value at the point: what identifies a class."""
         point = self.value(value)
         order = sorted(range(len(point.tokens)), key=lambda i: point.tokens[i])
-        return tuple(point.tokens[i][0] for i in order), point.p.transpose(order).tobytes()
+        axes = tuple(point.tokens[i][0] for i in order if point.tokens[i] != SAMPLE)
+        return axes, point.p.transpose(order).tobytes()
 
     def value(self, value: Value) -> Point:
         found = self.points.get(value)
@@ -383,6 +387,8 @@ class Fingerprinter:
                 return self.value(value)
             case Load(name, index):
                 shape = tuple(self.length(t[0]) for t in index)
+                if self.samples > 1:
+                    index, shape = (SAMPLE, *index), (self.samples, *shape)
                 parts = (fields.random_words(("input", name, self.key), shape, m) for m in (P, Q))
                 return Point(index, *parts)
             case Number(coefficient, sizes):

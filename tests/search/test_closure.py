@@ -1,0 +1,173 @@
+"""The closure: every edge computes its class, the values that good kernels need are there, and budgets are kept."""
+
+from collections.abc import Callable
+
+import pytest
+
+from mugraph.ir.graph import Program
+from mugraph.search import values as v
+from mugraph.search.canonical import canonical
+from mugraph.search.closure import Closure, close
+from mugraph.search.laws import LAWS, meaning
+from mugraph.search.values import Fingerprinter
+from tests.search.programs import SMALL, centred, gated_mlp, own_softmax, rmsnorm_linear, softmax
+from tests.search.small_fields import agree, of_value, wrong_edges
+
+
+def closure_of(program: Program, budget: int = 20_000, laws: tuple[str, ...] = tuple(LAWS)) -> tuple[Closure, int]:
+    """The closure of the program's outputs and of what the laws make of them, and the class of the first output."""
+    p = canonical(program).program
+    known = meaning(p)
+    static = {a.name: a.size for a in p.axes().values() if isinstance(a.size, int)}
+    prints = Fingerprinter(known.base, static, samples=8)
+    seeds = [known.values[o.value] for o in p.outputs]
+    for name in laws:
+        other = LAWS[name].rewrite(seeds[0])
+        if other is not None and prints.fingerprint(other) == prints.fingerprint(seeds[0]):
+            seeds.append(other)
+    closure, classes = close(seeds, prints, budget)
+    return closure, classes[0]
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_every_edge_computes_its_class_from_earlier_ones(name: str) -> None:
+    closure, root = closure_of(SMALL[name]())
+    assert not closure.truncated
+    assert wrong_edges(closure) == []
+    position = {c: i for i, c in enumerate(closure.order)}
+    assert position[root] == len(position) - 1 or name == "two_outputs"
+    for c in closure.order:
+        assert closure.classes[c].edges, v.text(closure.classes[c].value)
+        for e in closure.classes[c].edges:
+            assert all(position[x] < position[c] for x in e.children)
+
+
+def planted(closure: Closure, kind: str, change: Callable) -> Closure:  # type: ignore[type-arg]
+    """The closure with one edge of the kind changed."""
+    for c in reversed(closure.order):
+        for e, rule in closure.classes[c].edges.items():
+            if e.kind == kind and (new := change(e)) is not None:
+                closure.classes[c].edges = {**closure.classes[c].edges, new: rule}
+                return closure
+    raise AssertionError(f"no edge of kind {kind}")
+
+
+def test_planted_wrong_edges_are_seen() -> None:
+    def fresh() -> Closure:
+        return closure_of(rmsnorm_linear(40, 24))[0]
+
+    def other_child(e):  # type: ignore[no-untyped-def]
+        return e._replace(children=(e.children[0], e.children[0])) if len(set(e.children)) == 2 else None
+
+    assert wrong_edges(planted(fresh(), "product", lambda e: e._replace(axes=()) if e.axes else None))
+    assert wrong_edges(planted(fresh(), "product", other_child))
+    assert wrong_edges(planted(fresh(), "add", lambda e: e._replace(kind="product")))
+    assert wrong_edges(planted(fresh(), "call", lambda e: e._replace(fn="tanh")))
+
+
+def test_the_two_evaluators_agree_on_what_is_one_value() -> None:
+    """What the fingerprints keep apart, the second evaluator keeps apart as well, class by class."""
+    closure, _ = closure_of(gated_mlp(40, 24))
+    tables = [of_value(closure.classes[c].value) for c in closure.order]
+    assert not any(agree(a, b) for i, a in enumerate(tables) for b in tables[:i])
+
+
+def texts(closure: Closure) -> set[str]:
+    return {v.text(closure.classes[c].value) for c in closure.order}
+
+
+def test_the_division_moves_past_the_matmul() -> None:
+    """rmsnorm_linear: the unnormalised contraction and the sum of squares are both there, over the loop axis."""
+    closure, root = closure_of(rmsnorm_linear())
+    contractions = [
+        closure.classes[c] for c in closure.order for e in closure.classes[c].edges if e.kind == "product" and e.closes
+    ]
+    axes = {cell.axes for cell in contractions}
+    output = closure.classes[root].axes
+    assert len(output) == 2
+    assert output in axes  # Σ x g w
+    assert (output[0],) in axes  # Σ x x
+
+
+def test_a_low_rank_product_associates_both_ways() -> None:
+    closure, root = closure_of(SMALL["chain"]())
+    ways = [e for e in closure.classes[root].edges if e.kind == "product" and len(e.axes) == 1]
+    assert len({e.axes for e in ways}) == len(ways) == 2
+
+
+def test_common_factors_are_factored_out() -> None:
+    """X@W1 + X@W2 = X@(W1 + W2)."""
+    x, w1, w2 = v.load("X", "bk"), v.load("W1", "kn"), v.load("W2", "kn")
+    both = v.add(v.total(v.multiply(x, w1), "k"), v.total(v.multiply(x, w2), "k"))
+    closure, _ = close([both], Fingerprinter({a: a for a in "bkn"}, {}), 1000)
+    assert "(W1[k,n] + W2[k,n])" in texts(closure)
+    assert wrong_edges(closure) == []
+
+
+def test_factors_that_no_axis_tells_apart_are_multiplied_one_by_one() -> None:
+    """x / y and (x * y) / z over one index: each class has a way down to the inputs."""
+    closure, root = closure_of(SMALL["quotient"]())
+    assert any(e.kind == "product" and not e.closes for e in closure.classes[root].edges)
+
+
+def test_a_maximum_is_none_of_its_operands() -> None:
+    """Over a few elements max(x, y) is x by accident; the samples tell them apart."""
+    x, y = v.load("X", ""), v.load("Y", "")
+    pairs = [(v.call("max", x, y), x), (v.call("max", x, y), v.call("min", x, y))]
+    pairs.append((v.reduction("max", v.load("Z", "k"), "k"), v.reduction("min", v.load("Z", "k"), "k")))
+
+    def merged(samples: int) -> int:
+        return sum(
+            prints.fingerprint(a) == prints.fingerprint(b)
+            for key in range(40)
+            for prints in [Fingerprinter({"k": "k"}, {}, key, samples)]
+            for a, b in pairs
+        )
+
+    assert merged(1) > 0
+    assert merged(32) == 0
+
+
+# -- budgets
+
+
+def test_the_node_budget_is_reported_and_leaves_a_sound_closure() -> None:
+    whole, _ = closure_of(rmsnorm_linear(40, 24))
+    cut, root = closure_of(rmsnorm_linear(40, 24), budget=10)
+    assert cut.truncated
+    assert not whole.truncated
+    assert root in cut.order
+    assert cut.expressions < whole.expressions
+    assert wrong_edges(cut) == []
+
+
+# -- named laws
+
+
+def root_merges(program: Program) -> bool:
+    p = canonical(program).program
+    known = meaning(p)
+    prints = Fingerprinter(known.base, {})
+    value = known.values[p.outputs[0].value]
+    other = LAWS["strip-max"].rewrite(value)
+    assert other is not None
+    return prints.fingerprint(other) == prints.fingerprint(value)
+
+
+def test_strip_max_holds_for_a_softmax_with_its_maximum() -> None:
+    assert root_merges(own_softmax())
+    stripped, root = closure_of(softmax())
+    wanted = {v.text(cell.value) for c, cell in enumerate(stripped.classes) if c != root}
+    assert wanted <= texts(closure_of(own_softmax())[0])
+    assert not wanted <= texts(closure_of(own_softmax(), laws=())[0])
+
+
+def test_strip_max_is_refused_where_it_does_not_hold() -> None:
+    assert not root_merges(centred())
+    with_law, without = closure_of(centred())[0], closure_of(centred(), laws=())[0]
+    assert texts(with_law) == texts(without)
+
+
+def test_strip_max_does_not_apply_without_a_maximum() -> None:
+    p = canonical(softmax()).program
+    assert LAWS["strip-max"].rewrite(meaning(p).values[p.outputs[0].value]) is None
