@@ -22,7 +22,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
-import mugraph
 from mugraph.errors import MugraphError
 
 HEADER = struct.Struct("<Q")
@@ -90,7 +89,7 @@ class Worker:
     def _started(self) -> subprocess.Popen[bytes]:
         if self._process is None or self._process.poll() is not None:
             self.close()
-            root = str(Path(mugraph.__file__).parents[1])
+            root = str(Path(__file__).parents[2])
             paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
             environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
             environment |= {"PYTHONPATH": os.pathsep.join(paths), **self.environment}

@@ -73,7 +73,30 @@ TORCH = {
 RELATION = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
 NEUTRAL = {"sum": "0.0", "max": 'float("-inf")', "min": 'float("inf")'}
 LOG2E = 1.4426950408889634
+# Functions that take more than an expression, emitted where they are used.
+HELPERS = {
+    "tanh": '''@triton.jit
+def tanh(x):
+    """tanh in f32; the quotient cancels near 0, where three terms of the series are exact to rounding."""
+    x2 = x * x
+    series = x * (1.0 - x2 * (1.0 / 3.0 - x2 * (2.0 / 15.0)))
+    return tl.where(tl.abs(x) < 0.04, series, 1.0 - 2.0 / (tl.exp2(x * (2.0 * LOG2E)) + 1.0))''',
+    "gelu": '''@triton.jit
+def gelu(x):
+    """x times the normal distribution function of x."""
+    return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))''',
+    "gelu_tanh": '''@triton.jit
+def gelu_tanh(x):
+    """gelu by tanh: 0.5 * (1 + tanh(u)) is the sigmoid of 2 * u."""
+    u = 0.7978845608028654 * (x + 0.044715 * x * x * x)
+    return x / (1.0 + tl.exp2(-2.0 * u * LOG2E))''',
+    "round_even": '''@triton.jit
+def round_even(x):
+    """The nearest whole number, halves to even: 1.5 * 2**23 leaves no room for a fraction."""
+    return tl.where(tl.abs(x) < 4194304.0, (x + 12582912.0) - 12582912.0, x)''',
+}
 RESERVED = {
+    *HELPERS,
     "tl",
     "torch",
     "triton",
@@ -107,13 +130,17 @@ def emit(plan: Plan) -> str:
 def _header(plan: Plan, functions: list[str]) -> str:
     kernels = [f for f in functions if f.startswith("@triton.jit")]
     what = "with Triton kernels" if kernels else "with torch"
-    lines = [f'"""{plan.name}({", ".join(plan.inputs)}) -> {", ".join(plan.outputs)}, {what}.', ""]
-    lines += [str(b.tensor) for b in plan.buffers if b.tensor.name in {*plan.inputs, *plan.outputs}]
+    lines = [f'"""{plan.name} {what}.', ""]
+    lines += [f"from {plan.buffer(n).tensor}" for n in plan.inputs]
+    lines += [f"to {plan.buffer(n).tensor}" for n in plan.outputs]
     lines += ['"""', "", "import torch"]
     if kernels:
         lines += ["import triton", "import triton.language as tl"]
-    if any("LOG2E" in k for k in kernels):
+    if any(word in k for k in kernels for word in ("LOG2E", "tanh(", "gelu_tanh(")):
         lines += ["", f"LOG2E = tl.constexpr({LOG2E})  # exp(x) = exp2(x * LOG2E)"]
+    for name, text in HELPERS.items():
+        if any(f" {name}(" in k or f"({name}(" in k for k in kernels):
+            lines += ["", "", text]
     return "\n".join(lines)
 
 
@@ -155,7 +182,20 @@ def _literal(value: Fraction) -> str:
 
 
 def _paren(text: str) -> str:
-    return text if re.fullmatch(r"[\w.]+(\[[^\]]*\]|\([^()]*\))?", text) else f"({text})"
+    """The text as an operand: in parentheses unless it is a name, a call, or in parentheses already."""
+    if re.fullmatch(r"[\w.]+(\[[^\]]*\]|\([^()]*\))?", text) or (text.startswith("(") and _closes_last(text)):
+        return text
+    return f"({text})"
+
+
+def _closes_last(text: str) -> bool:
+    """Whether the bracket that opens the text is closed by its last character."""
+    depth = 0
+    for i, letter in enumerate(text):
+        depth += (letter == "(") - (letter == ")")
+        if depth == 0:
+            return i == len(text) - 1
+    return False
 
 
 def _function(fn: str, attrs: Mapping[str, str | Fraction], args: Sequence[str], integer: bool) -> str:
@@ -193,25 +233,14 @@ def _function(fn: str, attrs: Mapping[str, str | Fraction], args: Sequence[str],
         case "relu":
             return f"tl.maximum({x}, {'0' if integer else '0.0'})"
         case "tanh":
-            return _tanh(x)
+            return f"tanh({x})"
         case "gelu":
-            if attrs.get("approximate", "none") == "tanh":
-                c = math.sqrt(2 / math.pi)
-                # 0.5 (1 + tanh u) = sigmoid(2 u)
-                return f"{x} / (1.0 + tl.exp2({-2 * c} * ({x} + 0.044715 * {x} * {x} * {x}) * LOG2E))"
-            return f"0.5 * {x} * (1.0 + tl.erf({x} * {math.sqrt(0.5)}))"
+            return f"{'gelu_tanh' if attrs.get('approximate', 'none') == 'tanh' else 'gelu'}({x})"
         case "round":
-            # adding and subtracting 1.5 * 2**23 rounds to even; numbers from 2**22 on are whole or close to it
-            return f"tl.where(tl.abs({x}) < 4194304.0, ({x} + 12582912.0) - 12582912.0, {x})"
+            return f"round_even({x})"
         case "pow":
             return _power(x, Fraction(attrs["exponent"]))
     raise UnsupportedOpError(f"no Triton for the function {fn}", op=fn, remedy="keep it outside the kernel")
-
-
-def _tanh(x: str) -> str:
-    # 1 - 2 / (exp(2 x) + 1) cancels near 0, where three terms of the series are exact to rounding
-    series = f"{x} * (1.0 - {x} * {x} * (1.0 / 3.0 - {x} * {x} * (2.0 / 15.0)))"
-    return f"tl.where(tl.abs({x}) < 0.04, {series}, 1.0 - 2.0 / (tl.exp2({x} * (2.0 * LOG2E)) + 1.0))"
 
 
 def _power(x: str, exponent: Fraction) -> str:
@@ -593,9 +622,10 @@ class _Kernel:
             self.put_call(f"{var} = tl.load", _split_args(texts[0]), note=note)
         else:
             # at most one piece is valid at any element, the others read 0
-            self.put(f"{var} = {texts[0]}", note)
-            for t in texts[1:]:
-                self.put(f"{var} = {var} + {t}")
+            parts = [self.name_of(("part", value.name, i), f"{value.name}_{i}") for i in range(len(texts))]
+            for part, t in zip(parts, texts, strict=True):
+                self.put_call(f"{part} = tl.load", _split_args(t))
+            self.put(f"{var} = {' + '.join(parts)}", note)
         self.var[value.name] = var
         if value.dtype.is_float and value.dtype is not DType.f32 and self.is_arithmetic(value.name):
             self.wide[value.name] = self.name_of(("wide", value.name), f"{value.name}_f32")
@@ -1023,8 +1053,8 @@ def _run(plan: Plan, kernels: Mapping[str, _Kernel], functions: Mapping[str, str
     inputs = [_python(n) for n in plan.inputs]
     result = ", ".join(map(_python, plan.outputs))
     lines = _call("def run", [*inputs, "*", "out=None"], ":", "")
-    what = "a tensor" if len(plan.outputs) == 1 else "tensors in order"
-    lines.append(f'    """{result} as {what}, written into `out` if given."""')
+    what = result if len(plan.outputs) == 1 else "The outputs in order"
+    lines.append(f'    """{what}, written into `out` if given."""')
     lines += _sizes(plan)
     lines += _allocations(plan)
     for call in plan.calls:
@@ -1040,6 +1070,8 @@ def _run(plan: Plan, kernels: Mapping[str, _Kernel], functions: Mapping[str, str
     for i, name in enumerate(plan.outputs):
         if name in made:
             lines += ["    if out is not None:", f"        {_python(name)} = {_given(plan, i)}.copy_({_python(name)})"]
+    if len(result) > WIDTH - 12:
+        return "\n".join([*lines, "    return (", *(f"        {_python(n)}," for n in plan.outputs), "    )"])
     return "\n".join([*lines, f"    return {result}"])
 
 
