@@ -28,6 +28,7 @@ from mugraph.ir.ops import (
     Const,
     Contract,
     Elementwise,
+    Iota,
     Kernel,
     Library,
     MaskedExp,
@@ -291,8 +292,11 @@ class BlockBuilder:
                 return result
             case "call":
                 return self.emit(section, wanted or edge.fn[:4], call_op(edge), *args)
-            case "load" | "number":
-                raise AssertionError("loads have their own place, coefficients are written where they are used")
+            case "load":
+                assert isinstance(edge.leaf, v.Load)
+                return self.emit(section, wanted or "i", Iota(self.context.axes[edge.leaf.tokens[0][0]]))
+            case "number":
+                raise AssertionError("coefficients are written where they are used")
 
     def number_child(self, edge: Edge) -> tuple[int, Number] | None:
         """The operand of a product that is a coefficient, by position."""
@@ -504,7 +508,14 @@ def library_equation(e: Equation, tensors: Mapping[str, Tensor]) -> Equation:
 
 
 def baseline(program: Program) -> KernelGraph:
-    """The program as it stands: every equation a library call."""
+    """The program as it stands, as one library call."""
     tensors = program.tensors()
-    calls = tuple(library_equation(e, tensors) for e in program.equations)
-    return KernelGraph(program.name, program.inputs, calls, program.outputs)
+    given = {i.name for i in program.inputs}
+    computed = [o for o in dict.fromkeys(o.value for o in program.outputs) if o not in given]
+    inner = Program(
+        program.name, program.inputs, program.equations, tuple(Output(o, Storage(tensors[o].dtype)) for o in computed)
+    )
+    call = Equation(
+        tuple(tensors[o] for o in computed), Library(program.name, inner), tuple(i.name for i in program.inputs)
+    )
+    return KernelGraph(program.name, program.inputs, (call,) if computed else (), program.outputs)

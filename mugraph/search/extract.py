@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from mugraph.ir.types import DType
 from mugraph.search.closure import Closure, Edge
 from mugraph.search.cost import Device, Work
+from mugraph.search.laws import IOTA
 
 Entry = tuple[int, int]
 INFEASIBLE = 99
@@ -130,8 +131,8 @@ class Problem:
 
 
 def is_leaf_edge(edge: Edge) -> bool:
-    """A load of an input, or of the result of an operator outside the calculus."""
-    return edge.kind == "load"
+    """A load of an input, or of the result of an operator outside the calculus.  An index is computed, not loaded."""
+    return edge.kind == "load" and edge.leaf is not None and edge.leaf[0] != IOTA
 
 
 class KernelSearch:

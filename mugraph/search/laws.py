@@ -19,6 +19,7 @@ from mugraph.ir.ops import (
     Const,
     Contract,
     Elementwise,
+    Iota,
     MaskedExp,
     Reduce,
     Rename,
@@ -29,6 +30,8 @@ from mugraph.ir.ops import (
 )  # fmt: skip
 from mugraph.search import values as v
 from mugraph.search.values import Call, Factor, Paren, Term, Value
+
+IOTA = "#iota"  # the index along an axis: computed where it is used, not loaded
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,8 @@ def _equation_value(e: Equation, args: list[Value]) -> Value | None:
             return v.call("select", *args)
         case MaskedExp():
             return v.call("masked_exp", *args)
+        case Iota(axis):
+            return v.load(IOTA, (axis.name,))
         case Cast(dtype):
             return args[0] if dtype.is_float else v.call("cast", args[0], attrs=(dtype.value,))
         case Transpose() | Broadcast():
