@@ -251,6 +251,22 @@ class KernelSearch:
 
     # -- extraction
 
+    def lower_bound(self) -> Callable[[frozenset[Entry]], float]:
+        """No completion of a state costs less: every open entry is still to be paid, and so is the longest cheapest
+        path below one."""
+        local: dict[int, float] = {}
+        chain: dict[int, float] = {}
+        for c in self.order:
+            local[c] = min((o.cost for o in self.options[c]), default=math.inf)
+            chain[c] = min(
+                (o.cost + max((chain[x] for x in o.children), default=0.0) for o in self.options[c]), default=math.inf
+            )
+
+        def bound(state: frozenset[Entry]) -> float:
+            return max(max(chain[c] for c, _ in state), sum(local[c] for c, _ in state)) if state else 0.0
+
+        return bound
+
     def run(self, upper: float) -> Derivation | None:
         """The cheapest derivation with cost below `upper`, or None."""
         p = self.p
@@ -258,16 +274,7 @@ class KernelSearch:
         if start is None:
             p.infeasible += 1
             return None
-        local = {c: min((o.cost for o in self.options[c]), default=math.inf) for c in self.order}
-        chain: dict[int, float] = {}
-        for c in self.order:
-            chain[c] = min(
-                (o.cost + max((chain[x] for x in o.children), default=0.0) for o in self.options[c]), default=math.inf
-            )
-
-        def bound(state: frozenset[Entry]) -> float:
-            # admissible: every open entry is still to be paid, and so is the longest cheapest path below one
-            return max(max(chain[c] for c, _ in state), sum(local[c] for c, _ in state)) if state else 0.0
+        bound = self.lower_bound()
 
         def highest(state: frozenset[Entry]) -> int:
             return max((p.position[c] for c, _ in state), default=-1)
