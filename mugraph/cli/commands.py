@@ -69,9 +69,10 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # plain help, which is printed without loading rich
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-cache_app = typer.Typer(help="Results on disk.", no_args_is_help=True)
+cache_app = typer.Typer(help="Results on disk.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(cache_app, name="cache")
 
 _debug = False
@@ -198,7 +199,7 @@ def optimize(
     out: Annotated[Path | None, typer.Option("-o", "--out", help="Directory to write.")] = None,
     as_json: Json = False,
 ) -> int:
-    """Find, verify and emit a faster form of a program; write it to a directory."""
+    """Find, verify and emit a faster program."""
     settings.configure_logging()
     from dataclasses import replace
 
@@ -282,7 +283,7 @@ def verify(
     strict: Annotated[bool, typer.Option("--strict", help="Repeat the numeric check as well.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Check a saved result again, in this process, from its files alone."""
+    """Check a saved result again from its files."""
     settings.configure_logging()
     from mugraph.cli.saved import recheck_saved
 
@@ -315,7 +316,7 @@ def show(
     path: Annotated[Path, typer.Argument(help="A saved directory, a graph.json or a program's .txt.")],
     form: Annotated[Format, typer.Option("--format", help="What to print.")] = "text",
 ) -> None:
-    """Print a graph, its picture, or the report beside it."""
+    """Print a graph, its picture or its report."""
     if form == "report":
         print(report_text(path))
         return
@@ -430,7 +431,7 @@ def cache_path() -> None:
 @app.command()
 @command
 def env(as_json: Json = False) -> None:
-    """Print versions, devices and settings: what a bug report needs."""
+    """Print versions, devices and settings."""
     data = environment()
     if as_json:
         print_document(data)
