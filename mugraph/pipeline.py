@@ -34,7 +34,7 @@ from mugraph.errors import (
 from mugraph.ir.axes import dims_of
 from mugraph.ir.check import check
 from mugraph.ir.graph import KernelGraph, Program
-from mugraph.ir.ops import Kernel
+from mugraph.ir.ops import Kernel, Library
 from mugraph.ir.printer import canonical_text
 from mugraph.ir.resize import reduction, resized
 from mugraph.ir.serialize import dumps, loads
@@ -101,6 +101,14 @@ class Result:
                 remedy="give target='torch', or set MUGRAPH_INTERPRET=1 to run the kernels under Triton's interpreter",
             )
         return self.executable(*args, out=out, **named)
+
+    @property
+    def unchanged(self) -> bool:
+        """Whether nothing was found that beats the program as it stands."""
+        return not self.graph.kernels() and any(
+            isinstance(e.op, Library) and e.op.semantics.equations == self.program.equations
+            for e in self.graph.equations
+        )
 
     def explain(self) -> str:
         """Why this result: the search's report, then what the certificate says."""

@@ -232,7 +232,8 @@ class _Interpreter:
         for i, node in enumerate(user):
             self._user_input(node, i)
         for node in nodes:
-            if node.op == "placeholder" and node not in self.values and node.users:
+            is_token = node.op == "placeholder" and kinds[node.name].kind.name == "TOKEN"
+            if node.op == "placeholder" and node not in self.values and node.users and not is_token:
                 self._weight(node, kinds[node.name])
         for node in nodes:
             if node.op == "call_function":
@@ -241,7 +242,7 @@ class _Interpreter:
 
     def _refuse_mutation(self, signature: Any) -> None:
         for spec in signature.output_specs:
-            if spec.kind.name != "USER_OUTPUT":
+            if spec.kind.name not in ("USER_OUTPUT", "TOKEN"):  # a token orders effects, whose operators are refused
                 raise UnsupportedOpError(
                     f"the function writes into {spec.target or 'an input'}",
                     remedy="return the new value instead of writing in place",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 import threading
+import types
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -50,6 +51,7 @@ class OptimizedFunction:
         self.strict = strict
         self.options = options
         self.specialisations: dict[object, Specialisation] = {}
+        self._attribute = getattr(original, "__name__", "")
         self._lock = threading.Lock()
         self._signature = inspect.signature(getattr(original, "forward", original))
         if unknown := sorted(set(self.dynamic) - set(self._signature.parameters)):
@@ -59,8 +61,17 @@ class OptimizedFunction:
             )
         functools.update_wrapper(self, original, updated=())
 
-    def __get__(self, instance: object, owner: type | None = None) -> Any:
-        return self if instance is None else functools.partial(self, instance)
+    def __get__(self, instance: object, owner: type | None = None) -> OptimizedFunction:
+        """As a method: one optimised function for each instance, whose attributes are constants to it."""
+        if instance is None:
+            return self
+        bound = types.MethodType(self.original, instance)
+        method = OptimizedFunction(bound, dynamic=self.dynamic, strict=self.strict, **self.options)
+        instance.__dict__[self._attribute] = method  # found first from now on, and gone with the instance
+        return method
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._attribute = name
 
     @property
     def report(self) -> str:
@@ -91,8 +102,8 @@ class OptimizedFunction:
                 chosen = self.specialisations.get(key)
                 if chosen is None:
                     chosen = self.specialisations[key] = self._specialise(bound.args, leaves)
-        if chosen.result is None:
-            return self.original(*args, **named)
+        if chosen.result is None or chosen.result.unchanged:
+            return self.original(*args, **named)  # never slower: PyTorch's own way is what runs
         if _wants_gradients(leaves, chosen.captured) and chosen.result.target.kind != "torch":
             return self._outside("gradients through emitted kernels", args, named)
         outputs = chosen.result(*chosen.captured.flatten(bound.args))
