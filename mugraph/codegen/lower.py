@@ -94,6 +94,11 @@ def plan_graph(graph: KernelGraph, options: Options | None = None, observer: Obs
     for i in graph.inputs:
         if i.storage.packing != 1 or i.tensor.dtype.bits < 8:
             raise UnsupportedOpError(f"input {i.name} is packed", op="load", remedy="unpack it before the kernel")
+    for o in graph.outputs:
+        if o.alias_of is not None:
+            raise UnsupportedOpError(
+                f"output {o.value} overwrites {o.alias_of}", op="store", remedy="copy it after the call"
+            )
     buffers = {i.name: Buffer(i.tensor, "input") for i in graph.inputs}
     calls: list[Launch | Torch] = []
     for equation in graph.equations:
@@ -308,13 +313,15 @@ class _Resolver:
         for arg, axis in zip(args, axes, strict=True):
             item = self.defined[arg]
             size = next(a.size for a in self.values[arg].axes if a.name == axis)
-            if not isinstance(item, Read) or len(item.pieces) > 1 or not isinstance(size, int):
-                raise refuse(equation.op, "of values that are not plain loads of static size", equation)
+            same = self.values[arg].dtype is self.values[args[0]].dtype
+            if not isinstance(item, Read) or len(item.pieces) > 1 or not isinstance(size, int) or not same:
+                raise refuse(equation.op, "of values that are not loads of static size and one type", equation)
             shift = {axis: Index(out.name, -low)}
             moved = tuple(_composed(i, shift) for i in item.pieces[0].index)
             pieces.append(Piece(item.pieces[0].source, moved, out.name, low, size))
             low += size
-        return self.define(equation.target, lambda t: Read(t, tuple(pieces)))
+        loaded = replace(equation.target, dtype=self.values[args[0]].dtype)
+        return self.define(loaded, lambda t: Read(t, tuple(pieces)))
 
     def sweep(self) -> None:
         """Drops what no store needs."""

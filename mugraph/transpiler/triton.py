@@ -621,11 +621,13 @@ class _Kernel:
         if len(texts) == 1:
             self.put_call(f"{var} = tl.load", _split_args(texts[0]), note=note)
         else:
-            # at most one piece is valid at any element, the others read 0
-            parts = [self.name_of(("part", value.name, i), f"{value.name}_{i}") for i in range(len(texts))]
-            for part, t in zip(parts, texts, strict=True):
+            # each piece where it is valid; a choice, because bf16 has no arithmetic under the interpreter
+            text = ""
+            for i, (piece, t) in enumerate(zip(read.pieces, texts, strict=True)):
+                part = self.name_of(("part", value.name, i), f"{value.name}_{i}")
                 self.put_call(f"{part} = tl.load", _split_args(t))
-            self.put(f"{var} = {' + '.join(parts)}", note)
+                text = f"tl.where({' & '.join(self.piece_mask(piece, want))}, {part}, {text})" if text else part
+            self.put(f"{var} = {text}", note)
         self.var[value.name] = var
         if value.dtype.is_float and value.dtype is not DType.f32 and self.is_arithmetic(value.name):
             self.wide[value.name] = self.name_of(("wide", value.name), f"{value.name}_f32")

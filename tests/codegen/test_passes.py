@@ -213,6 +213,13 @@ def test_a_tile_beyond_tritons_limit_is_refused():
         plan_graph(kernel_graph("wide", (x,), (block,), tensor("Y", (b,), DType.f16)))
 
 
+def test_an_output_that_overwrites_an_input_is_refused():
+    graph = rmsnorm_linear_fused()
+    outputs = (replace(graph.outputs[0], alias_of="X"),)
+    with pytest.raises(UnsupportedOpError, match="overwrites X"):
+        plan_graph(replace(graph, outputs=outputs))
+
+
 def test_accumulators_stay_accumulators():
     block = prepare(block_of(contractions()))
     names = [s.target.name for p in block.passes for s in p.body if isinstance(s, Accumulator)]
