@@ -265,6 +265,9 @@ class BlockBuilder:
         if isinstance(leaf, v.Load):
             axes = iter([self.context.axes[a] for a, _ in leaf.tokens])
             dims = tuple(tuple(next(axes) for _ in d) for d in stored.dims)
+            used = [x for d in dims for x in d]
+            if used != list(stored.axes) and set(used) == set(stored.axes):
+                raise Unbuildable(f"{stored.name} is used with its own axes exchanged, which no load can say")
         name = self.fresh(stored.name.lower())
         self.values[name] = Tensor(name, dims, stored.dtype)
         section.loads.append(Load(self.values[name], stored.name))

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from mugraph.errors import GraphError, VerificationError
+from mugraph.errors import GraphError, ShapeError, VerificationError
 from mugraph.ir.axes import Axis, dims_of, representative, size_value
 from mugraph.ir.graph import KernelGraph, Program
 from mugraph.ir.ops import Contract, Elementwise, Op, Reduce
@@ -86,7 +86,7 @@ def search(
     tiles = tuple((to_canonical[a], t) for a, t in space.tiles if a in to_canonical)
     problem = _problem(here.program, closure, seeds, space, on)
     targets, wanted = _targets(here, known, seeds)
-    plans, run = partition(problem, space.but(tiles=tiles), tuple(targets), stop)
+    plans, run = partition(problem, space.but(tiles=tiles), targets, stop)
     watch.lap("kernels")
     outside = {here.names[e.targets[0].name] for e in known.boundaries}
     context = Context(
@@ -119,7 +119,7 @@ def search(
             graph = build(context, plan, wanted)
             best = (graph, accept(graph), seconds, plan)
             tried.append(CandidateReport(structure(plan, here.axes), seconds, "chosen"))
-        except (VerificationError, GraphError) as error:
+        except (VerificationError, GraphError, ShapeError) as error:
             refused += 1
             tried.append(CandidateReport(structure(plan, here.axes), seconds, f"refused: {error.message}"))
         except Unbuildable as error:
@@ -168,15 +168,32 @@ def _closure(program: Program, known: Meaning, space: SearchSpace) -> tuple[Clos
     return closure, dict(zip(names, classes, strict=False))
 
 
-def _targets(here: Canonical, known: Meaning, seeds: Mapping[str, int]) -> tuple[list[int], dict[int, list[str]]]:
-    """The classes that must be in memory at the end, with the names they go by there."""
+def _targets(
+    here: Canonical, known: Meaning, seeds: Mapping[str, int]
+) -> tuple[tuple[tuple[int, ...], ...], dict[int, list[str]]]:
+    """The classes that must be in memory at the end, with the names they go by there; in groups, where the values of
+    a group need operators outside the calculus on those of the groups before it."""
     program = here.program
     given = {i.name for i in program.inputs} | {t.name for b in known.boundaries for t in b.targets}
     wanted: dict[int, list[str]] = {}
-    for name in dict.fromkeys([o.value for o in program.outputs] + [a for b in known.boundaries for a in b.args]):
-        if name not in given:
-            wanted.setdefault(seeds[name], []).append(here.names[name])
-    return list(wanted), wanted
+    groups: dict[int, list[int]] = {}
+    levels = _levels(program, known)
+    names = dict.fromkeys([o.value for o in program.outputs] + [a for b in known.boundaries for a in b.args])
+    for name in sorted((n for n in names if n not in given), key=levels.__getitem__):
+        if seeds[name] not in wanted:
+            groups.setdefault(levels[name], []).append(seeds[name])
+        wanted.setdefault(seeds[name], []).append(here.names[name])
+    return tuple(tuple(group) for group in groups.values()), wanted
+
+
+def _levels(program: Program, known: Meaning) -> dict[str, int]:
+    """How many operators outside the calculus lie in sequence below each value."""
+    outside = {id(e) for e in known.boundaries}
+    levels = {i.name: 0 for i in program.inputs}
+    for e in program.equations:
+        level = max((levels[a] for a in e.args), default=0) + (id(e) in outside)
+        levels.update((t.name, level) for t in e.targets)
+    return levels
 
 
 def _names(here: Canonical, seeds: Mapping[str, int]) -> dict[int, str]:

@@ -226,27 +226,37 @@ def power_of_two(n: int) -> int:
 
 
 def partition(
-    problem: Problem, space: SearchSpace, targets: tuple[int, ...], stop: Callable[[], bool]
+    problem: Problem, space: SearchSpace, groups: tuple[tuple[int, ...], ...], stop: Callable[[], bool]
 ) -> tuple[list[list[Choice]], Partition]:
-    """Complete plans, cheapest first: each a list of launches that together compute the targets.  When told to stop,
-    the best so far."""
+    """Complete plans, cheapest first: each a list of launches that together compute the targets, group by group.  When
+    told to stop, the best so far."""
     run = Partition(problem, space, stop)
     started = time.perf_counter()
-    plans = _plans(run, targets)
+    plans = _plans(run, groups)
     run.seconds = time.perf_counter() - started
     return plans, run
 
 
-def _plans(run: Partition, targets: tuple[int, ...]) -> list[list[Choice]]:
-    joint = [[c] for c in run.solve(targets)]
-    plans = list(joint)
+def _plans(run: Partition, groups: tuple[tuple[int, ...], ...]) -> list[list[Choice]]:
+    """The cheapest plan of every group together, then the second of those that have one, and so on."""
+
+    def cost(plan: list[Choice]) -> float:
+        return sum(run.rank(replace(c, needs=())) for c in _with_needs(run, plan))
+
+    ways = [sorted(_ways(run, targets), key=cost) for targets in groups]
+    most = max(map(len, ways), default=0) if all(ways) else 0
+    plans = [[c for way in ways for c in way[min(n, len(way) - 1)]] for n in range(most)]
+    return sorted((_with_needs(run, plan) for plan in plans), key=cost)
+
+
+def _ways(run: Partition, targets: tuple[int, ...]) -> list[list[Choice]]:
+    """One kernel for all of them, or one launch for each."""
+    ways = [[c] for c in run.solve(targets)]
     if len(targets) > 1:
         single = [run.solve((t,)) for t in targets]
         if all(single):
-            plans.append([options[0] for options in single])
-    complete = [_with_needs(run, plan) for plan in plans]
-    complete.sort(key=lambda plan: sum(run.rank(replace(c, needs=())) for c in plan))
-    return complete
+            ways.append([options[0] for options in single])
+    return ways
 
 
 def _with_needs(run: Partition, plan: list[Choice]) -> list[Choice]:

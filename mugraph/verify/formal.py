@@ -752,7 +752,9 @@ def _alike(values: list[Value]) -> list[Value]:
         order = orders.pop() if len(orders) == 1 else None
         shown = [v if order else replace(v, order=None, parts=(*v.parts[:_SET], None)) for v in values]
     result = []
-    widths = [max((v.words(i).shape[-1] for v in shown if v.parts[i] is not None), default=0) for i in range(7)]
+    widths = [0, 0]  # of plain parts, which have no private dimension
+    for i in range(_NC, 7):
+        widths.append(max((v.words(i).shape[-1] for v in shown if v.parts[i] is not None), default=0))
     for v in shown:
         parts = list(v.parts)
         for i in (_NC, _NE, _DC, _DE):

@@ -27,8 +27,8 @@ def problem_of(program: Program, space: SearchSpace) -> tuple[Problem, tuple[int
     here = canonical(program)
     known = meaning(here.program)
     closure, seeds = _closure(here.program, known, space)
-    targets, _ = _targets(here, known, seeds)
-    return _problem(here.program, closure, seeds, space, device()), tuple(targets)
+    groups, _ = _targets(here, known, seeds)
+    return _problem(here.program, closure, seeds, space, device()), tuple(t for group in groups for t in group)
 
 
 def kernels_of(program: Program, space: SearchSpace, every: int = 1) -> list[KernelSearch]:

@@ -30,7 +30,7 @@ def found(program: Program, space: SearchSpace) -> Found:
 
 def plans_of(program: Program, space: SearchSpace) -> tuple[list[list[Choice]], Partition]:
     problem, targets = problem_of(program, space)
-    return partition(problem, space, targets, lambda: False)
+    return partition(problem, space, (targets,), lambda: False)
 
 
 # -- roles
@@ -147,7 +147,7 @@ def test_a_plan_whose_needs_cannot_be_had_is_no_plan() -> None:
         space = SearchSpace()
         problem, targets = problem_of(SMALL["layernorm_linear"](), space)
         polls = iter(range(10_000))
-        plans, run = partition(problem, space, targets, lambda n=limit, i=polls: next(i) >= n)  # type: ignore[misc]
+        plans, run = partition(problem, space, (targets,), lambda n=limit, i=polls: next(i) >= n)  # type: ignore[misc]
         assert run.configurations <= limit
         for plan in plans:
             made = {r for choice in plan for r in choice.roots}

@@ -1,0 +1,270 @@
+"""The search end to end: what it does with refusals, limits, operators that it does not know, and odd programs."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+
+import mugraph.dsl.functions as mg
+from mugraph.dsl.trace import f32, i64, trace
+from mugraph.errors import VerificationError
+from mugraph.ir.graph import KernelGraph, Program
+from mugraph.ir.ops import Kernel, Library
+from mugraph.ir.types import Output
+from mugraph.pipeline import finished
+from mugraph.search.driver import Found, search
+from mugraph.search.space import SearchSpace
+from mugraph.verify.equivalence import verify
+from tests.search import programs
+from tests.search.programs import SMALL, B
+from tests.search.random_programs import programs as random_programs
+
+X = f32[B, 48]
+
+
+def verified(program: Program, space: SearchSpace | None = None, **limits: Any) -> Found:
+    """The search with the verifier behind it, as the pipeline runs it; nothing may be refused."""
+    found = search(program, accept=lambda graph: verify(program, finished(graph)), space=space, **limits)
+    assert found.report.refused == 0, str(found.report)
+    return found
+
+
+def is_baseline(graph: KernelGraph) -> bool:
+    return all(isinstance(e.op, Library) for e in graph.equations)
+
+
+class Refusing:
+    """Takes a μGraph only after it has refused some."""
+
+    def __init__(self, refusals: int) -> None:
+        self.left, self.seen = refusals, list[KernelGraph]()
+
+    def __call__(self, graph: KernelGraph) -> KernelGraph:
+        self.seen.append(graph)
+        if len(self.seen) <= self.left:
+            raise VerificationError(f"refused number {len(self.seen)}")
+        return graph
+
+
+# -- refusals
+
+
+def test_what_accept_makes_of_the_graph_is_handed_back() -> None:
+    accept = Refusing(0)
+    found = search(SMALL["lora"](), accept=accept)
+    assert found.accepted is found.graph
+    assert accept.seen == [found.graph]
+    assert (found.report.verified, found.report.refused) == (1, 0)
+
+
+def test_a_refused_plan_gives_way_to_the_next() -> None:
+    first = search(programs.gqa(), accept=lambda graph: graph)
+    accept = Refusing(2)
+    found = search(programs.gqa(), accept=accept)
+    assert found.report.refused == 2
+    assert len(accept.seen) == 3
+    assert found.graph == accept.seen[-1] != first.graph
+    assert found.report.predicted_seconds >= first.report.predicted_seconds
+    verdicts = [c.verdict for c in found.report.candidates]
+    assert verdicts[:3] == ["refused: refused number 1", "refused: refused number 2", "chosen"]
+
+
+def test_when_all_plans_are_refused_the_program_runs_as_it_stands() -> None:
+    plans = sum(c.verdict != "chosen" for c in search(programs.gqa(), accept=lambda g: g).report.candidates)
+    accept = Refusing(plans)
+    found = search(programs.gqa(), accept=accept)
+    assert is_baseline(found.graph)
+    assert found.report.refused == plans
+    assert any("nothing beats the program" in note for note in found.report.notes)
+
+
+def test_when_the_program_itself_is_refused_the_error_comes_out() -> None:
+    with pytest.raises(VerificationError):
+        search(SMALL["lora"](), accept=Refusing(1000))
+
+
+def test_other_errors_of_accept_are_not_swallowed() -> None:
+    def broken(graph: KernelGraph) -> None:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        search(SMALL["lora"](), accept=broken)
+
+
+# -- limits
+
+
+def after(polls: int) -> Callable[[], bool]:
+    count = iter(range(1_000_000))
+    return lambda: next(count) >= polls
+
+
+def test_interrupted_at_once_the_program_runs_as_it_stands() -> None:
+    found = verified(programs.layernorm_linear(), interrupted=lambda: True)
+    assert is_baseline(found.graph)
+    assert str(found.report.stop) == "Interrupted"
+
+
+def test_interrupted_later_the_best_so_far_is_kept() -> None:
+    found = verified(programs.layernorm_linear(), interrupted=after(30))
+    assert found.graph.kernels()
+    assert str(found.report.stop) == "Interrupted"
+    whole = search(programs.layernorm_linear(), accept=lambda g: g)
+    assert str(whole.report.stop) == "Saturated"
+    assert found.report.predicted_seconds >= whole.report.predicted_seconds
+
+
+def test_a_tiny_budget_is_a_time_limit() -> None:
+    found = verified(programs.rmsnorm_linear(), budget_seconds=1e-9)
+    assert found.report.stop.kind == "TimeLimit"
+    assert found.report.stop.limit == 1e-9
+    assert is_baseline(found.graph)
+
+
+@pytest.mark.parametrize(
+    ("space", "kind"), [(SearchSpace(nodes=8), "NodeLimit"), (SearchSpace(states=1), "StateLimit")]
+)
+def test_budgets_of_the_space_are_reported(space: SearchSpace, kind: str) -> None:
+    found = verified(SMALL["rmsnorm_linear"](), space)
+    assert found.report.stop.kind == kind
+    assert str(found.report.stop).startswith(f"{kind}(")
+
+
+# -- operators outside the calculus
+
+
+def last_row(x):  # type: ignore[no-untyped-def]
+    return mg.silu(x)[:, 8:24] * 2
+
+
+def halves(x):  # type: ignore[no-untyped-def]
+    a, b = mg.chunk(x, 2, 1)
+    return mg.concat([a * mg.sigmoid(b), mg.silu(b) + 1], 1)
+
+
+OUTSIDE = {
+    "slice": (last_row, [X]),
+    "concat": (halves, [X]),
+    "cumsum": (lambda x: mg.exp(mg.cumsum(x * 2 + 1, axis=1)) / 3, [X]),
+    "iota": (lambda x: x * mg.iota(x.shape[1]), [X]),
+    "causal": (lambda x: mg.where(mg.causal_mask(x.shape[0], x.shape[1]), x, 0.0) @ x, [f32[48, 48]]),
+    "reshape": (lambda x, y: mg.reshape(x * 2, 6, 4) + y, [f32[4, 6], f32[6, 4]]),
+    "integers": (lambda x, i: x * (i + 1), [X, i64[48]]),
+}
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_what_the_calculus_does_not_have_runs_as_a_library_call(name: str) -> None:
+    fn, specs = OUTSIDE[name]
+    found = verified(trace(fn, specs, name))
+    assert found.graph.equations
+    outside = [n for n in found.report.notes if "outside the calculus" in n]
+    libraries = [e for e in found.graph.equations if isinstance(e.op, Library)]
+    assert len(libraries) >= len(outside)
+
+
+def test_kernels_stand_before_and_behind_a_boundary() -> None:
+    def fn(x, w, u):  # type: ignore[no-untyped-def]
+        return mg.silu(mg.cumsum(mg.silu(x @ w) * 2, axis=1) @ u)
+
+    found = verified(trace(fn, [f32[B, 4096], f32[4096, 4096], f32[4096, 4096]], "sandwich"))
+    kinds = [type(e.op) for e in found.graph.equations]
+    assert Library in kinds
+    assert any("is outside the calculus and runs as a library call" in note for note in found.report.notes)
+    at = [i for i, e in enumerate(found.graph.equations) if isinstance(e.op, Library) and e.op.name == "cumsum"]
+    assert len(at) == 1
+    assert 0 < at[0] < len(kinds) - 1
+
+
+# -- odd programs
+
+
+def same_twice(program: Program) -> Program:
+    return replace(program, outputs=program.outputs * 2)
+
+
+def with_input_as_output(program: Program) -> Program:
+    first = program.inputs[0]
+    return replace(program, outputs=(*program.outputs, Output(first.name, first.storage)))
+
+
+ODD: dict[str, Callable[[], Program]] = {
+    "several outputs": lambda: trace(lambda x, y: (x + y, x * y, mg.exp(x)), [X, X]),
+    "an output of another": lambda: trace(lambda x: (mg.exp(x), mg.sum(mg.exp(x), axis=-1)), [X]),
+    "the same output twice": lambda: same_twice(trace(lambda x: mg.silu(x) * 2, [X])),
+    "equal outputs": lambda: trace(lambda x, y: (x + y, y + x), [X, X]),
+    "an input as output": lambda: with_input_as_output(trace(lambda x: mg.silu(x) * 2, [X])),
+    "only an input": lambda: trace(lambda x: x, [X]),
+    "an unused input": lambda: trace(lambda x, y: mg.silu(x) * 2, [X, X]),
+    "scalars": lambda: trace(lambda x, y: mg.exp(x) * y / (1 + x * x), [f32[()], f32[()]]),
+    "everything summed": lambda: trace(lambda x: mg.sum(x * x) / 3, [X]),
+    "only a constant": lambda: trace(lambda x: x * 0 + 2, [X]),
+    "a repeated value": lambda: trace(lambda x: (x * 2).expand(6, 5), [f32[6, 1]]),
+    "a reduction of repeats": lambda: trace(lambda x: mg.amax(x.expand(6, 5), axis=-1), [f32[6, 1]]),
+    "one element": lambda: trace(lambda x, y: mg.exp(x @ y) + 1, [f32[1, 1], f32[1, 1]]),
+    "quotients": SMALL["quotient"],
+    "extremes": SMALL["extremes"],
+    "cancels": lambda: trace(lambda x: x / x + mg.exp(x), [X]),
+    "zero": lambda: trace(lambda x: x - x + mg.exp(x), [X]),
+    "gram": SMALL["gram"],
+    "gram twice": lambda: trace(lambda x: mg.exp(x @ mg.mT(x)) @ x, [X]),
+    "deep": lambda: trace(lambda x: mg.silu(mg.exp(mg.silu(mg.exp(mg.silu(x) * 2) + 1) * 2) + 1), [X]),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_odd_programs_are_searched_and_verified(name: str) -> None:
+    program = ODD[name]()
+    found = verified(program)
+    assert [o.value for o in found.graph.outputs] == [o.value for o in program.outputs]
+    assert found.graph.inputs == program.inputs
+
+
+@pytest.mark.parametrize("name", ["quotients", "extremes", "several outputs", "gram twice"])
+def test_elementwise_programs_are_one_kernel(name: str) -> None:
+    found = verified(ODD[name](), SearchSpace(library=False))
+    assert [type(e.op) for e in found.graph.equations] == [Kernel]
+
+
+def test_a_plan_that_cannot_be_built_is_passed_over_with_its_reason() -> None:
+    found = verified(trace(lambda x, w: x @ w @ w @ w, [f32[B, 6], f32[6, 6]]), SearchSpace(library=False))
+    assert is_baseline(found.graph)
+    assert any("passed over: w is used with its own axes exchanged" in c.verdict for c in found.report.candidates)
+
+
+@settings(max_examples=25)
+@given(random_programs())
+def test_random_programs_are_searched_and_verified(program: Program) -> None:
+    verified(program)
+
+
+@pytest.mark.full
+@settings(max_examples=400)
+@given(random_programs(depth=4))
+def test_many_random_programs_are_searched_and_verified(program: Program) -> None:
+    verified(program)
+
+
+# -- the report
+
+
+@pytest.mark.parametrize("name", ["rmsnorm_linear", "gqa", "layernorm_linear", "chain", "two_outputs"])
+def test_two_runs_give_equal_reports_and_graphs(name: str) -> None:
+    a, b = (search(SMALL[name](), accept=lambda g: g) for _ in range(2))
+    assert a.graph == b.graph
+    assert a.report == b.report
+    assert a.report.seconds.keys() == b.report.seconds.keys() == {"closure", "kernels", "verification"}
+
+
+def test_the_report_says_what_was_done() -> None:
+    report = search(programs.rmsnorm_linear(), accept=lambda g: g).report
+    text = str(report)
+    assert text.startswith("search of rmsnorm_linear: Saturated")
+    for part in ("classes, edges", "role assignments", "pruned:", "seeds: source", "predicted on H100", "of floor"):
+        assert part in text
+    data = report.to_dict()
+    assert data["stop"] == "Saturated"
+    assert data["classes"] == report.classes > 0
+    assert sum(c.verdict == "chosen" for c in report.candidates) == 1
