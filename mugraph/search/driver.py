@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from mugraph.errors import GraphError, ShapeError, VerificationError
 from mugraph.ir.axes import Axis, dims_of, representative, size_value
 from mugraph.ir.graph import KernelGraph, Program
-from mugraph.ir.ops import Contract, Elementwise, Op, Reduce
+from mugraph.ir.ops import Const, Contract, Elementwise, Op, Reduce
 from mugraph.ir.types import DType, Tensor
 from mugraph.search import values as v
 from mugraph.search.build import Context, Unbuildable, baseline, build
@@ -144,6 +144,14 @@ def search(
 SAMPLES = 32  # two different maxima are taken for one with probability 2^-32
 
 
+def _written_sizes(program: Program) -> dict[str, int]:
+    """Static axes whose size the program also writes as a literal (sum / 4096 for a mean).  Only these sizes count
+    as known, because two axes of one size are not the same axis."""
+    values = [e.op.value for e in program.equations if isinstance(e.op, Const)]
+    literals = {n for x in values for n in (x.numerator, x.denominator)} - {1}
+    return {a.name: a.size for a in program.axes().values() if isinstance(a.size, int) and a.size in literals}
+
+
 def _takes_extremes(program: Program) -> bool:
     return any(
         (isinstance(e.op, Elementwise) and e.op.fn in ("max", "min"))
@@ -154,7 +162,7 @@ def _takes_extremes(program: Program) -> bool:
 
 def _closure(program: Program, known: Meaning, space: SearchSpace) -> tuple[Closure, dict[str, int]]:
     """The closure of every equation, and of what the named laws make of the outputs."""
-    static = {a.name: a.size for a in program.axes().values() if isinstance(a.size, int)}
+    static = _written_sizes(program)
     prints = v.Fingerprinter(known.base, static, samples=SAMPLES if _takes_extremes(program) else 1)
     names = dict.fromkeys([o.value for o in program.outputs] + [a for b in known.boundaries for a in b.args])
     names.update(dict.fromkeys(known.values))

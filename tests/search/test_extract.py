@@ -149,7 +149,7 @@ def test_the_enumeration_sees_a_search_that_drops_an_option(monkeypatch: pytest.
     assert differs > 0
 
 
-@pytest.mark.parametrize("name", ["lora", "mha", "layernorm_linear", "ntrans", "qk_norm_attention"])
+@pytest.mark.parametrize("name", ["lora", "mha", "layernorm_linear", "qk_norm_attention"])
 def test_the_beam_is_never_cheaper_than_a_star(name: str) -> None:
     program = SMALL[name]()
     exact = kernels_of(program, SearchSpace(states=100_000), every=7)
@@ -166,7 +166,7 @@ def test_the_beam_is_never_cheaper_than_a_star(name: str) -> None:
     assert exact[0].p.truncated == 0
 
 
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(programs(depth=2, outputs=1))
 def test_the_bound_is_admissible(program: Program) -> None:
     for kernel in kernels_of(program, SearchSpace(passes=1), every=5):

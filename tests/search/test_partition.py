@@ -36,7 +36,7 @@ def plans_of(program: Program, space: SearchSpace) -> tuple[list[list[Choice]], 
 # -- roles
 
 
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(random_programs(depth=2))
 def test_no_axis_has_two_roles(program: Program) -> None:
     space = SearchSpace()
@@ -143,7 +143,7 @@ def test_plans_materialise_what_they_load_first() -> None:
 
 def test_a_plan_whose_needs_cannot_be_had_is_no_plan() -> None:
     """Told to stop before a needed value has its kernel, the partition leaves out what needs it."""
-    for limit in (0, 1, 3, 10, 30):
+    for limit in (0, 3, 30):
         space = SearchSpace()
         problem, targets = problem_of(SMALL["layernorm_linear"](), space)
         polls = iter(range(10_000))

@@ -168,7 +168,7 @@ def shuffled(value: Value, order: Callable[[list], list]) -> Value:  # type: ign
     return tuple(order([Term(t.bound, tuple(order([factor(f) for f in t.factors]))) for t in terms]))
 
 
-@settings(max_examples=80)
+@settings(max_examples=40)
 @given(random_values(), st.randoms(use_true_random=False))
 def test_key_and_class_ignore_bound_names_and_order(value: Value, random) -> None:  # type: ignore[no-untyped-def]
     other = shuffled(value, lambda xs: random.sample(xs, len(xs)))
@@ -176,7 +176,7 @@ def test_key_and_class_ignore_bound_names_and_order(value: Value, random) -> Non
     assert same(other, value)
 
 
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(random_values(depth=2), random_values(depth=2))
 def test_equal_keys_are_one_class(a: Value, b: Value) -> None:
     assert same(a, b) or v.key(a) != v.key(b)
