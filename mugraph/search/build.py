@@ -101,7 +101,8 @@ class BlockBuilder:
         self.chosen = {s.entry: s for s in d.steps}
         self.values: dict[str, Tensor] = {}
         self.names: dict[tuple[Entry, bool], str] = {}
-        self.used = {context.names[c] for c in targets} | {i.name for i in context.program.inputs}
+        self.kernel_level = {context.names[c] for c in targets} | {i.name for i in context.program.inputs}
+        self.used = set(self.kernel_level)
         self.before = [Section() for _ in range(self.last + 1)]  # before pass q (index q - 1); the last: epilogue
         self.inside = [Section() for _ in range(self.last)]
         self.after = Section()
@@ -224,7 +225,12 @@ class BlockBuilder:
         return self.names[key]
 
     def wanted(self, c: int) -> str:
-        return f"{self.context.names[c].lower()}" if c in self.context.names else ""
+        return self.tile_name(self.context.names[c]) if c in self.context.names else ""
+
+    def tile_name(self, name: str) -> str:
+        """A tile of X is x; a tile of x is x_tile."""
+        lower = name.lower()
+        return lower if lower not in self.kernel_level else f"{lower}_tile"
 
     def place(self, step: Chosen, section: Section, combining: bool = False) -> None:
         """Adds the load, equation or accumulator of a step to a section."""
@@ -268,7 +274,7 @@ class BlockBuilder:
             used = [x for d in dims for x in d]
             if used != list(stored.axes) and set(used) == set(stored.axes):
                 raise Unbuildable(f"{stored.name} is used with its own axes exchanged, which no load can say")
-        name = self.fresh(stored.name.lower())
+        name = self.fresh(self.tile_name(stored.name))
         self.values[name] = Tensor(name, dims, stored.dtype)
         section.loads.append(Load(self.values[name], stored.name))
         return name
