@@ -64,6 +64,7 @@ if TYPE_CHECKING:
 SMALLEST_DOT = 16  # tl.dot wants at least 16 lanes on each side
 MOST_LANES = 2**20  # Triton's limit on the elements of a tile
 KEPT_LANES = 4096  # a statistic kept apart over a loop: 32 registers a thread at 4 warps
+KEPT_REGISTERS = 112  # values a thread holds beside its addresses
 STAGE_BYTES = 98304  # shared memory that the stages of a loop may fill
 
 
@@ -788,10 +789,16 @@ class _Planner:
     def num_warps(self) -> int:
         if self.options.num_warps:
             return self.options.num_warps
-        largest = max(
-            (self.size_of(self.names(_name(i)), s) for s, raw in enumerate(self.raw) for i in raw.items), default=1
-        )
-        return 1 if largest <= 512 else 2 if largest <= 1024 else 4 if largest <= 16384 else 8
+        largest = demand = 1
+        for number, raw in enumerate(self.raw):
+            sizes = [(i, self.size_of(self.names(_name(i)), number)) for i in raw.items]
+            kept = sum(n for i, n in sizes if isinstance(i, Accumulator))
+            computed = sorted(n for i, n in sizes if isinstance(i, Equation))
+            largest = max([largest, *(n for _, n in sizes)])
+            demand = max(demand, kept + sum(computed[-2:]))  # operands and result of a step live at once
+        if largest <= 1024:
+            return 1 if largest <= 512 else 2
+        return next((w for w in (4, 8) if demand <= w * 32 * KEPT_REGISTERS), 16)
 
     def num_stages(self) -> int:
         """As many stages as the loads of a loop's tile fit into shared memory, 2 to 4."""

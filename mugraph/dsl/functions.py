@@ -9,7 +9,7 @@ from typing import Any
 
 from mugraph.dsl import tensor as t
 from mugraph.dsl.tensor import Axis, Number, SizeValue, Tensor, cast, einsum, matmul, where
-from mugraph.errors import ShapeError, UnsupportedOpError
+from mugraph.errors import ShapeError, UnsupportedOpError, user_location
 from mugraph.ir.types import DType
 
 __all__ = [
@@ -330,7 +330,11 @@ def stack(xs: Sequence[Tensor], axis: int = 0, *, dim: int | None = None) -> Ten
 
 
 def iota(size: SizeValue) -> Tensor:
-    """0, 1, .., size - 1 as i64 [size]; the size is one of a traced tensor's shape."""
+    """0, 1, .., size - 1 as i64 [size]; the size is one of a traced tensor's shape.  Raises ShapeError for others."""
+    if not isinstance(size, SizeValue):
+        raise ShapeError(
+            f"iota of {size!r}", op="iota", where=user_location(), remedy="give a size of a tensor: x.shape[0]"
+        )
     return t.iota(size.recorder, t.plain_size(size.recorder, size))
 
 

@@ -15,8 +15,8 @@ T = TypeVar("T")
 
 
 def resized(value: T, sizes: Mapping[str, int], tiles: Mapping[str, int]) -> T:
-    """A graph (or any part of one) with the sizes of the named axes and the tiles of the named grid and loop axes
-    replaced.  The size of a split's part axis is the number of its parts.
+    """A graph (or any part of one) with the sizes of the named axes replaced, and tiles of the named grid and loop
+    axes no greater than those given.  The size of a split's part axis is the number of its parts.
 
     >>> from mugraph.ir.types import tensor, DType
     >>> str(resized(tensor("x", (Axis("k", 4096),), DType.f16), {"k": 80}, {}).axes[0].size)
@@ -37,11 +37,11 @@ def _resize_one(x: Any, sizes: Mapping[str, int], tiles: Mapping[str, int]) -> A
         case Axis(name, _) if name in sizes:
             return Axis(name, sizes[name])
         case BlockGraph():
-            return replace(x, grid=tuple((a, tiles.get(a, t)) for a, t in x.grid))
+            return replace(x, grid=tuple((a, min(t, tiles.get(a, t))) for a, t in x.grid))
         case Split() if x.part.name in sizes:
             return replace(x, parts=sizes[x.part.name])
         case Pass():
-            return replace(x, loops=tuple((a, tiles.get(a, t)) for a, t in x.loops))
+            return replace(x, loops=tuple((a, min(t, tiles.get(a, t))) for a, t in x.loops))
         case _:
             return x
 
@@ -73,10 +73,8 @@ def reduction(program: Program, graph: Program) -> tuple[dict[str, int], dict[st
         for block in e.op.blocks:
             if block.split:
                 sizes[block.split.part.name] = min(block.split.parts, MOST_PARTS)
-            for b in (block, block.combine):
-                if b is not None:
-                    for a, t in b.tiles().items():
-                        tiles[a] = min(t, MOST_TILE, tiles.get(a, t))
+            for a, t in block.tiles().items():
+                tiles[a] = min(MOST_TILE, max(t, tiles.get(a, 1)))
     fixed = {a for g in (program, graph) for a in _cut_axes(g)}
     for name, axis in program.axes().items():
         if name in fixed or not isinstance(axis.size, int):

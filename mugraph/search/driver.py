@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from mugraph.errors import GraphError, ShapeError, VerificationError
+from mugraph.errors import GraphError, SettingError, ShapeError, VerificationError
 from mugraph.ir.axes import Axis, dims_of, representative, size_value
 from mugraph.ir.graph import KernelGraph, Program
 from mugraph.ir.ops import Const, Contract, Elementwise, Op, Reduce
@@ -83,7 +83,12 @@ def search(
     closure, seeds = _closure(here.program, known, space)
     watch.lap("closure")
     to_canonical = {axis.name: a for a, axis in here.axes.items()}
-    tiles = tuple((to_canonical[a], t) for a, t in space.tiles if a in to_canonical)
+    if unknown := sorted({a for a, _ in space.tiles} - set(to_canonical)):
+        raise SettingError(
+            f"SearchSpace.tiles names {unknown[0]!r}, which is no axis of {program.name}",
+            remedy=f"its axes: {', '.join(a.name for a in here.axes.values())}",
+        )
+    tiles = tuple((to_canonical[a], t) for a, t in space.tiles)
     problem = _problem(here.program, closure, seeds, space, on)
     targets, wanted = _targets(here, known, seeds)
     plans, run = partition(problem, space.but(tiles=tiles), targets, stop)

@@ -15,6 +15,7 @@ import heapq
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from mugraph.ir.types import DType
 from mugraph.search.closure import Closure, Edge
@@ -25,7 +26,7 @@ Entry = tuple[int, int]
 INFEASIBLE = 99
 LOADED_TILE = 65_536  # elements of a tile that is only loaded: 128 KiB of f16 in shared memory
 COMPUTED_TILE = 32_768  # elements of a computed tile: 128 KiB of f32 in registers
-BEAM = 16  # states kept per topological level when A* exceeds its budget
+BEAM = 8  # states kept per topological level when A* exceeds its budget
 VECTOR_WEIGHT = 4  # operations that one elementwise step is counted as
 
 
@@ -75,6 +76,16 @@ class Derivation:
         return [s for s in self.steps if s.option.edge is None]
 
 
+class Way(NamedTuple):
+    """An edge with what does not depend on roles: axes of result and operands together, closed axes, volume."""
+
+    edge: Edge
+    axes: tuple[str, ...]
+    closed: frozenset[str]
+    volume: int
+    matmul: bool
+
+
 @dataclass
 class Problem:
     """What every kernel of a program shares: the closure, sizes, and the classes that lie in memory.
@@ -109,6 +120,14 @@ class Problem:
                 for x in e.children:
                     found |= self.below[x]
             self.below[c] = frozenset(found)
+        cells = self.closure.classes
+        self.inputs = {c for c in self.closure.order if any(is_leaf_edge(e) for e in cells[c].edges)}
+        self.ways = {c: [self._way(c, e) for e in cells[c].edges if not is_leaf_edge(e)] for c in self.closure.order}
+
+    def _way(self, c: int, e: Edge) -> Way:
+        axes = self.joined_axes(c, e.children)
+        volume = math.prod(self.sizes[a] for a in axes)
+        return Way(e, axes, frozenset(e.axes), volume, self.is_matmul(c, e))
 
     def axes(self, c: int) -> tuple[str, ...]:
         return self.closure.classes[c].axes
@@ -150,6 +169,9 @@ class KernelSearch:
         self.busy = min(1.0, self.blocks / problem.device.sms)
         members = frozenset().union(*(problem.below[r] for r in roots))
         self.order = [c for c in problem.closure.order if c in members]
+        self.loops = roles.loops
+        self.width = {a: tiles.get(a, limit) for a, limit in problem.limits.items()}
+        self.copies = [(a, math.ceil(problem.sizes[a] / tiles[a])) for a in roles.grid]
         self.loop_of = {c: self._loop_of(c) for c in self.order}
         self.options: dict[int, list[Option]] = {}
         self.least: dict[int, int] = {}
@@ -160,37 +182,33 @@ class KernelSearch:
 
     def _loop_of(self, c: int) -> str | None:
         """The looped axis that is open in the class; "" if two are, which no pass of one loop can hold."""
-        loops = [a for a in self.p.axes(c) if a in self.roles.loops]
+        loops = [a for a in self.p.axes(c) if a in self.loops]
         return None if not loops else loops[0] if len(loops) == 1 else ""
 
     def tile_elements(self, c: int) -> int:
-        return math.prod(self.tiles.get(a, self.p.limits[a]) for a in self.p.axes(c))
+        return math.prod([self.width[a] for a in self.p.axes(c)])
 
     def replication(self, axes: Sequence[str]) -> int:
         """How many blocks repeat something that lacks some grid axes."""
-        return math.prod(math.ceil(self.p.sizes[a] / self.tiles[a]) for a in self.roles.grid if a not in axes)
+        return math.prod([n for a, n in self.copies if a not in axes])
 
     def _options(self, c: int) -> list[Option]:
-        p, cell = self.p, self.p.closure.classes[c]
+        p = self.p
         if self.loop_of[c] == "":
             return []
         found: list[Option] = []
         tile = self.tile_elements(c)
         price = p.memory.get(c, p.bound.get(c))
-        is_input = any(is_leaf_edge(e) for e in cell.edges)
-        loadable = is_input or (price is not None and c not in self.roots and not self.alone)
+        loadable = c in p.inputs or (price is not None and c not in self.roots and not self.alone)
         if price is not None and loadable and tile <= LOADED_TILE:
             found.append(Option(self._load_seconds(c) + price, None, (), None))
         if tile > COMPUTED_TILE:
             return found
-        for e in cell.edges:
-            if is_leaf_edge(e):
+        for way in p.ways[c]:
+            loops = way.closed & self.loops
+            if len(loops) > 1 or way.closed & self.grid:
                 continue
-            closed = frozenset(e.axes)
-            loops = closed & self.roles.loops
-            if len(loops) > 1 or closed & self.grid:
-                continue
-            found.append(Option(self._compute_seconds(c, e), e, e.children, next(iter(loops), None)))
+            found.append(Option(self._compute_seconds(c, way), way.edge, way.edge.children, next(iter(loops), None)))
         return undominated(found)
 
     def _load_seconds(self, c: int) -> float:
@@ -198,18 +216,16 @@ class KernelSearch:
         share = min(1.0, 2 * self.busy)
         return (size / d.bandwidth + size * (self.replication(self.p.axes(c)) - 1) / d.l2_bytes_per_second) / share
 
-    def _compute_seconds(self, c: int, e: Edge) -> float:
-        if e.kind == "number" or not e.children:
+    def _compute_seconds(self, c: int, way: Way) -> float:
+        if not way.edge.children:
             return 1e-12
-        p = self.p
-        axes = p.joined_axes(c, e.children)
-        volume = math.prod(p.sizes[a] for a in axes) * self.replication(axes)
-        if p.is_matmul(c, e):
+        p, volume = self.p, way.volume * self.replication(way.axes)
+        if way.matmul:
             seconds = 2 * volume / p.device.matmul_rate(p.dtype)
         else:
             seconds = VECTOR_WEIGHT * volume / p.device.vector_flops
         seconds /= self.busy
-        if self.roles.split and self.roles.split[0] in e.axes:
+        if self.roles.split and self.roles.split[0] in way.closed:
             seconds += 2 * self.roles.split[1] * p.elements(c) * 4 / p.device.l2_bytes_per_second
         return seconds + 1e-11
 
@@ -220,7 +236,7 @@ class KernelSearch:
         return next((q for q in range(start, self.last + 1) if self.roles.passes[q - 1] == axis), INFEASIBLE)
 
     def _least(self, c: int, o: Option) -> int:
-        least = max([1, *(self.least[x] for x in o.children)])
+        least = max([self.least[x] for x in o.children], default=1)
         if least >= INFEASIBLE:
             return INFEASIBLE
         loop = self.loop_of[c]

@@ -22,7 +22,6 @@ from mugraph.search.extract import (
     KernelSearch,
     Problem,
     Roles,
-    is_leaf_edge,
     work_of,
 )  # fmt: skip
 from mugraph.search.space import SearchSpace
@@ -47,6 +46,7 @@ class Partition:
     def __init__(self, problem: Problem, space: SearchSpace, stop: Callable[[], bool] = lambda: False) -> None:
         self.p, self.space, self.stop = problem, space, stop
         self.choices: dict[tuple[int, ...], list[Choice]] = {}
+        self._batch: dict[tuple[int, ...], frozenset[str]] = {}
         self.configurations = 0
         self.seconds = 0.0
 
@@ -97,7 +97,7 @@ class Partition:
         return found
 
     def is_input(self, c: int) -> bool:
-        return any(is_leaf_edge(e) for e in self.p.closure.classes[c].edges)
+        return c in self.p.inputs
 
     # -- kernels
 
@@ -170,15 +170,15 @@ class Partition:
 
     def batch_axes(self, roots: tuple[int, ...]) -> frozenset[str]:
         """Axes that no matmul below the roots has on one side only: their tile is 1."""
-        p = self.p
-        below = sorted(frozenset().union(*(p.below[r] for r in roots)))
-        one_sided: set[str] = set()
-        for c in below:
-            for e in p.closure.classes[c].edges:
-                if p.is_matmul(c, e):
-                    a, b = (set(p.axes(x)) for x in e.children)
-                    one_sided |= a ^ b
-        return frozenset(a for c in below for a in p.axes(c) if a not in one_sided)
+        if roots not in self._batch:
+            p = self.p
+            below = frozenset().union(*(p.below[r] for r in roots))
+            one_sided: set[str] = set()
+            for way in (w for c in below for w in p.ways[c] if w.matmul):
+                a, b = (set(p.axes(x)) for x in way.edge.children)
+                one_sided |= a ^ b
+            self._batch[roots] = frozenset(a for c in below for a in p.axes(c) if a not in one_sided)
+        return self._batch[roots]
 
     # -- tiles
 

@@ -33,7 +33,7 @@ class SearchSpace:
     symbolic: int = 16
     tiles: tuple[tuple[str, int], ...] = ()
     nodes: int = 20_000
-    states: int = 500
+    states: int = 300
 
     def __post_init__(self) -> None:
         if unknown := set(self.laws) - set(LAWS):
