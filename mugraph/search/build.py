@@ -192,14 +192,11 @@ class BlockBuilder:
             return self.inside[at - 1]
         return self.before[at - 1]
 
-    def final_name(self, root: int, combining: bool = False) -> str:
-        entry = max((e for e in self.chosen if e[0] == root), key=lambda e: e[1])
-        return self.names[entry, combining]
-
     def stores(self, section: Section, combining: bool = False) -> tuple[Store, ...]:
         found = []
         for root in self.d.roots:
-            name = self.final_name(root, combining)
+            last = max((e for e in self.chosen if e[0] == root), key=lambda e: e[1])
+            name = self.name_of(last, section, combining)
             for target in self.targets[root]:
                 have = {a.name for a in self.values[name].axes}
                 missing = tuple(a for a in self.context.tensors[target].axes if a.name not in have)

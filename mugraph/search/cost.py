@@ -38,6 +38,7 @@ class Device:
     library_efficiency: float
     launch_seconds: float
     fill_seconds: float
+    block_seconds: float
     load_latency_seconds: float
     sources: Mapping[str, str]
 
@@ -122,7 +123,8 @@ def predict(work: Work, d: Device) -> Prediction:
         ("chain", work.trips * (180 + 30 * work.depth) / d.clock_hz),
     )
     stream = sum(t**4 for _, t in terms) ** 0.25
-    fixed = d.launch_seconds + d.fill_seconds + 0.2e-6 + (waves - 1) * 1.0e-6
+    started = work.blocks / d.sms * d.block_seconds
+    fixed = d.launch_seconds + d.fill_seconds + 0.2e-6 + (waves - 1) * 1.0e-6 + started
     combine = d.launch_seconds + 0.5e-6 + work.partial / d.l2_bytes_per_second if work.partial else 0.0
     return Prediction(
         fixed + stream + combine,

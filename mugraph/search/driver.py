@@ -231,11 +231,15 @@ def _problem(program: Program, closure: Closure, seeds: Mapping[str, int], space
     dtype = tensors[program.outputs[0].value].dtype
     dtype = dtype if dtype.is_float else DType.f32
     leaves: dict[int, DType] = {}
+    innermost = {seeds[o.value]: tensors[o.value].axes[-1].name for o in program.outputs if tensors[o.value].axes}
     for c in closure.order:
         for e in closure.classes[c].edges:
-            if is_leaf_edge(e) and e.leaf is not None:
-                leaves[c] = tensors[str(e.leaf[0])].dtype
-    problem = Problem(closure, sizes, limits, on, dtype, dict.fromkeys(leaves, 0.0), {}, leaves, space.states)
+            if is_leaf_edge(e) and isinstance(e.leaf, v.Load):
+                leaves[c] = tensors[e.leaf.name].dtype
+                if e.leaf.tokens:
+                    innermost[c] = e.leaf.tokens[-1][0]
+    memory = dict.fromkeys(leaves, 0.0)
+    problem = Problem(closure, sizes, limits, on, dtype, memory, {}, leaves, space.states, innermost)
     targets = {seeds[o.value] for o in program.outputs}
     room = sum(problem.bytes(c) for c in {*leaves, *targets})
     for c in closure.order:

@@ -27,6 +27,7 @@ INFEASIBLE = 99
 LOADED_TILE = 65_536  # elements of a tile that is only loaded: 128 KiB of f16 in shared memory
 COMPUTED_TILE = 32_768  # elements of a computed tile: 128 KiB of f32 in registers
 BEAM = 8  # states kept per topological level when A* exceeds its budget
+SECTOR = 64  # bytes side by side below which reads and writes waste bandwidth
 VECTOR_WEIGHT = 4  # operations that one elementwise step is counted as
 
 
@@ -94,6 +95,7 @@ class Problem:
     memory   class -> seconds until it is in memory (0 for inputs), for classes that may be loaded
     bound    class -> lower bound of that time, for classes that could be materialised but are not priced yet
     dtypes   class -> element type in memory (inputs); other classes have `dtype`
+    innermost  class -> the axis along which its elements lie side by side in memory, where that is known
     """
 
     closure: Closure
@@ -105,6 +107,7 @@ class Problem:
     bound: dict[int, float]
     dtypes: Mapping[int, DType]
     states: int
+    innermost: Mapping[int, str]
     expanded: int = 0
     generated: int = 0
     infeasible: int = 0
@@ -429,10 +432,16 @@ def work_of(p: Problem, d: Derivation) -> Work:
     def replication(axes: Sequence[str]) -> int:
         return math.prod(blocks_along(a) for a in grid if a not in axes)
 
+    def sectors(c: int) -> float:
+        """Bytes that move for each byte that is wanted: short runs waste the rest of a sector."""
+        axis = p.innermost.get(c)
+        run = SECTOR if axis is None else tile_elements((axis,)) * p.dtypes.get(c, p.dtype).bits / 8
+        return max(1.0, SECTOR / run)
+
     blocks = math.prod(blocks_along(a) for a in d.roles.grid)
     parts = d.roles.split[1] if d.roles.split else 1
     unique = sum(p.bytes(r) for r in d.roots)
-    traffic = unique
+    traffic = sum(p.bytes(r) * sectors(r) for r in d.roots)
     stage = resident = partial = tensor = vector = accumulators = 0.0
     depth, loaded = 1, set[int]()
     for s in d.steps:
@@ -444,7 +453,7 @@ def work_of(p: Problem, d: Derivation) -> Work:
             unique += 0 if c in loaded else size
             loaded.add(c)
             copies = replication(axes) * (1 if looped else parts)
-            traffic += size * copies
+            traffic += size * copies * sectors(c)
             bytes_in_tile = tile_elements(axes) * p.dtypes.get(c, p.dtype).bits / 8
             if looped:
                 stage += bytes_in_tile

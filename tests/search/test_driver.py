@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 
 import mugraph.dsl.functions as mg
-from mugraph.dsl.trace import f32, i64, trace
+from mugraph.dsl.trace import f16, f32, i64, trace
 from mugraph.errors import VerificationError
 from mugraph.ir.graph import KernelGraph, Program
 from mugraph.ir.ops import Kernel, Library
@@ -272,3 +272,17 @@ def test_the_report_says_what_was_done() -> None:
     assert data["stop"] == "Saturated"
     assert data["classes"] == report.classes > 0
     assert sum(c.verdict == "chosen" for c in report.candidates) == 1
+
+
+def test_results_that_need_no_input_are_found() -> None:
+    for make in (lambda x: mg.sum(x * 0 + 2, -1), lambda x: mg.softmax(x * 0 + 1, -1)):
+        for spec in (f32[5, 7], f32[B, 7]):
+            program = trace(make, [spec], "constants")
+            assert search(program, accept=lambda g, p=program: verify(p, g)).accepted
+
+
+def test_elementwise_programs_get_tiles_that_read_whole_sectors() -> None:
+    program = trace(lambda x, y: mg.silu(x) * y, [f16[B, 4096]] * 2, "gate")
+    (kernel,) = search(program, accept=lambda g: g).graph.kernels()
+    tiles = dict(kernel.op.blocks[0].grid)
+    assert tiles[program.tensors()["x"].axes[-1].name] * 2 >= 64
