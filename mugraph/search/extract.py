@@ -435,7 +435,9 @@ def work_of(p: Problem, d: Derivation) -> Work:
     def sectors(c: int) -> float:
         """Bytes that move for each byte that is wanted: short runs waste the rest of a sector."""
         axis = p.innermost.get(c)
-        run = SECTOR if axis is None else tile_elements((axis,)) * p.dtypes.get(c, p.dtype).bits / 8
+        if axis is None or tiles.get(axis, p.sizes[axis]) >= p.sizes[axis]:
+            return 1.0  # whole rows lie side by side too
+        run = tiles[axis] * p.dtypes.get(c, p.dtype).bits / 8
         return max(1.0, SECTOR / run)
 
     blocks = math.prod(blocks_along(a) for a in d.roles.grid)
