@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter, deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -75,8 +76,8 @@ class Closure:
 
 
 class Builder:
-    def __init__(self, fingerprinter: Fingerprinter, budget: int) -> None:
-        self.prints, self.budget = fingerprinter, budget
+    def __init__(self, fingerprinter: Fingerprinter, budget: int, stop: Callable[[], bool] = lambda: False) -> None:
+        self.prints, self.budget, self.stop = fingerprinter, budget, stop
         self.classes: list[Class] = []
         self.by_print: dict[tuple[tuple[str, ...], bytes], int] = {}
         self.by_key: dict[object, int] = {}
@@ -86,6 +87,7 @@ class Builder:
         self.rules: Counter[str] = Counter()
         self.deduplicated = 0
         self.truncated = False
+        self.weight = 0
 
     # -- classes and edges
 
@@ -120,7 +122,8 @@ class Builder:
         else:
             self.deduplicated += 1
         self.by_key[syntactic] = c
-        if len(self.by_key) > self.budget:
+        self.weight += v.weight(value)
+        if self.weight > self.budget:
             self.truncated = True
         else:
             self.work.append((c, value))
@@ -145,12 +148,14 @@ class Builder:
 
     def run(self) -> None:
         while self.work:
-            while self.work:
+            while self.work and not (len(self.classes) % 16 == 15 and self.stop()):
                 c, value = self.work.popleft()
                 if len(value) == 1:
                     self.expand_term(c, value[0])
                 else:
                     self.expand_sum(c, value)
+            if self.work:
+                break  # stopped: what is not expanded has no edges
             for s in self.shared:
                 self.share(s)
             self.split_alike()
@@ -370,9 +375,11 @@ def match_tokens(
     return None
 
 
-def close(seeds: list[Value], fingerprinter: Fingerprinter, budget: int) -> tuple[Closure, list[int]]:
-    """The closure of the seeds, and the class of each seed."""
-    builder = Builder(fingerprinter, budget)
+def close(
+    seeds: list[Value], fingerprinter: Fingerprinter, budget: int, stop: Callable[[], bool] = lambda: False
+) -> tuple[Closure, list[int]]:
+    """The closure of the seeds, and the class of each seed.  `stop` is asked between expansions."""
+    builder = Builder(fingerprinter, budget, stop)
     roots = [builder.class_of(s) for s in seeds]
     builder.run()
     found = [r for r in roots if r is not None]

@@ -80,7 +80,7 @@ def search(
 
     here = canonical(program)
     known = meaning(here.program)
-    closure, seeds = _closure(here.program, known, space)
+    closure, seeds = _closure(here.program, known, space, stop)
     watch.lap("closure")
     to_canonical = {axis.name: a for a, axis in here.axes.items()}
     if unknown := sorted({a for a, _ in space.tiles} - set(to_canonical)):
@@ -165,7 +165,9 @@ def _takes_extremes(program: Program) -> bool:
     )
 
 
-def _closure(program: Program, known: Meaning, space: SearchSpace) -> tuple[Closure, dict[str, int]]:
+def _closure(
+    program: Program, known: Meaning, space: SearchSpace, stop: Callable[[], bool] = lambda: False
+) -> tuple[Closure, dict[str, int]]:
     """The closure of every equation, and of what the named laws make of the outputs."""
     static = _written_sizes(program)
     prints = v.Fingerprinter(known.base, static, samples=SAMPLES if _takes_extremes(program) else 1)
@@ -177,7 +179,7 @@ def _closure(program: Program, known: Meaning, space: SearchSpace) -> tuple[Clos
             other = LAWS[name].rewrite(known.values[o.value])
             if other is not None and prints.fingerprint(other) == prints.fingerprint(known.values[o.value]):
                 seeds.append(other)
-    closure, classes = close(seeds, prints, space.nodes)
+    closure, classes = close(seeds, prints, space.nodes, stop)
     return closure, dict(zip(names, classes, strict=False))
 
 
@@ -366,6 +368,8 @@ def _report(
         stop = StopReason(watch.stopped, watch.budget if watch.stopped == "TimeLimit" else None)
     elif closure.truncated:
         stop = StopReason("NodeLimit", space.nodes)
+    elif run.entries >= space.entries:
+        stop = StopReason("EntryLimit", space.entries)
     elif p.truncated:
         stop = StopReason("StateLimit", space.states)
     kernels = tuple(

@@ -47,7 +47,7 @@ class Partition:
         self.p, self.space, self.stop = problem, space, stop
         self.choices: dict[tuple[int, ...], list[Choice]] = {}
         self._batch: dict[tuple[int, ...], frozenset[str]] = {}
-        self.configurations = 0
+        self.configurations = self.entries = 0
         self.seconds = 0.0
 
     # -- prices
@@ -115,11 +115,13 @@ class Partition:
         upper = math.inf
         for shrink in (1, 4, 16, 64):
             for roles in self.roles(roots, WHOLE if shrink == 1 else 1):
-                if self.stop():
+                if self.stop() or self.entries >= self.space.entries:
                     break
                 self.configurations += 1
                 tiles = self.default_tiles(roots, roles, shrink)
-                d = KernelSearch(self.p, roots, roles, tiles, alone).run(upper)
+                kernel = KernelSearch(self.p, roots, roles, tiles, alone)
+                self.entries += len(kernel.order)
+                d = kernel.run(upper)
                 if d is not None:
                     found.append(d)
                     upper = min(upper, d.cost * SLACK)

@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class StopReason:
-    """Saturated: the whole space was covered.  NodeLimit, StateLimit: a budget of the space ran out.  TimeLimit,
+    """Saturated: the whole space was covered.  NodeLimit, EntryLimit, StateLimit: a budget of the space ran out.  TimeLimit,
     Interrupted: the best so far was returned (such a run is not reproducible)."""
 
     kind: str
@@ -73,7 +73,7 @@ class SearchReport:
 
     @property
     def percent_of_floor(self) -> float:
-        return 100 * self.floor_seconds / self.predicted_seconds
+        return 100 * self.floor_seconds / self.predicted_seconds if self.predicted_seconds else 100.0
 
     @property
     def total_seconds(self) -> float:

@@ -21,7 +21,8 @@ class SearchSpace:
     laws          the named laws that add seeds
     symbolic      the size that stands for each symbolic dimension when costs are compared
     tiles         fixed tile sizes, as (axis, tile)
-    nodes         budget of expressions in the closure
+    nodes         budget of factors in the expressions of the closure
+    entries       budget of classes looked at, over all assignments of roles of all kernels
     states        budget of expanded states per kernel
     """
 
@@ -32,13 +33,14 @@ class SearchSpace:
     laws: tuple[str, ...] = tuple(LAWS)
     symbolic: int = 16
     tiles: tuple[tuple[str, int], ...] = ()
-    nodes: int = 20_000
+    nodes: int = 4_000
+    entries: int = 100_000
     states: int = 300
 
     def __post_init__(self) -> None:
         if unknown := set(self.laws) - set(LAWS):
             raise SettingError(f"unknown laws {sorted(unknown)}", remedy=f"known: {', '.join(LAWS)}")
-        for name in ("symbolic", "kernels", "nodes", "states"):
+        for name in ("symbolic", "kernels", "nodes", "entries", "states"):
             if getattr(self, name) < 1:
                 raise SettingError(f"SearchSpace.{name} is {getattr(self, name)}", remedy="give at least 1")
         if not 0 <= self.passes <= 2:
@@ -64,4 +66,4 @@ def space_of(effort: Effort) -> SearchSpace:
         case "quick":
             return SearchSpace()
         case "full":
-            return SearchSpace(nodes=200_000, states=5_000)
+            return SearchSpace(nodes=40_000, entries=1_000_000, states=3_000)

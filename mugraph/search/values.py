@@ -97,6 +97,21 @@ def free_tokens(value: Value) -> frozenset[Token]:
     return frozenset().union(*(factor_tokens(f) - t.bound for t in value for f in t.factors))
 
 
+@lru_cache(maxsize=1 << 16)
+def weight(value: Value) -> int:
+    """The number of factors in the value, nested ones included: what it costs to look at."""
+    total_weight = 0
+    for f in (f for t in value for f in t.factors):
+        match f:
+            case Call(_, _, _, args):
+                total_weight += 1 + sum(weight(a) for a in args)
+            case Paren(inner):
+                total_weight += 1 + weight(inner)
+            case _:
+                total_weight += 1
+    return total_weight
+
+
 def rename_factor(f: Factor, names: Mapping[Token, Token]) -> Factor:
     match f:
         case Load(name, index):
