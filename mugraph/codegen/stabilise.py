@@ -8,27 +8,65 @@ cancel.  A sum over an axis that m has brings its terms to a common exponent fir
 
     sum_s v * exp(m)   ->   (sum_s v * exp(m - m'), m')    with m' = max_s m
 
+The part of the exponent that lacks the axis stays outside, so no maximum is taken of what is shifted already, and all
+sums over one exponential share m' and the factor exp(m - m').  Where a quotient leaves m - m', as in a softmax, that
+factor is multiplied in and the value is plain from there on.
+
 Over a looped axis m' is a running maximum and the sum a rescaled accumulator; over a split, the parts' m' are stored
 beside the partial sums, and the combine applies the same rule.  What is left at a store is multiplied out.  The rule is
 exact for every m', so one mechanism gives the softmax of a tile, the online softmax (Milakov and Gimelshein,
 arXiv:1805.02867), its two-pass form and the combine of a split.  The result is verified like any other μGraph.
+
+An exponential of a value that holds exponentials itself stays as it is: the verifier knows exp(a + b) = exp(a) * exp(b)
+only for exponents without exponentials, and would refuse the shifted form.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from functools import reduce
 
 from mugraph.codegen.passes import Names, flatten_threads
-from mugraph.ir.axes import Axis
-from mugraph.ir.graph import Accumulator, BlockGraph, Equation, KernelGraph, Load, Monoid, Pass, Split, Step, Store
+from mugraph.ir.graph import (
+    Accumulator,
+    BlockGraph,
+    Equation,
+    KernelGraph,
+    Load,
+    Monoid,
+    Pass,
+    Split,
+    Step,
+    Store,
+    equations_of,
+)
 from mugraph.ir.infer import infer, type_of
-from mugraph.ir.ops import Cast, Const, Contract, Elementwise, Kernel, MaskedExp, Op, Reduce, Select
+from mugraph.ir.ops import (
+    Cast,
+    Compare,
+    Const,
+    Contract,
+    Elementwise,
+    Kernel,
+    Library,
+    MaskedExp,
+    Op,
+    Reduce,
+    Select,
+)  # fmt: skip
 from mugraph.ir.types import DType, Tensor, tensor
 
 # The maximum over no element: finite, so that differences of two such maxima are 0 and not NaN.
 LOWEST = Const(Fraction(-(10**30)))
+
+
+Terms = tuple[tuple[int, str], ...]
+# An exponent as (sign, structure) of its terms, and where it counts.
+Bounded = tuple[Counter[object], str | None]
 
 
 @dataclass(frozen=True)
@@ -36,7 +74,7 @@ class Scaled:
     """`v * exp(sum of sign * term)`, and 0 where `mask` is false.  v is None for 1."""
 
     v: str | None
-    terms: tuple[tuple[int, str], ...] = ()
+    terms: Terms = ()
     mask: str | None = None
 
     @property
@@ -50,26 +88,92 @@ def stabilise(graph: KernelGraph) -> KernelGraph:
     for equation in graph.kernels():
         assert isinstance(equation.op, Kernel)
         taken |= {s.target for b in equation.op.blocks for s in b.stores}
+    held = holding(graph.equations)
     equations = []
     for equation in graph.equations:
         if isinstance(equation.op, Kernel):
-            blocks = tuple(_stabilised(b, taken) for b in equation.op.blocks)
+            blocks = tuple(_stabilised(b, taken, held) for b in equation.op.blocks)
             equation = replace(equation, op=Kernel(blocks))
         equations.append(equation)
     return replace(graph, equations=tuple(equations))
 
 
-def _stabilised(block: BlockGraph, taken: set[str]) -> BlockGraph:
+def _stabilised(block: BlockGraph, taken: set[str], held: set[str]) -> BlockGraph:
     flat = unique_names(flatten_threads(block))
-    writer = _Writer(flat, {}, taken)
+    writer = _Writer(flat, {}, taken, held)
     if not writer.active:
         return block
-    result = writer.rewritten()
+    result = without_dead_steps(writer.rewritten())
     if block.combine and writer.exponents:
         combine = unique_names(flatten_threads(block.combine))
         assert block.split
-        result = replace(result, combine=_Writer(combine, writer.exponents, taken, block.split).rewritten())
+        held = held | _stored(block, held)
+        combined = _Writer(combine, writer.exponents, taken, held, block.split).rewritten()
+        result = replace(result, combine=without_dead_steps(combined))
     return result
+
+
+# The verifier takes these for arbitrary functions: whatever goes in, what comes out holds no exponential to it.
+OPAQUE = ("sigmoid", "tanh", "gelu", "abs", "round", "sqrt", "rsqrt", "log")
+
+
+def holding(equations: Iterable[Equation], seeds: Iterable[str] = ()) -> set[str]:
+    """The values that hold exponentials, if the seeds do: by dataflow through kernels and library calls too."""
+    held = set(seeds)
+    for e in equations:
+        match e.op:
+            case MaskedExp() | Elementwise("exp"):
+                held.add(e.target.name)
+            case Compare():
+                pass
+            case Elementwise(fn) if fn in OPAQUE:
+                pass
+            case Library(_, p):
+                inner = holding(p.equations, [i.name for i, a in zip(p.inputs, e.args, strict=True) if a in held])
+                held |= {t.name for t, o in zip(e.targets, p.outputs, strict=True) if o.value in inner}
+            case Kernel(blocks):
+                held |= {name for b in blocks for name in _stored(b, held)}
+            case _ if held.intersection(e.args):
+                held |= {t.name for t in e.targets}
+    return held
+
+
+def _held_in(block: BlockGraph, held: set[str]) -> set[str]:
+    """The tile-level values that hold exponentials, if the sources `held` do."""
+    loads = [ld.value.name for ld in block.all_loads() if ld.source in held]
+    return holding(equations_of(tuple(block.steps())), loads)
+
+
+def _stored(block: BlockGraph, held: set[str]) -> set[str]:
+    """The targets of stores that hold exponentials, those of the combine included."""
+    inner = _held_in(block, held)
+    stored = {s.target for s in block.stores if s.value in inner}
+    return stored | _stored(block.combine, held | stored) if block.combine else stored
+
+
+def without_dead_steps(block: BlockGraph) -> BlockGraph:
+    """The block graph less the loads and steps that no store needs.  Names must be unique."""
+    needed = {s.value for s in block.stores}
+
+    def kept(steps: tuple[Step, ...]) -> tuple[Step, ...]:
+        found: list[Step] = []
+        for step in reversed(steps):
+            equation = step.equation if isinstance(step, Accumulator) else step
+            assert isinstance(equation, Equation)
+            if equation.target.name in needed:
+                needed.update(equation.args)
+                if isinstance(step, Accumulator) and step.scale:
+                    needed.add(step.scale)
+                found.append(step)
+        return tuple(reversed(found))
+
+    def used(loads: tuple[Load, ...]) -> tuple[Load, ...]:
+        return tuple(ld for ld in loads if ld.value.name in needed)
+
+    epilogue = kept(block.epilogue)
+    bodies = [kept(p.body) for p in reversed(block.passes)][::-1]
+    passes = tuple(replace(p, loads=used(p.loads), body=b) for p, b in zip(block.passes, bodies, strict=True))
+    return replace(block, passes=passes, loads=used(block.loads), epilogue=epilogue)
 
 
 def unique_names(block: BlockGraph) -> BlockGraph:
@@ -126,6 +230,12 @@ def _is_chain(op: Op) -> bool:
     return isinstance(op, Cast | Select) or (isinstance(op, Elementwise) and op.fn in CHAIN)
 
 
+def _is_product(op: Op) -> bool:
+    if isinstance(op, Elementwise):
+        return op.fn in ("mul", "div", "square", "reciprocal")
+    return isinstance(op, Cast) and op.dtype.is_float
+
+
 def _is_sum(op: Op) -> bool:
     return isinstance(op, Contract) or (isinstance(op, Reduce) and op.kind in ("sum", "mean"))
 
@@ -141,8 +251,11 @@ def _mask_of(e: Equation) -> str | None:
 class _Facts:
     """What is known of a block graph's values before anything changes."""
 
-    def __init__(self, block: BlockGraph) -> None:
+    def __init__(self, block: BlockGraph, held: set[str]) -> None:
         self.tensors = block.tensors()
+        self.held = _held_in(block, held)
+        self.known: dict[str, int] = {}
+        self.numbers: dict[object, int] = {}
         self.sources = {ld.value.name: ld for ld in block.all_loads()}
         self.steps: dict[str, Equation] = {}
         self.accumulators: dict[str, Accumulator] = {}
@@ -155,7 +268,11 @@ class _Facts:
 
     def active(self, seeds: set[str]) -> set[str]:
         """The exponentials to scale: those that a sum closes an axis of, and those that meet a scaled factor."""
-        wild = {n for n, e in self.steps.items() if _is_exp(e.op) and not self.below_zero(e.args[0], _mask_of(e))}
+        wild = {
+            n
+            for n, e in self.steps.items()
+            if _is_exp(e.op) and e.args[0] not in self.held and not self.below_zero(e.args[0], _mask_of(e))
+        }
         chosen = {n for n in wild if self.is_summed(n, {a.name for a in self.tensors[self.steps[n].args[0]].axes})}
         while True:
             scaled = set(seeds)
@@ -204,7 +321,7 @@ class _Facts:
             case _:
                 return False
 
-    def bounds(self, m: str, z: str, mask: str | None) -> bool:
+    def bounds(self, m: str, z: int, mask: str | None) -> bool:
         """Whether m is at least the value of structure z: a maximum that ranges over it."""
         if self.structure(m) == z:
             return True
@@ -235,29 +352,42 @@ class _Facts:
         e = self.steps.get(name)
         return e is not None and isinstance(e.op, Const) and e.op.value <= 0
 
-    def structure(self, name: str) -> str:
-        """How the value comes from loads, so that a pass's recomputation is known for what it is."""
-        if name in self.sources:
-            ld = self.sources[name]
-            return f"{ld.source}[{','.join(a.name for a in ld.value.axes)}]"
-        e = self.steps[name]
-        return f"({e.op!r} {' '.join(map(self.structure, e.args))})"
+    def structure(self, name: str) -> int:
+        """A number for how the value comes from loads, so that a pass's recomputation is known for what it is."""
+        if name not in self.known:
+            key: object = name
+            if name in self.sources:
+                ld = self.sources[name]
+                key = (ld.source, frozenset(a.name for a in ld.value.axes))
+            elif name in self.steps:
+                e, accumulator = self.steps[name], self.accumulators.get(name)
+                key = (e.op, accumulator and accumulator.monoid, *map(self.structure, e.args))
+            self.known[name] = self.numbers.setdefault(key, len(self.numbers))
+        return self.known[name]
 
 
 class _Writer:
     """Rewrites one block graph.  `given` maps partial results to the partial exponents stored beside them."""
 
     def __init__(
-        self, block: BlockGraph, given: dict[str, tuple[str, Tensor]], taken: set[str], split: Split | None = None
+        self,
+        block: BlockGraph,
+        given: dict[str, tuple[str, Tensor]],
+        taken: set[str],
+        held: set[str],
+        split: Split | None = None,
     ) -> None:
         self.block, self.taken = block, taken
-        self.facts = _Facts(block)
+        self.facts = _Facts(block, held)
         self.exponents: dict[str, tuple[str, Tensor]] = {}  # partial target -> (its exponent's target, the exponent)
         self.names = Names(dict(self.facts.tensors))
         self.env: dict[str, Scaled] = {}
         self.steps: list[Step] = []
         self.memo: dict[object, str] = {}
-        self.loop: str | None = None
+        self.bounds: dict[str, list[Bounded]] = {}  # maximum -> what it is a maximum of
+        self.tops: dict[object, str] = {}  # (exponent, mask, closed axes) -> its maximum
+        self.origin: dict[tuple[int, str], str] = {}  # term -> the exponential of it
+        self.settled: set[str] = set()  # products that exponentials are multiplied in
         self.alive: set[str] = set()
         self.extra_loads = self.given_loads(given, split)
         self.active = self.facts.active(set(self.env))
@@ -286,7 +416,6 @@ class _Writer:
         passes = []
         self.alive = {ld.value.name for ld in self.extra_loads}
         for p in self.block.passes:
-            self.loop = p.loops[0][0] if p.loops else None
             self.open()
             for step in p.body:
                 self.step(step)
@@ -303,7 +432,6 @@ class _Writer:
                 self.alive |= {ld.value.name for ld in p.loads} | {
                     s.target.name for s in body if isinstance(s, Equation)
                 }
-        self.loop = None
         self.open()
         for step in self.block.epilogue:
             self.step(step)
@@ -326,13 +454,15 @@ class _Writer:
 
     def open(self) -> None:
         self.steps, self.memo = [], {}
+        self.tops = {key: top for key, top in self.tops.items() if top in self.alive}
+        self.bounds = {top: of for top, of in self.bounds.items() if top in self.alive}
 
     def partial(self, store: Store) -> list[Store]:
         """A scaled partial result is stored with its exponent, once for all results that share it."""
         s = self.env.get(store.value, Scaled(store.value))
         if s.plain or s.v is None or s.mask is not None:
             return [replace(store, value=self.whole(store.value))]
-        exponent = self.exponent(s)
+        exponent = self.exponent(s.terms)
         known = {t.name: target for target, t in self.exponents.values()}
         target = known.get(exponent) or self.global_name(f"{exponent}_parts")
         self.exponents[store.target] = (target, self.names.values[exponent])
@@ -358,23 +488,27 @@ class _Writer:
 
     def put(self, target: Tensor, op: Op, *args: str) -> str:
         """An equation for an old value, under its name."""
-        (t,) = infer(op, [type_of(self.names.values[a]) for a in args])
-        kept = (
-            target
-            if {a.name for a in target.axes} == {a.name for a in t.axes}
-            else tensor(target.name, t.axes, DType.f32)
-        )
-        self.names.values[target.name] = kept
-        self.steps.append(Equation((kept,), op, args))
+        self.steps.append(Equation((self.retyped(target, op, args),), op, args))
         return target.name
+
+    def retyped(self, target: Tensor, op: Op, args: Sequence[str]) -> Tensor:
+        """The old value with the axes that it has now: without an exponent it may have fewer."""
+        (t,) = infer(op, [type_of(self.names.values[a]) for a in args])
+        if {a.name for a in target.axes} != {a.name for a in t.axes}:
+            target = tensor(target.name, t.axes, DType.f32)
+        self.names.values[target.name] = target
+        return target
+
+    def axes(self, name: str) -> set[str]:
+        return {a.name for a in self.names.values[name].axes}
 
     def scaled(self, name: str) -> Scaled:
         return self.env.get(name, Scaled(name))
 
-    def exponent(self, s: Scaled) -> str:
+    def exponent(self, terms: Terms) -> str:
         """The exponent as one value: a signed sum of terms."""
-        positive = [t for sign, t in s.terms if sign > 0]
-        negative = [t for sign, t in s.terms if sign < 0]
+        positive = [t for sign, t in terms if sign > 0]
+        negative = [t for sign, t in terms if sign < 0]
         if not positive:
             positive = [self.emit(f"{negative[0]}_neg", Elementwise("neg"), negative.pop(0))]
         total = positive[0]
@@ -389,19 +523,20 @@ class _Writer:
             return self.emit(wish, Elementwise("exp"), exponent)
         return self.emit(wish, MaskedExp(), exponent, mask)
 
+    def indicator(self, mask: str, value: str | None) -> str:
+        """The value where the mask is true, else 0; None for 1."""
+        value = value or self.emit("one", Const(Fraction(1)))
+        return self.emit(f"{value}_seen", Select(), mask, value, self.emit("zero", Const(Fraction(0))))
+
     def whole(self, name: str) -> str:
         """The value itself: what is left of its exponent is multiplied out."""
         s = self.scaled(name)
-        if s.plain:
-            assert s.v
-            return s.v
-        if not s.terms:
-            one = s.v or self.emit("one", Const(Fraction(1)))
-            if s.mask is None:
-                return one
-            return self.emit(name, Select(), s.mask, one, self.emit("zero", Const(Fraction(0))))
-        power = self.power(name if s.v is None else f"{name}_scale", self.exponent(s), s.mask)
-        return power if s.v is None else self.emit(f"{name}_whole", Elementwise("mul"), power, s.v)
+        if s.terms:
+            power = self.power(name if s.v is None else f"{name}_scale", self.exponent(s.terms), s.mask)
+            return power if s.v is None else self.emit(f"{name}_whole", Elementwise("mul"), power, s.v)
+        if s.mask is not None:
+            return self.indicator(s.mask, s.v)
+        return s.v or self.emit("one", Const(Fraction(1)))
 
     def both(self, a: str | None, b: str | None) -> str | None:
         """The conjunction of two masks."""
@@ -426,32 +561,27 @@ class _Writer:
     def equation(self, e: Equation) -> None:
         name = e.target.name
         if name in self.active:
-            x = self.whole(e.args[0])
+            x = self.memo.setdefault(("value", self.facts.structure(e.args[0])), e.args[0])
             self.env[name] = Scaled(None, ((1, x),), _mask_of(e))
+            self.origin.setdefault((1, x), name)
             return
+        if _is_product(e.op) and self.settled.intersection(e.args):
+            self.settled.add(name)
         parts = [self.scaled(a) for a in e.args]
-        if all(p.plain for p in parts):
+        logarithm = isinstance(e.op, Elementwise) and e.op.fn == "log"
+        if all(p.plain for p in parts) and not (logarithm and e.args[0] in self.settled):
             args = tuple(p.v or "" for p in parts)
             self.steps.append(replace(e, args=args))
             return
         match e.op:
-            case Elementwise("mul"):
-                self.env[name] = self.multiplied(e, parts)
-            case Elementwise("square"):
-                self.env[name] = self.multiplied(e, [parts[0], parts[0]])
-            case Elementwise("div") if parts[1].mask is None:
-                self.env[name] = self.divided(e, *parts)
-            case Elementwise("reciprocal") if parts[0].mask is None:
-                v = self.put(e.target, e.op, parts[0].v) if parts[0].v else None
-                self.env[name] = Scaled(v, _sum((), parts[0].terms, -1))
+            case op if _is_product(op) and (product := self.product(e, parts)):
+                self.env[name] = self.settle(e, product)
             case Elementwise("neg"):
                 one = parts[0].v or self.emit("one", Const(Fraction(1)))
                 self.env[name] = replace(parts[0], v=self.put(e.target, e.op, one))
-            case Cast(dtype) if dtype.is_float:
-                self.env[name] = parts[0]
-            case Elementwise("log") if parts[0].mask is None:
-                exponent = self.exponent(parts[0]) if parts[0].terms else None
-                log = self.emit(f"{name}_v", e.op, parts[0].v) if parts[0].v else None
+            case Elementwise("log") if (unsettled := self.unsettled(e.args[0])).mask is None:
+                log = self.emit(f"{name}_v", e.op, unsettled.v) if unsettled.v else None
+                exponent = self.exponent(unsettled.terms) if unsettled.terms else None
                 if log and exponent:
                     self.put(e.target, Elementwise("add"), log, exponent)
                 else:
@@ -470,37 +600,140 @@ class _Writer:
         e = self.facts.steps.get(name)
         return e is not None and isinstance(e.op, Const) and e.op.value == 0
 
-    def multiplied(self, e: Equation, parts: Sequence[Scaled]) -> Scaled:
-        a, b = parts
-        values = [p.v for p in parts if p.v]
-        v = self.put(e.target, Elementwise("mul"), *values) if len(values) == 2 else values[0] if values else None
-        return Scaled(v, _sum(a.terms, b.terms, 1), self.both(a.mask, b.mask))
+    # -- products ------------------------------------------------------------------------------------------------
 
-    def divided(self, e: Equation, a: Scaled, b: Scaled) -> Scaled:
-        v = a.v
-        if b.v:
-            v = (
-                self.put(e.target, Elementwise("div"), a.v, b.v)
-                if a.v
-                else self.put(e.target, Elementwise("reciprocal"), b.v)
-            )
-        return Scaled(v, _sum(a.terms, b.terms, -1), a.mask)
+    def product(self, e: Equation, parts: Sequence[Scaled]) -> _Product | None:
+        """What a product, quotient or cast of scaled numbers is; None for a quotient by 0 where a mask is false."""
+        match e.op, parts:
+            case Elementwise("square"), (a,):
+                return _Product(_values(a, a), (), _sum(a.terms, a.terms, 1), a.mask)
+            case Elementwise("mul"), (a, b):
+                return _Product(_values(a, b), (), _sum(a.terms, b.terms, 1), self.both(a.mask, b.mask))
+            case Elementwise("div"), (a, b) if b.mask is None:
+                return _Product(_values(a), _values(b), _sum(a.terms, b.terms, -1), a.mask)
+            case Elementwise("reciprocal"), (a,) if a.mask is None:
+                return _Product((), _values(a), _sum((), a.terms, -1), None)
+            case Cast(), (a,):
+                return _Product(_values(a), (), a.terms, a.mask)
+            case _:
+                return None
+
+    def settle(self, e: Equation, p: _Product) -> Scaled:
+        """The product under its old name, with the exponentials that are shifted by their maximum multiplied in."""
+        factors, terms, mask = self.shifted(p.terms, p.mask)
+        tops = p.tops
+        if factors:
+            self.settled.add(e.target.name)
+            tops = tuple(sorted((*factors, *tops), key=lambda v: len(self.axes(v))))
+        return Scaled(self.ratio(tops, p.bottoms, lambda op, *args: self.put(e.target, op, *args)), terms, mask)
+
+    def shifted(self, terms: Terms, mask: str | None) -> tuple[list[str], Terms, str | None]:
+        """exp(x - m) for each x in the terms that stands with its negated maximum m, and what is left.  The factors
+        are at most 1, and 0 where the mask is false.  Under a greater maximum, as of a sum with another exponential,
+        exp(x - top) is exp(x - m) * exp(m - top)."""
+        factors: list[str] = []
+        tops = [t for sign, t in terms if sign < 0 and t in self.bounds]
+        while tops:
+            top = tops.pop()
+            if found := self.under(top, terms, mask):
+                factors.append(self.factor(found, top, mask))
+                terms = _sum(terms, (*found, (-1, top)), -1)
+            elif lower := next((m for m in self.lower(top) if self.under(m, terms, mask)), None):
+                found = self.under(lower, terms, mask)
+                factors.append(self.factor(found, lower, mask))
+                terms = _sum(_sum(terms, found, -1), ((1, lower),), 1)
+                tops.append(top)
+        return factors, terms, None if factors else mask
+
+    def lower(self, top: str) -> Iterator[str]:
+        """The maxima that `top` is the greater of."""
+        return (m for m in self.bounds if self.under(top, ((1, m),), None))
+
+    def under(self, top: str, terms: Terms, mask: str | None) -> Terms:
+        """The terms of an exponent that `top` is a maximum of; none if it is of others, or of fewer elements."""
+        for of, where in self.bounds.get(top, ()):
+            wanted, found = of.copy(), []
+            if where is not None and (mask is None or self.facts.structure(mask) != self.facts.structure(where)):
+                continue
+            for term in terms:
+                if wanted[self.key(term)]:
+                    wanted[self.key(term)] -= 1
+                    found.append(term)
+            if not wanted.total():
+                return tuple(found)
+        return ()
+
+    def key(self, term: tuple[int, str]) -> object:
+        return term[0], self.facts.structure(term[1])
+
+    def factor(self, terms: Terms, top: str, mask: str | None) -> str:
+        """exp(exponent - its maximum), named after the exponential it takes the place of."""
+        exponent = self.exponent(terms)
+        less = self.emit(f"{exponent}_less", Elementwise("sub"), exponent, top)
+        wish = self.origin.get(terms[0]) if len(terms) == 1 else None
+        return self.power(wish or f"{exponent}_exp", less, mask)
+
+    def ratio(self, tops: Sequence[str], bottoms: Sequence[str], last: Callable[..., str]) -> str | None:
+        """Product of the tops over product of the bottoms, None for 1; `last` writes the last operator."""
+        operations: list[tuple[str, str | None]] = [("mul", v) for v in tops[1:]]
+        operations += [("div" if tops else "reciprocal", v) for v in bottoms]
+        value = tops[0] if tops else None
+        for i, (fn, operand) in enumerate(operations):
+            args = [v for v in (value, operand) if v]
+            final = i == len(operations) - 1
+            value = last(Elementwise(fn), *args) if final else self.emit(f"{args[0]}_part", Elementwise(fn), *args)
+        return value
+
+    def unsettled(self, name: str) -> Scaled:
+        """The value with its exponentials in the exponent, whose logarithm is finite where they underflow."""
+        if name not in self.settled:
+            return self.scaled(name)
+        e = self.facts.steps[name]
+        p = self.product(e, [self.unsettled(a) for a in e.args])
+        if p is None:
+            return self.scaled(name)
+        v = self.ratio(p.tops, p.bottoms, lambda op, *args: self.emit(f"{name}_v", op, *args))
+        return Scaled(v, p.terms, p.mask)
 
     def added(self, e: Equation, parts: Sequence[Scaled]) -> None:
-        """Both sides under the greater exponent; a plain side has exponent 0."""
-        name = e.target.name
-        one = [p.v or self.emit("one", Const(Fraction(1))) for p in parts]
-        if parts[0].terms == parts[1].terms and parts[0].mask == parts[1].mask:
-            self.env[name] = replace(parts[0], v=self.put(e.target, e.op, *one))
+        """Both sides under the greater exponent; a plain side has exponent 0.  Terms that both have stay outside."""
+        a, b = parts
+        common = tuple((Counter(a.terms) & Counter(b.terms)).elements())
+        if a.terms == b.terms and a.mask == b.mask:
+            one = [p.v or self.emit("one", Const(Fraction(1))) for p in parts]
+            self.env[e.target.name] = replace(a, v=self.put(e.target, e.op, *one))
             return
-        exponents = [self.exponent(p) if p.terms else self.emit("zero", Const(Fraction(0))) for p in parts]
-        bounded = [self.lowered(x, p.mask) for x, p in zip(exponents, parts, strict=True)]
-        top = self.emit(f"{name}_top", Elementwise("max"), *bounded)
-        sides = []
-        for p, x in zip(parts, exponents, strict=True):
-            factor = self.power(f"{name}_scale", self.emit(f"{x}_less", Elementwise("sub"), x, top), p.mask)
-            sides.append(self.emit(f"{name}_side", Elementwise("mul"), factor, p.v) if p.v else factor)
-        self.env[name] = Scaled(self.put(e.target, e.op, *sides), ((1, top),))
+        rests = [_sum(p.terms, common, -1) for p in parts]
+        top = self.greater(f"{e.target.name}_top", rests, [p.mask for p in parts])
+        sides = [self.side(e.target.name, p, rest, top) for p, rest in zip(parts, rests, strict=True)]
+        terms = _sum(common, ((1, top),), 1) if top else common
+        self.env[e.target.name] = Scaled(self.put(e.target, e.op, *sides), terms)
+
+    def greater(self, wish: str, rests: Sequence[Terms], masks: Sequence[str | None]) -> str | None:
+        """The greater of two exponents, None for 0."""
+        if not any(rests):
+            return None
+        for (one, other), mask in zip((rests, rests[::-1]), masks[::-1], strict=True):
+            if len(one) == 1 and one[0][0] > 0:
+                top = one[0][1]
+                if other and self.under(top, other, mask) == other:
+                    return top
+        exponents = [self.exponent(r) if r else self.emit("zero", Const(Fraction(0))) for r in rests]
+        bounded = [self.lowered(x, mask) for x, mask in zip(exponents, masks, strict=True)]
+        top = self.emit(wish, Elementwise("max"), *bounded)
+        self.bounds[top] = [(Counter(map(self.key, r)), m) for r, m in zip(rests, masks, strict=True) if r]
+        return top
+
+    def side(self, name: str, p: Scaled, rest: Terms, top: str | None) -> str:
+        """One side of a sum, under the exponent `top`."""
+        if top and rest != ((1, top),):
+            exponent = self.exponent(rest) if rest else self.emit("zero", Const(Fraction(0)))
+            less = self.emit(f"{exponent}_less", Elementwise("sub"), exponent, top)
+            factor = self.power(f"{name}_scale", less, p.mask)
+            return self.emit(f"{name}_side", Elementwise("mul"), factor, p.v) if p.v else factor
+        if p.mask is not None:
+            return self.indicator(p.mask, p.v)
+        return p.v or self.emit("one", Const(Fraction(1)))
 
     def lowered(self, exponent: str, mask: str | None) -> str:
         """The exponent where the mask is true, else lower than any."""
@@ -511,61 +744,82 @@ class _Writer:
     # -- sums ----------------------------------------------------------------------------------------------------
 
     def summed(self, e: Equation, accumulate: bool) -> None:
+        """A sum with the exponents that vary over it under their maximum; other exponents stay outside."""
         assert isinstance(e.op, Contract | Reduce)
         parts = [self.scaled(a) for a in e.args]
-        terms: tuple[tuple[int, str], ...] = ()
-        mask: str | None = None
-        for p in parts:
-            terms, mask = _sum(terms, p.terms, 1), self.both(mask, p.mask)
-        axes = {a.name: a for _, t in terms for a in self.names.values[t].axes}
-        crossing = tuple(a for a in e.op.axes if a in axes)
-        if not terms or not crossing:
-            lasting = all(t in self.alive for _, t in terms) or not accumulate
-            if mask is not None or not lasting or any(p.v is None for p in parts):
-                args = tuple(self.whole(a) for a in e.args)
-                terms = ()
-            else:
-                args = tuple(p.v or "" for p in parts)
-            self.close(e, args, accumulate, "sum", None)
-            self.env[e.target.name] = Scaled(e.target.name, terms)
-            return
-        exponent = self.exponent(Scaled(None, terms))
-        top = self.maximum(self.lowered(exponent, mask), crossing, accumulate, axes)
-        less = self.emit(f"{exponent}_less", Elementwise("sub"), exponent, top)
-        wish = next(
-            (a for a, p in zip(e.args, parts, strict=True) if p.terms and p.v is None), f"{e.target.name}_scale"
-        )
-        factor = self.power(wish, less, mask)
-        self.close(e, (factor, *(p.v for p in parts if p.v)), accumulate, "rescaled", top)
-        self.env[e.target.name] = Scaled(e.target.name, ((1, top),))
+        mask = reduce(self.both, (p.mask for p in parts))
+        sum_of_terms: Terms = reduce(lambda a, b: _sum(a, b, 1), (p.terms for p in parts))
+        factors, terms, mask = self.shifted(sum_of_terms, mask)
+        factors += _values(*parts)
+        closed = set(e.op.axes)
+        # what an iteration computes cannot stay outside of a sum over all of them
+        varying = tuple(t for t in terms if self.axes(t[1]) & closed or (accumulate and t[1] not in self.alive))
+        outside = _sum(terms, varying, -1)
+        crossing = tuple(a for a in e.op.axes if any(a in self.axes(t) for _, t in varying))
+        monoid: Monoid = "sum"
+        scale = None
+        if crossing:
+            count = math.gcd(*Counter(varying).values())
+            base = varying[::count]
+            if accumulate and self.tops.get(self.top_key(base, mask, crossing)) not in self.alive:
+                count, base = 1, varying  # a running scale is the maximum itself, not a multiple of it
+            top = self.maximum(base, mask, crossing, accumulate)
+            if accumulate and top not in self.alive:
+                monoid, scale = "rescaled", top
+            factors = [self.factor(base, top, mask)] * count + factors
+            outside = _sum(outside, ((1, top),) * count, 1)
+        elif varying:
+            factors.insert(0, self.power(f"{e.target.name}_scale", self.exponent(varying), mask))
+        elif mask is not None:
+            factors.insert(0, self.indicator(mask, None))
+        self.close(e, factors, accumulate, monoid, scale)
+        self.env[e.target.name] = Scaled(e.target.name, outside)
 
-    def maximum(self, x: str, closed: tuple[str, ...], accumulate: bool, axes: dict[str, Axis]) -> str:
-        """The maximum over the closed axes: running, where the sum is an accumulator."""
-        op = Reduce("max", closed)
-        if not accumulate:
-            return self.emit(f"{x}_max", op, x)
-        key = ("running", op, x)
-        if key not in self.memo:
-            equation = self.names.equation(f"{x}_max", op, x)
-            self.steps.append(Accumulator(equation, "max"))
-            self.memo[key] = equation.target.name
-        return self.memo[key]
+    def maximum(self, terms: Terms, mask: str | None, closed: tuple[str, ...], accumulate: bool) -> str:
+        """The maximum of an exponent over the closed axes, computed once: running, where the sum is an accumulator."""
+        key = self.top_key(terms, mask, closed)
+        if key not in self.tops:
+            x = self.lowered(self.exponent(terms), mask)
+            equation = self.names.equation(f"{x}_max", Reduce("max", closed), x)
+            self.steps.append(Accumulator(equation, "max") if accumulate else equation)
+            self.tops[key] = equation.target.name
+            self.bounds[equation.target.name] = [(Counter(map(self.key, terms)), mask)]
+        return self.tops[key]
 
-    def close(self, e: Equation, args: tuple[str, ...], accumulate: bool, monoid: Monoid, scale: str | None) -> None:
+    def top_key(self, terms: Terms, mask: str | None, closed: tuple[str, ...]) -> object:
+        of = Counter(map(self.key, terms))
+        return frozenset(of.items()), mask and self.facts.structure(mask), frozenset(closed)
+
+    def close(self, e: Equation, args: Sequence[str], accumulate: bool, monoid: Monoid, scale: str | None) -> None:
+        """The sum of the product of the args in the place of an old sum."""
         op = e.op
         assert isinstance(op, Contract | Reduce)
         if isinstance(op, Reduce) and len(args) > 1:
             if op.kind == "sum":
                 op = Contract(op.axes)
             else:
-                args = (self.emit(f"{e.target.name}_terms", Elementwise("mul"), *args),)
+                args = [reduce(lambda a, b: self.emit(f"{e.target.name}_terms", Elementwise("mul"), a, b), args)]
         if isinstance(op, Contract) and len(args) == 1:
             op = Reduce("sum", op.axes)
-        equation = replace(e, op=op, args=args)
+        equation = replace(e, targets=(self.retyped(e.target, op, args),), op=op, args=tuple(args))
         self.steps.append(Accumulator(equation, monoid, scale) if accumulate else equation)
 
 
-def _sum(a: tuple[tuple[int, str], ...], b: tuple[tuple[int, str], ...], sign: int) -> tuple[tuple[int, str], ...]:
+@dataclass(frozen=True)
+class _Product:
+    """The tops over the bottoms, times exp(sum of sign * term), and 0 where `mask` is false."""
+
+    tops: tuple[str, ...]
+    bottoms: tuple[str, ...]
+    terms: Terms
+    mask: str | None
+
+
+def _values(*parts: Scaled) -> tuple[str, ...]:
+    return tuple(p.v for p in parts if p.v)
+
+
+def _sum(a: Terms, b: Terms, sign: int) -> Terms:
     """a + sign * b as signed terms; equal terms of opposite sign cancel."""
     left = list(a)
     for s, term in b:

@@ -6,16 +6,20 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
+import mugraph as mg
+from mugraph import f32
 from mugraph.codegen.stabilise import stabilise, unique_names
+from mugraph.dsl.trace import trace
 from mugraph.ir.axes import Dim
 from mugraph.ir.evaluate import FieldAlgebra, FloatAlgebra, aligned, axis_sizes, outputs
-from mugraph.ir.graph import Accumulator, BlockGraph, Equation, KernelGraph, Pass, Store, equations_of
-from mugraph.ir.ops import Const, Contract, Elementwise, Kernel, MaskedExp, Reduce, Select
+from mugraph.ir.graph import Accumulator, BlockGraph, Equation, KernelGraph, Load, Pass, Program, Store, equations_of
+from mugraph.ir.ops import Compare, Const, Contract, Elementwise, Iota, Kernel, MaskedExp, Reduce, Select
 from mugraph.ir.types import DType, tensor
+from mugraph.verify.equivalence import verify
 from tests.blocks import B, causal_attention, kernel_graph, layernorm_linear, softmax_in_tile, softmax_two_pass
 from tests.graphs import Builder, attention_fused, axis, inp, lora_fused, rmsnorm_linear_fused
 
-BINDINGS = {"B": 3, "S": 5}
+BINDINGS = {"B": 3, "S": 5, "b": 3}
 
 
 def algebra_sizes(*graphs: KernelGraph) -> dict[str, int]:
@@ -258,3 +262,244 @@ def test_names_of_later_passes_become_unique():
     assert len(set(names)) == len(names)
     again = [e.target.name for e in equations_of(tuple(block.steps()))]
     assert len(set(again)) < len(again)
+
+
+# -- programs whose exponentials are used more than once ---------------------------------------------------------------
+
+
+def in_tile(p: Program) -> KernelGraph:
+    """The program as one kernel that computes it as written, one row of the first axis per block."""
+    tiles = {name: f"{name}_tile" for name in p.tensors()}
+    loads = tuple(Load(replace(i.tensor, name=tiles[i.name]), i.name) for i in p.inputs)
+    steps = []
+    for e in p.equations:
+        dtype = DType.f32 if e.target.dtype.is_float else e.target.dtype
+        target = tensor(tiles[e.target.name], e.target.axes, dtype)
+        steps.append(Equation((target,), e.op, tuple(tiles[a] for a in e.args)))
+    stores = tuple(Store(tiles[o.value], o.value) for o in p.outputs)
+    block = BlockGraph((("b", 1),), None, (), loads, tuple(steps), stores)
+    return kernel_graph(p.name, p.inputs, (block,), *(p.tensors()[o.value] for o in p.outputs))
+
+
+def softmax_backward(x, y):
+    s = mg.softmax(x, -1)
+    return s * (y - mg.sum(s * y, -1, True))
+
+
+def entropy_and_mean(x, y):
+    s = mg.softmax(x, -1)
+    return mg.sum(s * mg.log(s), -1, True), mg.sum(s * y, -1, True)
+
+
+def gating(x, y):
+    t = mg.softmax(x, -1) * y * y
+    return t / mg.sum(t, -1, True)
+
+
+def twice_normalised(x, y):
+    s = mg.softmax(x, -1)
+    return s / mg.sum(s, -1, True) * y
+
+
+def collision(x, y):
+    s = mg.softmax(x, -1)
+    return mg.sum(s * s, -1, True) * y
+
+
+def cross_entropy(x, y):
+    return -mg.sum(mg.softmax(y, -1) * mg.log(mg.softmax(x, -1)), -1, True)
+
+
+def sink(x, y):
+    e = mg.exp(x)
+    return e / (mg.sum(e, -1, True) + mg.exp(mg.amax(y, -1, True)))
+
+
+def difference(x, y):
+    e = mg.exp(x)
+    total = mg.sum(e, -1, True)
+    return e / total - mg.sum(e * y, -1, True) / total
+
+
+# name -> (the program, the axes of each exp and of each max in its stabilised form)
+TWICE = {
+    "softmax_backward": (softmax_backward, ["bk"], ["b"]),
+    "entropy_and_mean": (entropy_and_mean, ["bk"], ["b"]),
+    "gating": (gating, ["bk"], ["b"]),
+    "twice_normalised": (twice_normalised, ["bk"], ["b"]),
+    "collision": (collision, ["bk"], ["b"]),
+    "log_softmax": (lambda x, y: mg.log(mg.softmax(x, -1)) + y, ["bk"], ["b"]),
+    "log_of_scaled": (lambda x, y: mg.log(mg.softmax(x, -1) * 0.5) + y, ["bk"], ["b"]),
+    "cross_entropy": (cross_entropy, ["bk", "bk"], ["b", "b"]),
+    "two_softmaxes": (lambda x, y: mg.softmax(x, -1) * mg.softmax(y, -1), ["bk", "bk"], ["b", "b"]),
+    "sink": (sink, ["b", "b", "bk"], ["b", "b", "b"]),
+    "difference": (difference, ["bk"], ["b"]),
+    "unequal": (lambda x, y: mg.softmax(x, -1) * mg.softmax(-x, -1) + y, ["bk", "bk"], ["b", "b"]),
+    "nested": (lambda x, y: mg.softmax(mg.softmax(x, -1) * 5, -1) * y, ["bk", "bk"], ["b"]),
+    "nested_twice": (lambda x, y: mg.softmax(mg.softmax(mg.softmax(x, -1), -1), -1) * y, ["bk"] * 3, ["b"]),
+    "exp_exp": (lambda x, y: mg.sum(mg.exp(mg.exp(x)), -1, True) * y, ["bk", "bk"], []),
+    "beside_nested": (lambda x, y: mg.softmax(y, -1) * mg.exp(mg.softmax(x, -1)), ["bk"] * 3, ["b", "b"]),
+    "through_tanh": (lambda x, y: mg.softmax(mg.tanh(mg.softmax(x, -1)) + y, -1), ["bk", "bk"], ["b", "b"]),
+    "through_log": (lambda x, y: mg.softmax(mg.log(mg.softmax(x, -1)) + y, -1), ["bk", "bk"], ["b", "b"]),
+}  # fmt: skip
+UNBOUNDED = {"exp_exp"}  # left as written
+
+
+def traced(name: str) -> Program:
+    return trace(TWICE[name][0], [f32[mg.Dim("b", 1, 64), 7]] * 2, name)
+
+
+def counted(graph: KernelGraph, wanted) -> list[str]:
+    found = (e for b in blocks_of(graph) for e in equations_of(tuple(b.steps())) if wanted(e.op))
+    return sorted("".join(a.name for a in e.target.axes) for e in found)
+
+
+def is_exp(op) -> bool:
+    return isinstance(op, MaskedExp) or (isinstance(op, Elementwise) and op.fn == "exp")
+
+
+def is_max(op) -> bool:
+    return isinstance(op, Elementwise | Reduce) and getattr(op, "fn", getattr(op, "kind", None)) == "max"
+
+
+@pytest.mark.parametrize("name", TWICE)
+def test_one_exponential_per_element(name):
+    stable = stabilise(in_tile(traced(name)))
+    assert (counted(stable, is_exp), counted(stable, is_max)) == TWICE[name][1:]
+    assert stabilise(stable) == stable
+
+
+@pytest.mark.parametrize("name", TWICE)
+def test_programs_keep_their_values(name):
+    p = traced(name)
+    graph = in_tile(p)
+    stable = stabilise(graph)
+    if "log" in name or "entropy" in name:  # a logarithm is an arbitrary function of the fields
+        for x, y in zip(logits(graph, 1.0), logits(stable, 1.0), strict=True):
+            np.testing.assert_allclose(y, x, rtol=1e-5, atol=1e-9)
+    else:
+        check_same(graph, stable)
+        verify(p, stable)
+
+
+@pytest.mark.parametrize("size", [30.0, 300.0])
+@pytest.mark.parametrize("name", sorted(TWICE.keys() - UNBOUNDED))
+def test_programs_stay_finite(name, size):
+    assert all(np.isfinite(v).all() for v in logits(stabilise(in_tile(traced(name))), size))
+
+
+@pytest.mark.parametrize("wrong", ["y_tile", "t4_tile"])
+def test_a_softmax_under_another_exponent_is_refused(wrong):
+    graph = in_tile(traced("softmax_backward"))
+    stable = stabilise(graph)
+    block = one_block(stable)
+    (exp,) = (e for e in equations_of(block.epilogue) if is_exp(e.op))
+    late = replace(exp, targets=(replace(exp.target, name="late"),), args=(wrong,))
+    last = block.epilogue[-1]
+    assert isinstance(last, Equation)
+    steps = (*block.epilogue[:-1], late, replace(last, args=("late", last.args[1])))
+    (equation,) = stable.kernels()
+    with pytest.raises(AssertionError):
+        check_same(graph, replace(stable, equations=(replace(equation, op=Kernel((replace(block, epilogue=steps),))),)))
+
+
+def test_an_exponential_of_another_kernels_exponentials_stays():
+    first = softmax_in_tile(k_size=7)
+    (one,) = first.equations
+    block = one_block(first)
+    (load,) = block.loads
+    again = replace(block, loads=(replace(load, source="Y"),), stores=(replace(block.stores[0], target="Z"),))
+    two = Equation((replace(one.target, name="Z"),), Kernel((again,)), ("Y",))
+    graph = replace(first, equations=(one, two), outputs=(replace(first.outputs[0], value="Z"),))
+    stable = stabilise(graph)
+    assert stable.equations[0] != one
+    assert stable.equations[1] == two
+    check_same(graph, stable)
+
+
+def sums_along(*axes: str) -> KernelGraph:
+    """exp(x) over its sum, for the sum along each of the axes: all of one tile."""
+    j, k = axis("j", 5), axis("k", 7)
+    x = inp("X", j, k)
+    s = Builder(block=True)
+    loads = (s.load("x", x.tensor),)
+    s.fn("e", "exp", "x")
+    for a in axes:
+        s.add(f"l{a}", Reduce("sum", (a,)), "e")
+        s.fn(f"y{a}", "div", "e", f"l{a}")
+    stores = tuple(Store(f"y{a}", f"Y{a}") for a in axes)
+    block = BlockGraph((), None, (), loads, s.take(), stores)
+    return kernel_graph("sums_along", (x,), (block,), *(tensor(f"Y{a}", (j, k), DType.f32) for a in axes))
+
+
+def test_sums_along_different_axes_have_maxima_of_their_own():
+    # a row's maximum would leave nothing of a column that is small throughout
+    stable = stabilise(sums_along("j", "k"))
+    assert (counted(stable, is_exp), counted(stable, is_max)) == (["jk", "jk"], ["j", "k"])
+    check_same(sums_along("j", "k"), stable)
+    algebra = FloatAlgebra({"j": 5, "k": 7}, {})
+    x = algebra.value(("j", "k"), -400.0 * np.arange(7) + np.zeros((5, 1)))
+    for y in outputs(stable, {"X": x}, algebra):
+        assert np.isfinite(y.parts[0]).all()
+
+
+def squared(loops: bool) -> KernelGraph:
+    """Σ exp(x) and Σ exp(x)²: in one loop, or the squares in a second one."""
+    b, k = axis("b", B), axis("k", 7)
+    x = inp("X", b, k)
+    s = Builder(block=True)
+    first = (s.load("x", x.tensor),)
+    s.fn("e", "exp", "x")
+    s.acc("l", Reduce("sum", ("k",)), "e")
+    passes = []
+    if loops:
+        passes.append(Pass((("k", 2),), first, s.take()))
+        first = (s.load("x", x.tensor),)
+        s.fn("e", "exp", "x")
+    s.acc("q", Contract(("k",)), "e", "e")
+    passes.append(Pass((("k", 2),), first, s.take()))
+    s.fn("l2", "square", "l")
+    s.fn("y", "div", "q", "l2")
+    block = BlockGraph((("b", 2),), None, tuple(passes), (), s.take(), (Store("y", "Y"),))
+    return kernel_graph("squared", (x,), (block,), tensor("Y", (b,), DType.f32))
+
+
+@pytest.mark.parametrize("loops", [False, True])
+def test_squares_of_exponentials_over_a_loop(loops):
+    stable = stabilise(squared(loops))
+    check_same(squared(loops), stable)
+    assert np.isfinite(logits(stable, 300.0)[0]).all()
+    assert stabilise(stable) == stable
+    if loops:  # the second loop has the maximum of the first one
+        assert (counted(stable, is_exp), counted(stable, is_max)) == (["bk", "bk"], ["b"])
+
+
+def test_a_masked_softmax_backward_has_one_exponential():
+    b, k = axis("b", 3), axis("k", 7)
+    x, g = inp("X", b, k), inp("G", b, k)
+    s = Builder(block=True)
+    loads = (s.load("x", x.tensor), s.load("g", g.tensor))
+    s.add("seen", Compare("le"), s.add("column", Iota(k)), s.add("row", Iota(b)))
+    s.add("e", MaskedExp(), "x", "seen")
+    s.add("l", Reduce("sum", ("k",)), "e")
+    s.fn("p", "div", "e", "l")
+    s.add("d", Contract(("k",)), "p", "g")
+    s.fn("rest", "sub", "g", "d")
+    s.fn("y", "mul", "p", "rest")
+    block = BlockGraph((("b", 1),), None, (), loads, s.take(), (Store("y", "Y"),))
+    graph = kernel_graph("masked", (x, g), (block,), tensor("Y", (b, k), DType.f32))
+    stable = stabilise(graph)
+    assert (counted(stable, is_exp), counted(stable, is_max)) == (["bk"], ["b"])
+    np.testing.assert_allclose(logits(stable, 1.0)[0], logits(graph, 1.0)[0], rtol=1e-5, atol=1e-9)
+    assert np.isfinite(logits(stable, 300.0)[0]).all()
+
+
+@pytest.mark.parametrize("name", [*SCALED, *TWICE])
+def test_every_step_is_used(name):
+    stable = stabilise(SCALED[name] if name in SCALED else in_tile(traced(name)))
+    for block in blocks_of(stable):
+        for part in (block, block.combine) if block.combine else (block,):
+            steps = tuple(part.steps())
+            used = {a for e in equations_of(steps) for a in e.args} | {s.value for s in part.stores}
+            used |= {s.scale for s in steps if isinstance(s, Accumulator) and s.scale}
+            assert {e.target.name for e in equations_of(steps)} <= used
