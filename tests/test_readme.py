@@ -78,11 +78,11 @@ def namespace() -> dict[str, Any]:
     return {"__name__": "readme"}
 
 
-def settle(request: pytest.FixtureRequest, found: str) -> None:
+def settle(request: pytest.FixtureRequest, found: str, page: Path = README) -> None:
     """Compares the page with what was found, or writes it."""
     if request.config.getoption("--update-golden"):
-        README.write_text(found, encoding="utf-8")
-    assert without_times(README.read_text(encoding="utf-8")) == without_times(found)
+        page.write_text(found, encoding="utf-8")
+    assert without_times(page.read_text(encoding="utf-8")) == without_times(found)
 
 
 def test_python_blocks_print_what_the_page_says(request, namespace):
@@ -92,6 +92,11 @@ def test_python_blocks_print_what_the_page_says(request, namespace):
         PICTURE.write_text(picture, encoding="utf-8")
     assert PICTURE.read_text(encoding="utf-8") == picture
     assert ElementTree.fromstring(picture).tag.endswith("svg")
+
+
+def test_the_page_on_the_search_prints_what_it_says(request):
+    page = ROOT / "docs" / "search.md"
+    settle(request, python_outputs(page.read_text(encoding="utf-8"), {"__name__": "search"}), page)
 
 
 def test_commands_print_what_the_page_says(request, tmp_path):
