@@ -69,6 +69,43 @@ def test_result_agrees_with_float64(name: str, tmp_path: Path) -> None:
         torch.testing.assert_close(result(*args), torch.from_numpy(wanted).float(), rtol=1e-4, atol=1e-4)
 
 
+B = mg.Dim("B", 1, 64)
+
+
+@mg.program
+def logsumexp(x: mg.f32[B, 48]):
+    return mg.logsumexp(x)
+
+
+@mg.program
+def attention_and_logsumexp(q: mg.f32[B, 16], k: mg.f32[40, 16], v: mg.f32[40, 16]):
+    scores = q @ k.mT
+    return mg.softmax(scores) @ v, mg.logsumexp(scores)
+
+
+@mg.program
+def cross_entropy(x: mg.f32[B, 48], wanted: mg.f32[B, 48]):
+    return -(wanted * (x - mg.logsumexp(x, -1, True))).sum(-1)
+
+
+@mg.program
+def log_of_softmax(x: mg.f32[B, 48], wanted: mg.f32[B, 48]):
+    return -(wanted * mg.log(mg.softmax(x))).sum(-1)
+
+
+@pytest.mark.parametrize(
+    "program", [logsumexp, attention_and_logsumexp, cross_entropy, log_of_softmax], ids=lambda p: p.name
+)
+def test_a_stabilised_logarithm_is_verified_and_finite_for_large_inputs(program: mg.Program, tmp_path: Path) -> None:
+    result = mg.superoptimize(program, target="torch", cache=Cache(tmp_path))
+    assert len(result.graph.kernels()) == 1
+    assert result.certificate.unused_laws == ()
+    args = [100 * a for a in arguments(program, 5)]
+    found = result(*args)
+    for y in found if isinstance(found, tuple) else (found,):
+        assert torch.isfinite(y).all()
+
+
 def reduced_source(v: Verified, dtype: DType, target: str) -> tuple[mg.Program, str]:
     """The same μGraph in another element type at sizes of two tiles and a tail, lowered for the target."""
     sizes, tiles = reduction(v.program, v.graph)

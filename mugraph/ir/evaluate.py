@@ -798,8 +798,7 @@ class FieldAlgebra(ArrayAlgebra):
                 at = args[0].axes.index(axis)
                 return (self._each(lambda a, m: np.cumsum(a, axis=at) % U(m), args[0]),)
             case Cast(dtype):
-                exact = dtype.is_float or dtype.value == "bool"
-                return (args[0] if exact else self.hashed(("cast", dtype.value), args[0]),)
+                return (args[0] if dtype.is_float else self.hashed(("cast", dtype.value), args[0]),)
             case Quantize(dtype):
                 return (self.hashed(("quantize", dtype.value), self.elementwise("div", xs[0], xs[1])),)
             case Scatter(axis, out, "sum"):

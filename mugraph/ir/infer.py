@@ -239,7 +239,7 @@ def _need_index(op: Op, t: Type) -> None:
 
 
 def _call(name: str, params: list[Tensor], results: list[Tensor], args: Sequence[Type]) -> tuple[Type, ...]:
-    """Result types of a call: parameter axes become the arguments' axes, in order."""
+    """Result types of a call: parameter axes become the arguments' axes of the same sizes, in order."""
     bound: dict[str, Axis] = {}
     for param, arg in zip(params, args, strict=True):
         if len(param.axes) != len(arg.axes):
@@ -247,4 +247,6 @@ def _call(name: str, params: list[Tensor], results: list[Tensor], args: Sequence
         for formal, actual in zip(param.axes, arg.axes, strict=True):
             if bound.setdefault(formal.name, actual) != actual:
                 raise ShapeError(f"{name}: axis {formal} is both {bound[formal.name]} and {actual}", op=name)
+            if formal.size != actual.size:
+                raise ShapeError(f"{name} takes {param}: its axis {formal} is not {actual}", op=name)
     return tuple(Type(tuple(bound.get(a.name, a) for a in t.axes), t.dtype) for t in results)

@@ -20,6 +20,7 @@ from mugraph.ir.check import check
 from mugraph.ir.evaluate import Named, outputs
 from mugraph.ir.graph import KernelGraph, Program
 from mugraph.ir.ops import Gather, Scatter
+from mugraph.ir.types import Input, Output
 from mugraph.verify.certificate import Certificate, DrawRecord, graph_hash, versions
 from mugraph.verify.formal import EVALUATED, EXP_CUT, FormalAlgebra, TooManyTerms, Value
 from mugraph.verify.sizes import Draw, draws, literal_sizes
@@ -33,7 +34,7 @@ MOST_ELEMENTS = 2**22  # of a tensor at true sizes
 REALS = "values are real numbers: casts between floating types are the identity, rounding is left to the numerics tier"
 RANDOM_FUNCTIONS = (
     "sqrt, sigmoid, gelu, tanh, log, abs, ... and max stand for random functions: of them only congruence is used, "
-    "and that max is commutative, associative and idempotent"
+    "that log(v·exp(m)) = log(v) + m and log(1/v) = -log(v), and that max is commutative, associative and idempotent"
 )
 DRAWN_SIZES = "established at the sizes drawn; other sizes follow where the graph treats sizes alike"
 DRAWN_INDICES = "gather and scatter are tested at the indices drawn"
@@ -93,19 +94,22 @@ def recheck(certificate: Certificate, program: Program, graph: KernelGraph) -> V
 
 
 def _compare_signatures(program: Program, graph: Program) -> None:
-    """Both take the same inputs and give outputs of the same types."""
-    if [i.tensor for i in program.inputs] != [i.tensor for i in graph.inputs]:
-        raise VerificationError(
-            f"{graph.name} takes ({', '.join(str(i.tensor) for i in graph.inputs)}), "
-            f"{program.name} takes ({', '.join(str(i.tensor) for i in program.inputs)})"
-        )
-    wanted, given = ([(g.tensors()[o.value], o.alias_of) for o in g.outputs] for g in (program, graph))
-    shape_of = [[(t.dims, t.dtype, alias) for t, alias in side] for side in (wanted, given)]
-    if shape_of[0] != shape_of[1]:
-        raise VerificationError(
-            f"{graph.name} gives ({', '.join(str(t) for t, _ in given)}), "
-            f"{program.name} gives ({', '.join(str(t) for t, _ in wanted)})"
-        )
+    """Both take the same inputs, stored alike and under the same assumptions, and give outputs of the same types,
+    stored alike and over the same inputs.  The names of what is given may differ."""
+    if program.inputs != graph.inputs:
+        wanted, given = _told_apart([[(str(i.tensor), i) for i in g.inputs] for g in (program, graph)])
+        raise VerificationError(f"{graph.name} takes ({given}), {program.name} takes ({wanted})")
+    sides = [[(g.tensors()[o.value], o) for o in g.outputs] for g in (program, graph)]
+    alike = [[(t.dims, t.dtype, o.storage, o.alias_of) for t, o in side] for side in sides]
+    if alike[0] != alike[1]:
+        wanted, given = _told_apart([[(str(t), o) for t, o in side] for side in sides])
+        raise VerificationError(f"{graph.name} gives ({given}), {program.name} gives ({wanted})")
+
+
+def _told_apart(sides: Sequence[Sequence[tuple[str, Input | Output]]]) -> list[str]:
+    """The two lists of tensors, with all that is declared about them where the types alone are the same."""
+    short = [", ".join(text for text, _ in side) for side in sides]
+    return short if short[0] != short[1] else [", ".join(str(whole) for _, whole in side) for side in sides]
 
 
 def _fits(program: Program, graph: Program, fixed: Mapping[str, int]) -> bool:

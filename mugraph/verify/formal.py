@@ -1,9 +1,10 @@
 """The algebra of the `tested` tier: Z_p x Z_q, with exponentials as formal sums.
 
 A value without exponentials is *plain*: a pair in Z_p x Z_q.  A value with exponentials is *formal*: a fraction of two
-formal sums `Σ c·[e]`, c in Z_p and e in Z_q, that is, a fraction over the group ring Z_p[Z_q].  `exp` takes a plain x
-to `1·[x_q]`, so `exp a · exp b = exp(a + b)` holds and nothing else does.  Fractions are compared by
-cross-multiplication, coefficient by coefficient.
+formal sums `Σ c·[e]`, c in Z_p and e in Z_pq, that is, a fraction over the group ring Z_p[Z_pq].  `exp` takes a plain
+x to `1·[x]`, x read as an element of Z_pq, so `exp a · exp b = exp(a + b)` holds and nothing else does.  Fractions are
+compared by cross-multiplication, coefficient by coefficient.  `log` takes a formal sum to a plain value such that
+`log(v · exp m) = log v + m` and `log(1 / v) = -log v` hold and nothing else does.
 
 Every value carries degree bounds, from which `FormalAlgebra.error` computes how likely two different values are taken
 for equal (Schwartz 1980, Zippel 1979; the pair of fields is that of Mirage, OSDI'25, section 5).  The derivation is in
@@ -46,6 +47,7 @@ from mugraph.ir.ops import (
 MAX_TERMS = 10**6
 EXP_CUT = "exp(a + b) = exp(a)·exp(b): formal sums exceed the limit of terms, so exp is opaque"
 NESTED_EXP = "exp(a + b) = exp(a)·exp(b) where a, b hold exponentials themselves"
+LOG_OF_FRACTION = "log(v·exp(m)) = log(v) + m where v is a quotient of two sums of exponentials"
 EVALUATED = (
     "an opaque function of a value with exponentials is keyed by that value at two random elements of order q; "
     "no bound is proved for this step"
@@ -183,11 +185,17 @@ def _spread_to(terms: Words, lead: tuple[int, ...]) -> Words:
 # -- formal sums --------------------------------------------------------------------------------------------------
 
 
+def exponent_of(p: Words, q: Words) -> Words:
+    """The element of Z_pq that is p in Z_p and q in Z_q."""
+    apart = (q + (U(Q) - p % U(Q))) * U(pow(P, -1, Q)) % U(Q)
+    return p + U(P) * apart
+
+
 def merged(c: Words, e: Words) -> Sum:
     """The sum with equal exponents merged and zero terms dropped."""
     if c.shape[-1] == 1:
         return c, np.where(c == 0, U(0), e)
-    c, e = _unpacked(np.sort(_packed(c, e), axis=-1))
+    c, e = _taken(c, e, np.argsort(e, axis=-1))
     again = e[..., 1:] == e[..., :-1]
     if again.any():
         last = np.ones(e.shape, dtype=bool)
@@ -200,17 +208,27 @@ def merged(c: Words, e: Words) -> Sum:
     width = max(int(np.count_nonzero(present, axis=-1).max(initial=0)), 1)
     if width == c.shape[-1]:
         return c, e
-    kept = np.sort(np.where(present, _packed(c, e), _NOTHING), axis=-1)[..., :width]
-    return _unpacked(np.where(kept == _NOTHING, U(0), kept))
+    c, e = _taken(c, e, np.argsort(~present, axis=-1, kind="stable")[..., :width])
+    return c, np.where(c == 0, U(0), e)
 
 
-def _packed(c: Words, e: Words) -> Words:
-    """Terms as single words, in the order of their exponents."""
-    return (e << U(31)) | c
+def _taken(c: Words, e: Words, places: NDArray[np.int64]) -> Sum:
+    """Terms of each sum by their places."""
+    shape, width = places.shape, c.shape[-1]
+    rows = np.arange(places[..., 0].size)[:, None] * width
+    flat = places.reshape(-1, shape[-1]) + rows
+    return c.reshape(-1)[flat].reshape(shape), e.reshape(-1)[flat].reshape(shape)
 
 
-def _unpacked(words: Words) -> Sum:
-    return words & U(2**31 - 1), words >> U(31)
+def _inverted(c: Words, e: Words) -> Sum:
+    """The inverse of one term is one term."""
+    return fields.inverse(c, P), (U(P * Q) - e) % U(P * Q)
+
+
+def _agreement(terms: int, apart: int, degree: int) -> float:
+    """Bound on the probability that a formal sum which is not zero as a function is zero: one of its terms meets
+    another, in both parts of the exponent, or its coefficient vanishes (docs/verification.md)."""
+    return (terms - 1) * (apart / (P - 1)) * (apart / (Q - 1)) + degree / (P - 1)
 
 
 def sum_product(a: Sum, b: Sum, limit: int) -> Sum:
@@ -218,7 +236,7 @@ def sum_product(a: Sum, b: Sum, limit: int) -> Sum:
     width = a[0].shape[-1] * b[0].shape[-1]
     _check_room(lead, width, limit)
     c = a[0][..., :, None] * b[0][..., None, :] % U(P)
-    e = (a[1][..., :, None] + b[1][..., None, :]) % U(Q)
+    e = (a[1][..., :, None] + b[1][..., None, :]) % U(P * Q)  # below 2**62 before the reduction
     c, e = c.reshape(*lead, width), e.reshape(*lead, width)
     return (c, e) if 1 in (a[0].shape[-1], b[0].shape[-1]) else merged(c, e)  # a shift keeps exponents apart
 
@@ -281,6 +299,7 @@ class FormalAlgebra(ArrayAlgebra):
         self.assumptions: set[str] = set()
         self._omegas = [fields.order_q_element(key, i) for i in range(2)]
         self._applied: dict[object, tuple[int, Bound]] = {}  # opaque function -> applications, bound of all arguments
+        self._logs = (0, Bound())  # logarithms of formal sums: applications, bound of all arguments
         self._coincidence = 0.0  # probability that denominators came out equal by accident
         self._inverted = 0.0  # probability that some denominator is zero
 
@@ -311,14 +330,14 @@ class FormalAlgebra(ArrayAlgebra):
             # every term is compared after cross-multiplication: numerator of one with denominator of the other
             exponent_top, exponent_bottom = x.exponents(y)
             apart = exponent_top + exponent_bottom
-            final = ((terms - 1) * apart + degree) / (Q - 1)
+            final = _agreement(terms, apart, degree)
         else:
             final = (degree / (P - 1)) * (degree / (Q - 1))
         collisions = sum(
             n * (n - 1) / 2 * (bound.difference / (P - 1)) * (bound.difference / (Q - 1))
             for n, bound in self._applied.values()
         )
-        total = final + collisions + self._coincidence
+        total = final + collisions + self._coincidence + self._same_orbit()
         return min(1.0, total / (1 - self._inverted)) if self._inverted < 1 else 1.0
 
     def differs(self, a: Value, b: Value) -> NDArray[np.bool_]:
@@ -371,8 +390,7 @@ class FormalAlgebra(ArrayAlgebra):
         if not sums_equal(x, y, self.max_terms).all():
             return False
         count = math.prod(np.broadcast_shapes(x[0].shape[:-1], y[0].shape[:-1]))
-        apart = sum(a.exponents(b))
-        self._coincidence += count * ((a.below + b.below) * apart + a.bottom + b.bottom) / (Q - 1)
+        self._coincidence += count * _agreement(a.below + b.below, sum(a.exponents(b)), a.bottom + b.bottom)
         return True
 
     def _negated(self, a: Value) -> Value:
@@ -397,8 +415,8 @@ class FormalAlgebra(ArrayAlgebra):
             self._note_zero((p == 0) | (q == 0), 2 * a.bound.top)
             return plain(a.axes, fields.inverse(p, P), fields.inverse(q, Q), bound)
         c, e = a.numerator
-        degree = a.bound.top + (a.bound.terms - 1) * (a.bound.exponent_top + a.bound.exponent_bottom)
-        self._note_zero((c == 0).all(axis=-1), degree)
+        apart = a.bound.exponent_top + a.bound.exponent_bottom
+        self._note_zero((c == 0).all(axis=-1), a.bound.top + (a.bound.terms - 1) * apart)
         if c.shape[-1] > 1:
             top = a.denominator
             if top is None:
@@ -406,7 +424,7 @@ class FormalAlgebra(ArrayAlgebra):
                 top = one, np.zeros_like(one)
             return fraction(a.axes, top, (c, e), bound)
         # the inverse of one term is one term
-        single = fields.inverse(c, P), (U(Q) - e) % U(Q)
+        single = _inverted(c, e)
         top = single if a.denominator is None else sum_product(single, a.denominator, self.max_terms)
         return fraction(a.axes, top, None, bound)
 
@@ -431,9 +449,73 @@ class FormalAlgebra(ArrayAlgebra):
         if a.formal:
             self.cuts.add(NESTED_EXP)
             a = self._opaque("nested", a)
-        q = a.words(_Q)[..., None]
+        e = exponent_of(a.words(_P), a.words(_Q))[..., None]
         bound = Bound(exponent_top=a.bound.top, exponent_bottom=a.bound.bottom)
-        return fraction(a.axes, (np.ones_like(q), q), None, bound)
+        return fraction(a.axes, (np.ones_like(e), e), None, bound)
+
+    # Multiplication with exp(m) shifts all exponents by m: its orbits are the formal sums up to a shift.  A logarithm
+    # is a random value of its orbit plus a weighted mean of the exponents, which moves with the shift.
+
+    def _log(self, a: Value) -> Value:
+        """A function of which only this is known: log(v·exp(m)) = log(v) + m and log(1/v) = -log(v), where v is a sum
+        of exponentials divided by at most one; elsewhere that equal arguments give equal results."""
+        if not a.formal:
+            return self._opaque("log", a)
+        top, bottom = merged(*a.numerator), a.denominator
+        if bottom is None:
+            return self._log_of_sum(a.axes, top, a.bound)
+        bottom = merged(*bottom)
+        up, down = a.bound.exponents(a.bound)
+        bound = replace(a.bound.either(a.bound.inverted()), exponent_top=up, exponent_bottom=down)
+        left: NDArray[np.bool_] = np.ones(a.lead, dtype=bool)
+        found: list[tuple[NDArray[np.bool_], Value]] = []
+        for over, under, upright in ((top, bottom, True), (bottom, top, False)):
+            here = left & (np.count_nonzero(under[0], axis=-1) == 1)
+            if here.any():
+                single = _taken(*under, (under[0] != 0).argmax(axis=-1)[..., None])
+                quotient = merged(*sum_product(over, _inverted(*single), self.max_terms))
+                value = self._log_of_sum(a.axes, quotient, bound)
+                found.append((here, value if upright else self._negated(value)))
+                left = left & ~here
+        if left.any():
+            self.cuts.add(LOG_OF_FRACTION)
+            found.append((left, self._opaque("log", a)))
+        p, q = (np.select([h for h, _ in found], [v.words(i) for _, v in found], U(0)) for i in (_P, _Q))
+        return plain(a.axes, p, q, reduce(Bound.either, (v.bound for _, v in found)))
+
+    def _log_of_sum(self, axes: tuple[str, ...], s: Sum, bound: Bound) -> Value:
+        """The logarithm of a sum with merged terms.  A sum without terms has no shift."""
+        c, e = s
+        present = c != 0
+        shift = []
+        for m in (P, Q):
+            weights = np.where(present, fields.keyed_hash(c, (self.key, "weight", m), m), U(0))
+            whole = weights.sum(axis=-1) % U(m)
+            self._note_zero((whole == 0) & present.any(axis=-1), 2)
+            moments = (weights * (e % U(m)) % U(m)).sum(axis=-1) % U(m)
+            shift.append(fields.multiply(moments, fields.inverse(whole, m), m))
+        modulus = U(P * Q)
+        away = (e + (modulus - exponent_of(*shift))[..., None]) % modulus
+        named = fields.keyed_hash(c, (self.key, "coefficient"), 2**62)
+        with np.errstate(over="ignore"):  # sums of random words modulo 2**64: the multiset of terms
+            named = fields.keyed_hash(named + away * U(4), (self.key, "term"), 2**62)
+            orbit = np.where(present, named, U(0)).sum(axis=-1, dtype=U)
+        p, q = (
+            fields.add(fields.keyed_hash(orbit, (self.key, "log", m), m), own, m)
+            for m, own in zip((P, Q), shift, strict=True)
+        )
+        count, widest = self._logs
+        self._logs = count + orbit.size, widest.either(bound)
+        # a fresh value of the orbit, plus the difference of two exponents met so far
+        up, down = self._logs[1].exponent_top, self._logs[1].exponent_bottom
+        return plain(axes, p, q, Bound(max(1 + 2 * down, up + down), 2 * down))
+
+    def _same_orbit(self) -> float:
+        """Bound on the probability that two logarithms take different arguments for shifts of each other: a term of one
+        has to meet one of the other's terms, and the shift that this gives has to make the two sums agree."""
+        n, widest = self._logs
+        apart = 4 * (widest.exponent_top + widest.exponent_bottom)
+        return n * (n - 1) / 2 * (1 + widest.terms) * _agreement(2 * widest.terms, apart, widest.top + widest.bottom)
 
     # -- opaque functions ----------------------------------------------------------------------------------------
 
@@ -445,10 +527,11 @@ class FormalAlgebra(ArrayAlgebra):
         return first, second
 
     def _at(self, v: Value, omega: int) -> Words:
-        """The formal value at `[e] -> omega**e`: a ring homomorphism, so equal fractions give equal words."""
+        """The formal value at `[e] -> omega**(e mod q)`: a ring homomorphism, so equal fractions give equal words."""
 
         def total(s: Sum) -> Words:
-            return np.asarray((s[0] * fields.power(np.asarray(omega, dtype=U), s[1], P) % U(P)).sum(axis=-1) % U(P))
+            powers = fields.power(np.asarray(omega, dtype=U), s[1] % U(Q), P)
+            return np.asarray((s[0] * powers % U(P)).sum(axis=-1) % U(P))
 
         top = total(v.numerator)
         if v.denominator is None:
@@ -611,7 +694,9 @@ class FormalAlgebra(ArrayAlgebra):
                 return self._exp(x)
             case "silu":
                 return self._times(x, self._opaque("sigmoid", x))
-            case "sigmoid" | "abs" | "log" | "gelu" | "tanh" | "round":
+            case "log":
+                return self._log(x)
+            case "sigmoid" | "abs" | "gelu" | "tanh" | "round":
                 return self._opaque((fn, *sorted(attrs.items())) if attrs else fn, x)
         raise UnsupportedOpError(f"{fn} has no meaning in the fields", op=fn)
 
@@ -642,8 +727,7 @@ class FormalAlgebra(ArrayAlgebra):
                 places = np.arange(self.sizes[axis.name], dtype=U)
                 return (plain((axis.name,), places, places, Bound()),)
             case Cast(dtype):
-                exact = dtype.is_float or dtype.value == "bool"
-                return (xs[0] if exact else self._opaque(("cast", dtype.value), xs[0]),)
+                return (xs[0] if dtype.is_float else self._opaque(("cast", dtype.value), xs[0]),)
             case Quantize(dtype):
                 return (self._opaque(("quantize", dtype.value), self._times(xs[0], self._inverse(xs[1]))),)
             case CumSum(axis):

@@ -23,7 +23,7 @@ from mugraph.ir.evaluate import (
     reference,
 )
 from mugraph.ir.graph import Equation, KernelGraph, Program
-from mugraph.ir.infer import type_of
+from mugraph.ir.infer import infer, type_of
 from mugraph.ir.ops import FUNCTIONS, Elementwise, Kernel, Library, PureOp
 from mugraph.ir.parser import parse_program
 from mugraph.ir.types import DType
@@ -266,6 +266,29 @@ def test_a_library_call_means_its_program():
     outer = KernelGraph("outer", p.inputs, (call,), p.outputs)
     np.testing.assert_array_equal(float_outputs(outer), float_outputs(p))
     assert np.array_equal(field_outputs(outer), field_outputs(p))
+
+
+def test_a_library_call_takes_axes_of_the_sizes_of_its_parameters():
+    p, _ = CASES["gated_mlp"]
+    library = Library("mlp", p)
+    types = [type_of(i.tensor) for i in p.inputs]
+    assert infer(library, types)
+    for i, t in enumerate(types):
+        longer = replace(t, axes=tuple(Axis(a.name, 7) for a in t.axes))
+        with pytest.raises(ShapeError):
+            infer(library, [*types[:i], longer, *types[i + 1 :]])
+    consistent = [replace(t, axes=tuple(Axis(a.name, 7) for a in t.axes)) for t in types]
+    with pytest.raises(ShapeError, match="its axis"):
+        infer(library, consistent)
+
+
+def test_the_fields_know_nothing_of_the_truth_of_a_number():
+    algebra = FieldAlgebra({"k": 4})
+    x = algebra.random(("k",), 0)
+    (truth,) = algebra.apply(ops.Cast(DType.bool), [x])
+    (number,) = algebra.apply(ops.Cast(DType.f32), [truth])
+    assert (number.parts[0] != x.parts[0]).all()
+    assert np.array_equal(number.parts[0], truth.parts[0])
 
 
 def test_the_algebra_of_types_computes_the_declared_types():

@@ -10,10 +10,10 @@ from mugraph.ir import evaluate, fields
 from mugraph.ir.graph import BlockGraph, Equation, KernelGraph, Pass, Program, Store
 from mugraph.ir.ops import Const, Contract, Kernel, Library
 from mugraph.ir.threads import form_threads
-from mugraph.ir.types import DType
+from mugraph.ir.types import DType, Storage
 from mugraph.verify import equivalence, formal
 from mugraph.verify.equivalence import Verified, recheck, verify
-from mugraph.verify.formal import EVALUATED, EXP_CUT, NESTED_EXP
+from mugraph.verify.formal import EVALUATED, EXP_CUT, LOG_OF_FRACTION, NESTED_EXP
 from tests import graphs
 from tests.graphs import axis, inp
 from tests.verify.mutants import block_of, with_block
@@ -150,6 +150,44 @@ def test_other_inputs_and_outputs_are_refused():
         verify(program, graphs.lora_fused(dtype=DType.bf16))
     with pytest.raises(VerificationError, match="gives"):
         verify(replace(program, outputs=program.outputs * 2), graph)
+
+
+def test_other_storage_and_other_assumptions_are_refused():
+    program, graph = GRAPHS["lora"]
+    first, *rest = graph.inputs
+    out = graph.outputs[0]
+    for other in (
+        replace(first, storage=Storage(DType.i8)),
+        replace(first, storage=replace(first.storage, strides=(3, 1))),
+        replace(first, constant=not first.constant),
+        replace(first, assumptions=("no row wholly masked",)),
+    ):
+        with pytest.raises(VerificationError, match="takes"):
+            verify(program, replace(graph, inputs=(other, *rest)))
+    with pytest.raises(VerificationError, match=r"gives .*Storage\(dtype=<DType.i32"):
+        verify(program, replace(graph, outputs=(replace(out, storage=Storage(DType.i32)),)))
+
+
+def test_a_vector_stored_in_another_way_is_refused():
+    x = inp("X", axis("n", 16))
+    steps = [("o", "exp", "X")]
+    program, graph = pair([x], steps, steps)
+    verify(program, graph)
+    with pytest.raises(VerificationError, match="takes"):
+        verify(program, replace(graph, inputs=(replace(x, storage=Storage(DType.i8, strides=(3,))),)))
+
+
+def test_outputs_may_have_other_names():
+    verify(*pair([X], [("o", "exp", "X")], [("another", "exp", "X")]))
+
+
+def test_a_logarithm_of_a_quotient_of_sums_is_recorded_and_that_of_a_sum_proved():
+    certificate = verify(*pair(*EQUAL["logarithm-of-a-quotient-of-sums"])).certificate
+    assert certificate.unused_laws == (LOG_OF_FRACTION,)
+    assert EVALUATED in certificate.assumptions
+    certificate = verify(*pair(*EQUAL["logarithm-of-shifted-sum"])).certificate
+    assert certificate.unused_laws == ()
+    assert EVALUATED not in certificate.assumptions
 
 
 def test_a_malformed_graph_is_refused():

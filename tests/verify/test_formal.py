@@ -7,10 +7,12 @@ from hypothesis import strategies as st
 
 from mugraph.ir.fields import P, Q, U
 from mugraph.verify.formal import (
+    LOG_OF_FRACTION,
     Bound,
     FormalAlgebra,
     TooManyTerms,
     Value,
+    exponent_of,
     merged,
     sum_negated,
     sum_plus,
@@ -19,7 +21,9 @@ from mugraph.verify.formal import (
 )
 
 LIMIT = 10**6
-terms = st.lists(st.tuples(st.integers(0, P - 1), st.sampled_from([0, 1, 2, Q - 1, Q // 2])), min_size=1, max_size=5)
+terms = st.lists(
+    st.tuples(st.integers(0, P - 1), st.sampled_from([0, 1, 2, Q, P * Q - 1, P * Q // 2])), min_size=1, max_size=5
+)
 sums = terms.map(lambda ts: tuple(np.array([column], dtype=U) for column in zip(*ts, strict=True)))
 
 
@@ -46,7 +50,7 @@ def test_sums_and_products_are_those_of_the_group_ring(a, b):
     times: dict[int, int] = {}
     for e, c in x.items():
         for f, d in y.items():
-            times[(e + f) % Q] = (times.get((e + f) % Q, 0) + c * d) % P
+            times[(e + f) % (P * Q)] = (times.get((e + f) % (P * Q), 0) + c * d) % P
     assert as_dict(sum_plus(a, b, LIMIT)) == {e: c for e, c in plus.items() if c}
     assert as_dict(sum_product(a, b, LIMIT)) == {e: c for e, c in times.items() if c}
     assert sums_equal(a, b, LIMIT).all() == (x == y)
@@ -81,6 +85,64 @@ def test_exponentials_turn_sums_into_products_and_nothing_else(algebra):
     assert equal(algebra, left, f(algebra, "mul", f(algebra, "exp", a), f(algebra, "exp", b)))
     assert not equal(algebra, left, f(algebra, "add", f(algebra, "exp", a), f(algebra, "exp", b)))
     assert not equal(algebra, left, f(algebra, "exp", a))
+
+
+def test_an_exponent_keeps_both_parts_of_a_value(algebra):
+    a, b = algebra.random(("i",), "a"), algebra.random(("i",), "b")
+    e, g, s = (exponent_of(v.parts[0], v.parts[1]) for v in (a, b, f(algebra, "add", a, b)))
+    assert (e % U(P) == a.parts[0]).all()
+    assert (e % U(Q) == a.parts[1]).all()
+    assert ((e + g) % U(P * Q) == s).all()
+    assert e.max() < P * Q < 2**62
+
+
+def test_a_logarithm_moves_with_a_shift_of_the_exponents_in_both_parts(algebra):
+    a, b, c = (algebra.random(("i", "j"), n) for n in "abc")
+    row = algebra.total("max", b, ("j",))
+    v = algebra.total("sum", f(algebra, "mul", c, f(algebra, "exp", a)), ("j",))
+    log = f(algebra, "log", v)
+    shifted = f(algebra, "log", f(algebra, "mul", f(algebra, "exp", row), v))
+    assert equal(algebra, shifted, f(algebra, "add", log, row))
+    assert algebra.differs(shifted, log).all()
+    assert equal(algebra, f(algebra, "log", f(algebra, "reciprocal", v)), f(algebra, "neg", log))
+    assert not algebra.cuts
+    assert not algebra.assumptions
+    assert not algebra.zero_division
+
+
+def test_a_logarithm_is_no_homomorphism(algebra):
+    a, b = (algebra.total("sum", f(algebra, "exp", algebra.random(("i", "j"), n)), ("j",)) for n in "ab")
+    product = f(algebra, "log", f(algebra, "mul", a, b))
+    assert algebra.differs(product, f(algebra, "add", f(algebra, "log", a), f(algebra, "log", b))).all()
+    assert algebra.differs(f(algebra, "log", f(algebra, "add", a, a)), f(algebra, "log", a)).all()
+    one = f(algebra, "log", f(algebra, "mul", algebra.random(("i",), "c"), f(algebra, "exp", algebra.random((), "d"))))
+    assert len(set(one.parts[0].tolist())) == len(one.parts[0])
+
+
+def test_a_logarithm_chooses_its_form_element_by_element(algebra):
+    """Whether a denominator has one term or several is a matter of the element, not of what lies beside it."""
+    p, q, y = (f(algebra, "exp", algebra.random(("i",), n)) for n in "pqy")
+    several = algebra.total("sum", f(algebra, "exp", algebra.random(("i", "j"), "a")), ("j",))
+    fractions = [f(algebra, "div", f(algebra, "add", p, q), y), f(algebra, "div", p, several)]
+    fractions.append(f(algebra, "div", f(algebra, "add", p, q), several))
+    apart = algebra.joined([f(algebra, "log", v) for v in fractions], "i")
+    together = f(algebra, "log", algebra.joined(fractions, "i"))
+    assert equal(algebra, together, apart)
+    assert algebra.cuts == {LOG_OF_FRACTION}
+
+
+def test_a_logarithm_adds_the_arguments_that_only_seem_to_be_shifts():
+    algebra = FormalAlgebra({"i": 2, "j": 3}, key=0)
+    e = f(algebra, "exp", algebra.random(("i", "j"), "a"))
+    v = algebra.total("sum", e, ("j",))
+    before = algebra.error(v, v)
+    log = f(algebra, "log", v)
+    once = algebra.error(v, v)
+    f(algebra, "log", algebra.total("sum", f(algebra, "mul", e, algebra.random(("i", "j"), "b")), ("j",)))
+    assert before < once < algebra.error(v, v) < 2.0**-20
+    assert log.bound == Bound(1, 0)
+    quotient = f(algebra, "exp", f(algebra, "div", algebra.random(("i",), "c"), algebra.random(("i",), "d")))
+    assert f(algebra, "log", quotient).bound == Bound(3, 2)
 
 
 def test_equal_fractions_give_equal_keys_and_different_ones_different_keys(algebra):
@@ -144,7 +206,10 @@ def test_the_error_grows_with_the_degree_and_holds_for_a_small_experiment():
     squared = f(algebra, "square", a)
     assert 0 < algebra.error(a, a) < algebra.error(squared, squared) < 2.0**-40
     e = f(algebra, "exp", a)
-    assert algebra.error(a, a) < algebra.error(e, e) < 2.0**-25
+    several = algebra.total("sum", e, ("i",))
+    weighted = f(algebra, "mul", e, a)
+    assert algebra.error(e, e) < algebra.error(several, several) < 2.0**-55
+    assert algebra.error(several, several) < algebra.error(weighted, weighted) < 2.0**-25  # coefficients live in Z_p
 
 
 def test_an_opaque_function_adds_its_collisions():

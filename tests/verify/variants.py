@@ -73,6 +73,18 @@ def softmax(shift: Step | None) -> list[Step]:
     return [shift, ("z", "sub", "X", "t"), ("p", "exp", "z"), ("l", total("k"), "p"), ("o", "div", "p", "l")]
 
 
+def logsumexp(shift: Step | None, last: str = "add") -> list[Step]:
+    """log Σ exp X over k, or of the shifted exponentials with the shift t put back."""
+    if shift is None:
+        return [("p", "exp", "X"), ("l", total("k"), "p"), ("o", "log", "l")]
+    z: list[Step] = [("z", "sub", "X", "t"), ("p", "exp", "z"), ("l", total("k"), "p"), ("g", "log", "l")]
+    return [shift, *z, ("o", last, "g", "t")]
+
+
+def as_bool(value: str, name: str = "c") -> Step:
+    return (name, Cast(DType.bool), value)
+
+
 EQUAL: dict[str, Pair] = {
     "distribute": (
         [X, W, V],
@@ -126,6 +138,46 @@ EQUAL: dict[str, Pair] = {
         [("p", "exp", "X"), ("q", "exp", "Y"), ("s", "mul", "p", "q"), ("o", "exp", "s")],
         [("s", "add", "X", "Y"), ("p", "exp", "s"), ("o", "exp", "p")],
     ),
+    "logarithm-of-shifted-sum": ([X], logsumexp(None), logsumexp(("t", largest("k"), "X"))),
+    "logarithm-of-a-sum-with-any-shift": ([X, Y], logsumexp(None), logsumexp(("t", total("k"), "Y"))),
+    "logarithm-of-two-shifted-sums": (
+        [X],
+        logsumexp(("t", total("k"), "X")),
+        logsumexp(("t", largest("k"), "X")),
+    ),
+    "logarithm-of-a-sum-plus-a-term": (
+        [X, Y],
+        [*logsumexp(None)[:-1], ("g", "log", "l"), ("o", "add", "g", "Y")],
+        [("s", "exp", "X"), ("l", total("k"), "s"), ("e", "exp", "Y"), ("v", "mul", "l", "e"), ("o", "log", "v")],
+    ),
+    "logarithm-of-a-scaled-sum": (
+        [X, Y],
+        [("p", "exp", "X"), ("l", Contract(("k",)), "p", "Y"), ("o", "log", "l")],
+        [("t", largest("k"), "X"), ("z", "sub", "X", "t"), ("p", "exp", "z"), ("l", Contract(("k",)), "Y", "p"),
+         ("g", "log", "l"), ("o", "add", "t", "g")],
+    ),
+    "logarithm-of-a-sum-over-an-exponential": (
+        [X, Y],
+        [*logsumexp(None)[:-1], ("g", "log", "l"), ("o", "sub", "g", "Y")],
+        [*logsumexp(None)[:-1], ("e", "exp", "Y"), ("v", "div", "l", "e"), ("o", "log", "v")],
+    ),
+    "logarithm-of-softmax": (
+        [X],
+        [*softmax(None)[:-1], ("s", "div", "p", "l"), ("o", "log", "s")],
+        [*logsumexp(("t", largest("k"), "X"))[:-1], ("o", "sub", "z", "g")],
+    ),
+    "logarithm-of-a-quotient-of-sums": (
+        [X, Y],
+        [*logsumexp(None)[:-1], ("q", "exp", "Y"), ("r", total("k"), "q"), ("s", "div", "l", "r"), ("o", "log", "s")],
+        [("t", largest("k"), "Y"), ("x", "sub", "X", "t"), ("y", "sub", "Y", "t"), ("p", "exp", "x"), ("q", "exp", "y"),
+         ("l", total("k"), "p"), ("r", total("k"), "q"), ("s", "div", "l", "r"), ("o", "log", "s")],
+    ),
+    "logarithm-of-a-logarithm": (
+        [X],
+        [*logsumexp(None)[:-1], ("g", "log", "l"), ("e", "exp", "g"), ("s", "add", "e", "l"), ("o", "log", "s")],
+        [*logsumexp(("t", largest("k"), "X"))[:-1], ("h", "add", "g", "t"), ("e", "exp", "h"), ("q", "exp", "X"),
+         ("r", total("k"), "q"), ("s", "add", "r", "e"), ("o", "log", "s")],
+    ),
     "root-reciprocal": (
         [X],
         [("s", "rsqrt", "X"), ("o", "mul", "X", "s")],
@@ -158,6 +210,11 @@ EQUAL: dict[str, Pair] = {
     ),
     "casts-are-identities": ([X], [("o", "exp", "X")], [("c", Cast(DType.f32), "X"), ("e", "exp", "c"),
                                                          ("o", Cast(DType.f16), "e")]),
+    "truth-of-a-comparison-as-a-number": (
+        [X, Y, Z],
+        [("c", Compare("lt"), "X", "Y"), ("z", const(0)), ("o", Select(), "c", "Z", "z")],
+        [("c", Compare("lt"), "X", "Y"), ("m", Cast(DType.f16), "c"), ("o", "mul", "m", "Z")],
+    ),
     "rotated-halves": (
         [X],
         [half("x", 0), half("y", 32), ("s", "mul", "x", "y"), ("t", "neg", "s"),
@@ -282,6 +339,54 @@ UNEQUAL: dict[str, Pair] = {
     ),
     "integers-are-not-reals": ([X], [("o", "exp", "X")], [("c", Cast(DType.i32), "X"), ("d", Cast(DType.f16), "c"),
                                                            ("o", "exp", "d")]),
+    "logarithm-shifted-back-twice": (
+        [X],
+        logsumexp(None),
+        [*logsumexp(("t", largest("k"), "X"))[:-1], ("h", "add", "g", "t"), ("o", "add", "h", "t")],
+    ),
+    "logarithm-shifted-the-other-way": ([X], logsumexp(None), logsumexp(("t", largest("k"), "X"), "sub")),
+    "logarithm-not-shifted-back": ([X], logsumexp(None), logsumexp(("t", largest("k"), "X"))[:-1]),
+    "logarithm-of-another-sum": (
+        [X, Y],
+        logsumexp(None),
+        [("p", "exp", "Y"), ("l", total("k"), "p"), ("o", "log", "l")],
+    ),
+    "logarithm-of-twice-the-sum": (
+        [X],
+        logsumexp(None),
+        [*logsumexp(None)[:-1], ("c", const(2)), ("d", "mul", "c", "l"), ("o", "log", "d")],
+    ),
+    "logarithm-of-a-sum-plus-one": (
+        [X],
+        logsumexp(("t", largest("k"), "X")),
+        [("t", largest("k"), "X"), ("z", "sub", "X", "t"), ("p", "exp", "z"), ("l", total("k"), "p"), ("c", const(1)),
+         ("d", "add", "l", "c"), ("g", "log", "d"), ("o", "add", "g", "t")],
+    ),
+    "logarithm-of-the-inverse": (
+        [X],
+        [*softmax(None)[:-1], ("s", "div", "p", "l"), ("o", "log", "s")],
+        [*softmax(None)[:-1], ("s", "div", "l", "p"), ("o", "log", "s")],
+    ),
+    "logarithm-is-not-linear": (
+        [X],
+        [("p", "exp", "X"), ("g", "log", "p"), ("o", total("k"), "g")],
+        logsumexp(None),
+    ),
+    "truth-is-not-a-factor": (
+        [X, Y],
+        [("z", const(0)), as_bool("X"), ("s", Select(), "c", "Y", "z"), ("o", total("k"), "s")],
+        [("o", Contract(("k",)), "X", "Y")],
+    ),
+    "truth-forgets-the-value": (
+        [X],
+        [as_bool("X"), ("o", Cast(DType.f32), "c")],
+        [("o", Cast(DType.f32), "X")],
+    ),
+    "truth-of-positions": (
+        [X],
+        [("i", Iota(k)), as_bool("i"), ("z", const(0)), ("o", Select(), "c", "X", "z")],
+        [("i", Iota(k)), ("c", Cast(DType.f16), "i"), ("o", "mul", "c", "X")],
+    ),
     "positions-from-one": (
         [X],
         [("i", Iota(k)), ("o", Contract(("k",)), "i", "X")],
