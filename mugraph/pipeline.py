@@ -10,6 +10,7 @@ import json
 import logging
 import shutil
 import signal
+import tempfile
 import threading
 import time
 import uuid
@@ -41,9 +42,10 @@ from mugraph.ir.serialize import dumps, loads
 from mugraph.ir.threads import form_threads
 from mugraph.runtime.cache import Cache, key_of
 from mugraph.runtime.load import Executable, load_module
+from mugraph.search.build import baseline
 from mugraph.search.cost import device
 from mugraph.search.driver import search
-from mugraph.search.report import SearchReport
+from mugraph.search.report import CandidateReport, SearchReport, StopReason
 from mugraph.search.space import SearchSpace, space_of
 from mugraph.transpiler import torch as torch_code
 from mugraph.transpiler import triton as triton_code
@@ -69,6 +71,7 @@ class Result:
     certificate  what was established about the graph and the source
     target       what the source is for
     notes        what the user should know (a fallback, a check that could not be made)
+    interrupted  whether Ctrl-C ended the search or the checks: the best so far, with the tiers that were reached
     """
 
     program: Program
@@ -80,6 +83,7 @@ class Result:
     notes: tuple[str, ...] = ()
     cached: bool = False
     directory: Path | None = field(default=None, compare=False)
+    interrupted: bool = field(default=False, compare=False)
 
     @cached_property
     def executable(self) -> Executable:
@@ -91,11 +95,12 @@ class Result:
         return Executable(self.program, module.run, devices=("cuda",))
 
     def __call__(self, *args: Any, out: Any = None, **named: Any) -> Any:
-        """Runs the emitted source.  Raises LaunchError for arguments that do not fit the program's signature, and
+        """Runs the emitted source.  `out` receives the results, unless the program has an input of that name, which
+        it then is.  Raises LaunchError for arguments that do not fit the program's signature, and
         TargetMismatchError where there is no device of the target."""
         if self.target.kind == "triton" and not _device_is_there(self.target):
             if settings.interpret.get():
-                return _interpreted(self, args, named)
+                return _interpreted(self, args, out, named)
             raise TargetMismatchError(
                 f"this result is for {self.target}, and there is no such device here",
                 remedy="give target='torch', or set MUGRAPH_INTERPRET=1 to run the kernels under Triton's interpreter",
@@ -181,8 +186,14 @@ def check_writable(directory: str | Path) -> Path:
     place = Path(directory)
     if place.exists() and not place.is_dir():
         raise CacheError(f"{place} is a file", remedy="name another directory")
-    if place.exists() and not (place / "manifest.json").is_file() and any(place.iterdir()):
-        raise CacheError(f"{place} is not empty and holds no manifest.json", remedy="name another directory")
+    try:
+        if place.exists() and not (place / "manifest.json").is_file() and any(place.iterdir()):
+            raise CacheError(f"{place} is not empty and holds no manifest.json", remedy="name another directory")
+        parent = next(p for p in place.absolute().parents if p.exists())
+        Path(tempfile.mkdtemp(prefix=".mugraph-", dir=parent)).rmdir()  # permissions do not tell of every file system
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise CacheError(f"cannot write {place}: {reason}", remedy="name a directory in a place of yours") from error
     return place
 
 
@@ -204,6 +215,8 @@ def load(directory: str | Path) -> Result:
     place = Path(directory)
     try:
         manifest = json.loads((place / "manifest.json").read_text(encoding="utf-8"))
+        if not isinstance(manifest, dict) or not isinstance(manifest.get("files", {}), dict):
+            raise ValueError("its manifest.json is not what Result.save writes")
         if manifest.get("schema_version") != SCHEMA_VERSION:
             raise CacheError(
                 f"{place} has schema version {manifest.get('schema_version')}, this is {SCHEMA_VERSION}",
@@ -254,7 +267,10 @@ def optimize(
 ) -> Result:
     """Search, stabilise, verify, emit, check; from the cache where it was done before.
 
-    Ctrl-C (or the end of the budget) stops the search with the best so far; a second Ctrl-C quits.
+    Ctrl-C (or the end of the budget) stops the search with the best so far; a second Ctrl-C during the search quits.
+    Ctrl-C after the search ends the checks: the result then says which tiers it reached.  Where the emitted source
+    disagrees with float64, or the search cannot handle the program, the program runs as library calls and a note says
+    why.
     Raises GraphError for a malformed program, UnsupportedOpError where the target has no form for an operator,
     VerificationError where no candidate passes, UnknownTargetError for an unknown target.
     """
@@ -280,8 +296,9 @@ def optimize(
             remedy="optimize it ahead of time with the same cache directory",
         )
     result = _optimized(program, chosen, space, budget, delta, number, say)
-    saturated = isinstance(result.report, SearchReport) and result.report.stop.kind not in ("TimeLimit", "Interrupted")
-    if not settings.skip_cache.get() and saturated:
+    report = result.report
+    saturated = not (isinstance(report, SearchReport) and report.stop.kind in ("TimeLimit", "Interrupted"))
+    if not settings.skip_cache.get() and saturated and not result.interrupted:
         entry = store.put(key, result.files(), {"notes": list(result.notes), "target": str(chosen)})
         result = replace(result, directory=entry.path if entry else None)
     if settings.print_output_code.get():
@@ -327,20 +344,93 @@ def _optimized(
             raise VerificationError(f"not lowered: {error.message}") from error
 
     tell(f"searching {program.name} for {target}")
-    with _interruptible() as interrupted:
-        found = search(
-            program,
-            accept=accept,
-            space=space,
-            on=device(_device_name(target)),
-            budget_seconds=budget,
-            interrupted=interrupted,
+    notes: tuple[str, ...]
+    report: SearchReport | ReportText
+    with interruptible() as interrupted:
+        try:
+            found = search(
+                program,
+                accept=accept,
+                space=space,
+                on=device(_device_name(target)),
+                budget_seconds=budget,
+                interrupted=interrupted,
+            )
+        except (RecursionError, ZeroDivisionError) as error:
+            why = _unsearchable(error)
+            tell(f"no search: {why}")
+            verified, source = accept(baseline(program))
+            report, notes = unsearched(program, target, why), (f"{why}: it runs as library calls",)
+        else:
+            assert isinstance(found.accepted, tuple)
+            verified, source = found.accepted
+            report, notes = found.report, found.report.notes
+            tell(f"found: {found.report.predicted_seconds * 1e6:.1f} µs predicted; verified, error <= {delta:.1e}")
+        stopped = interrupted()
+    try:
+        result = _checked(verified, source, target, seed, report, notes, tell)
+    except VerificationError as error:
+        if not verified.graph.kernels():
+            raise
+        tell(f"refused: {error.message}")
+        verified, source = accept(baseline(program))
+        result = _checked(
+            verified,
+            source,
+            target,
+            seed,
+            _without_plan(report),
+            (*notes, f"what the search found was refused, so the program runs as library calls: {error.message}"),
+            tell,
         )
-    assert isinstance(found.accepted, tuple)
-    verified: Verified = found.accepted[0]
-    source: str = found.accepted[1]
-    tell(f"found: {found.report.predicted_seconds * 1e6:.1f} µs predicted; verified, error <= {delta:.1e}")
-    return _checked(verified, source, target, seed, found.report, found.report.notes, tell)
+    return replace(result, interrupted=result.interrupted or stopped)
+
+
+def _unsearchable(error: Exception) -> str:
+    if isinstance(error, RecursionError):
+        return "the values of the program nest too deeply for the search"
+    return "the program divides by the constant zero, which the search has no law for"
+
+
+def unsearched(program: Program, target: Target, why: str) -> SearchReport:
+    """The report of a program that the search cannot handle: the program as library calls is all there is.  No time
+    is predicted for it (0)."""
+    return SearchReport(
+        program=program.name,
+        device=device(_device_name(target)).name,
+        space="none",
+        stop=StopReason("Unsearchable"),
+        classes=0,
+        edges={},
+        deduplicated=0,
+        configurations=0,
+        states=0,
+        pruned={},
+        verified=1,
+        refused=0,
+        seeds=(),
+        kernels=(),
+        candidates=(CandidateReport("the program as library calls", 0.0, "chosen"),),
+        predicted_seconds=0.0,
+        floor_seconds=0.0,
+        notes=(why,),
+    )
+
+
+def _without_plan(report: SearchReport | ReportText) -> SearchReport | ReportText:
+    """The report once the chosen plan was refused by the numeric check: the library calls, its last candidate, are
+    what is left."""
+    if not isinstance(report, SearchReport):
+        return report
+    *plans, last = report.candidates
+    refused = [replace(c, verdict="refused: disagrees with float64") if c.verdict == "chosen" else c for c in plans]
+    return replace(
+        report,
+        kernels=(),
+        refused=report.refused + 1,
+        candidates=(*refused, replace(last, verdict="chosen")),
+        predicted_seconds=last.seconds,
+    )
 
 
 def from_graph(
@@ -372,21 +462,41 @@ def _checked(
     notes: Sequence[str] = (),
     tell: Callable[[str], None] = lambda _: None,
 ) -> Result:
-    """The last stage: a verified graph with its source, once the source agrees with float64."""
-    numerics = numeric_tier(verified, target, source, seed)
-    checked = Checked(verified, _hash(source), numerics)  # refuses a source that disagrees with float64
-    tell(f"numeric check passed: {len(numerics.rows)} comparisons with float64 ({numerics.how})")
-    if numerics.how == "interpreted":
-        notes = (*notes, "the kernels were checked under Triton's interpreter at reduced sizes, not on a device")
+    """The last stage: a verified graph with its source, unless the source disagrees with float64.
+
+    The certificate reaches the tier `numerics` if some comparison counts.  A Ctrl-C ends the comparisons, and the
+    result has what was established before."""
+    certificate, interrupted = verified.certificate, False
+    try:
+        numerics = numeric_tier(verified, target, source, seed)
+    except KeyboardInterrupt:
+        interrupted = True
+        notes = (*notes, "interrupted before the source was compared with float64")
+    else:
+        if numerics.disagrees or numerics.counted:
+            Checked(verified, _hash(source), numerics)  # refuses a source that disagrees with float64
+            tell(f"numeric check passed: {len(numerics.rows)} comparisons with float64 ({numerics.how})")
+        certificate = certificate.with_numerics(numerics)
+        notes = (*notes, *_numeric_notes(numerics))
     return Result(
         program=verified.program,
         graph=verified.graph,
         source=source,
-        certificate=checked.verified.certificate.with_numerics(numerics),
+        certificate=certificate,
         report=report,
         target=target,
         notes=tuple(notes),
+        interrupted=interrupted,
     )
+
+
+def _numeric_notes(numerics: NumericReport) -> Iterator[str]:
+    if not numerics.counted:
+        yield f"the source was not compared with float64, as no input drawn has a result: {numerics.reasons}"
+    elif any(r.overflowed and not r.counted and r.ratio > 1.0 and "so does" in r.note for r in numerics.rows):
+        yield "for inputs where the program as written overflows its types, the result is not exact either"
+    if numerics.how == "interpreted":
+        yield "the kernels were checked under Triton's interpreter at reduced sizes, not on a device"
 
 
 def finished(graph: KernelGraph) -> KernelGraph:
@@ -409,7 +519,8 @@ def emit(verified: Verified, target: Target) -> str:
 
 def numeric_tier(verified: Verified, target: Target, source: str, seed: int) -> NumericReport:
     """The same μGraph at reduced sizes (two tiles and a tail along each tiled axis), lowered the same way, against
-    float64: on the device if it is there, under the interpreter if not, as torch code for the torch target."""
+    float64: on the device if it is there, under the interpreter if not, as torch code for the torch target.  Where the
+    program as written overflows, the source may too (exponentials that are summed and then squared, say)."""
     sizes, tiles = reduction(verified.program, verified.graph)
     program = resized(verified.program, sizes, {})
     graph = resized(verified.graph, sizes, tiles)
@@ -429,7 +540,7 @@ def numeric_tier(verified: Verified, target: Target, source: str, seed: int) -> 
             device="cuda" if how == "device" else "cpu",
             beyond_eager=stable,
         )
-    return report
+    return report.as_written()
 
 
 Run = Callable[..., Sequence[Any]]
@@ -476,7 +587,7 @@ def sample_bindings(program: Program, tiles: Mapping[str, int]) -> list[dict[str
 
 
 @contextmanager
-def _interruptible() -> Iterator[Callable[[], bool]]:
+def interruptible() -> Iterator[Callable[[], bool]]:
     """The first Ctrl-C sets a flag, the second raises KeyboardInterrupt.  Only the main thread gets signals."""
     hit = threading.Event()
     if threading.current_thread() is not threading.main_thread():
@@ -496,14 +607,19 @@ def _interruptible() -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGINT, before)
 
 
-def _interpreted(result: Result, args: Sequence[Any], named: Mapping[str, Any]) -> Any:
+def _interpreted(result: Result, args: Sequence[Any], out: Any, named: Mapping[str, Any]) -> Any:
     from mugraph.runtime.interpret import interpret
 
     order = [i.name for i in result.program.inputs]
-    executable = Executable(result.program, lambda *tensors, out=None: tensors)
-    tensors = executable(*args, **named)  # the same checks as on a device
-    outputs = interpret(result.source, dict(zip(order, tensors, strict=True)))
-    return outputs[0] if len(outputs) == 1 else tuple(outputs)
+
+    def run(*tensors: Any, out: Any = None) -> Any:
+        outputs = interpret(result.source, dict(zip(order, tensors, strict=True)))
+        if out is not None:
+            given = out if isinstance(out, tuple | list) else (out,)
+            outputs = [place.copy_(o) for place, o in zip(given, outputs, strict=True)]
+        return outputs[0] if len(outputs) == 1 else tuple(outputs)
+
+    return Executable(result.program, run)(*args, out=out, **named)  # the same checks as on a device
 
 
 def _device_is_there(target: Target) -> bool:

@@ -337,7 +337,7 @@ def test_ctrl_c_gives_the_best_so_far(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_second_ctrl_c_quits() -> None:
-    with pipeline._interruptible() as interrupted:
+    with pipeline.interruptible() as interrupted:
         signal.raise_signal(signal.SIGINT)
         assert interrupted()
         with pytest.raises(KeyboardInterrupt):

@@ -83,9 +83,23 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+class OutputError(Exception):
+    """Stdout cannot be written."""
+
+
+def put(text: object = "") -> None:
+    """Data, on stdout.  Raises OutputError where it cannot be written, BrokenPipeError where nobody reads it."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise OutputError(f"cannot write to stdout: {error.strerror or error}") from error
+
+
 def print_document(data: Any) -> None:
     """One JSON document, strict: a number that is not finite becomes null."""
-    print(json.dumps(_finite(data), indent=1, ensure_ascii=False, allow_nan=False, default=str))
+    put(json.dumps(_finite(data), indent=1, ensure_ascii=False, allow_nan=False, default=str))
 
 
 def _finite(value: Any) -> Any:
@@ -120,6 +134,9 @@ def command(body: Callable[P, int | None]) -> Callable[P, None]:
             except KeyboardInterrupt:
                 code = INTERRUPTED
                 say("interrupted: nothing was saved")
+            except OutputError as error:
+                code = INTERNAL
+                say(str(error))
             except BrokenPipeError:
                 code = OK  # the reader had enough; `main` closes the stream
             except Exception:
@@ -162,7 +179,7 @@ def with_shapes_apart(arguments: Sequence[str]) -> list[str]:
 
 def _version(wanted: bool) -> None:
     if wanted:
-        print(f"mugraph {__version__}")
+        put(f"mugraph {__version__}")
         raise typer.Exit
 
 
@@ -217,17 +234,19 @@ def optimize(
     if result.cached:
         say(f"found in the cache: {result.directory}")
     if out is not None:
-        result = replace(result, directory=result.save(out))
+        with pipeline.interruptible() as interrupted:  # what was found is written, whatever comes
+            result = replace(result, directory=result.save(out))
+        result = replace(result, interrupted=result.interrupted or interrupted())
         say(f"wrote {', '.join(sorted(result.files()))} and manifest.json to {out}")
     if as_json:
         print_document(summary(result))
     else:
-        print(result)
+        put(result)
     code = outcome(result)
     if code == BASELINE:
         say("nothing beats the program as it stands: what was emitted is the program as library calls")
     if code == INTERRUPTED:
-        say("the search was interrupted: this is the best so far" + ("" if out else ", and it was not saved"))
+        say("interrupted: this is the best so far" + ("" if out else ", and it was not saved"))
     say(how_to_use(result, " --shapes ".join([subject, *(shapes or [])]), out))
     return code
 
@@ -246,6 +265,7 @@ def summary(result: Result) -> dict[str, Any]:
         "stop": report["stop"],
         "delta_log2": result.certificate.delta_log2,
         "tiers": list(result.certificate.tiers),
+        "interrupted": result.interrupted,
         "files": sorted(result.files()),
         "directory": None if result.directory is None else str(result.directory),
         "cached": result.cached,
@@ -259,7 +279,7 @@ def is_baseline(result: Result) -> bool:
 
 
 def outcome(result: Result) -> int:
-    if not result.cached and result.report.to_dict()["stop"] == "Interrupted":
+    if result.interrupted:
         return INTERRUPTED
     return BASELINE if is_baseline(result) else OK
 
@@ -302,7 +322,7 @@ def verify(
             }
         )
     else:
-        print(found)
+        put(found)
 
 
 # -- show
@@ -318,24 +338,24 @@ def show(
 ) -> None:
     """Print a graph, its picture or its report."""
     if form == "report":
-        print(report_text(path))
+        put(report_text(path))
         return
     graph = read_graph(path)
     match form:
         case "text":
-            print(str(graph).rstrip())
+            put(str(graph).rstrip())
         case "svg":
             from mugraph.viz.svg import draw_svg
 
-            print(draw_svg(graph))
+            put(draw_svg(graph))
         case "mermaid":
             from mugraph.viz.mermaid import draw_mermaid
 
-            print(draw_mermaid(graph))
+            put(draw_mermaid(graph))
         case "json":
             from mugraph.ir.serialize import dumps
 
-            print(dumps(graph, indent=1))
+            put(dumps(graph, indent=1))
 
 
 def read_graph(path: Path) -> Program:
@@ -384,6 +404,7 @@ def cache_ls(as_json: Json = False) -> None:
     """List the results in the cache."""
     from mugraph.runtime.cache import Cache
 
+    check_cache_directory()
     rows = [
         {
             "key": e.key,
@@ -398,8 +419,15 @@ def cache_ls(as_json: Json = False) -> None:
         print_document({"path": str(Cache().path), "entries": rows})
         return
     for r in rows:
-        print(f"{str(r['key'])[:12]}  {r['written']}  {r['bytes']:>9}  {r['target']!s:<8}  {r['program']}")
+        put(f"{str(r['key'])[:12]}  {r['written']}  {r['bytes']:>9}  {r['target']!s:<8}  {r['program']}")
     say(f"{len(rows)} results in {Cache().path}")
+
+
+def check_cache_directory() -> None:
+    """Raises CacheError where the cache's place holds something else; it need not be there."""
+    place = settings.cache_dir.get()
+    if place.exists() and not place.is_dir():
+        raise CacheError(f"{place} is no directory", remedy="set MUGRAPH_CACHE_DIR to a directory of yours")
 
 
 def _program_name(files: Mapping[str, bytes]) -> str | None:
@@ -415,6 +443,7 @@ def cache_clear() -> None:
     """Remove all results from the cache."""
     from mugraph.runtime.cache import Cache
 
+    check_cache_directory()
     say(f"removed {Cache().clear()} results from {Cache().path}")
 
 
@@ -422,7 +451,7 @@ def cache_clear() -> None:
 @command
 def cache_path() -> None:
     """Print the cache directory."""
-    print(settings.cache_dir.get())
+    put(settings.cache_dir.get())
 
 
 # -- env
@@ -437,14 +466,14 @@ def env(as_json: Json = False) -> None:
         print_document(data)
         return
     for name, value in data["versions"].items():
-        print(f"{name:<10} {value or 'not installed'}")
-    print(f"{'platform':<10} {data['platform']}, {data['cpu_count']} CPUs")
-    print(f"{'devices':<10} {', '.join(data['devices']) or 'no CUDA device'}")
-    print(f"{'cache':<10} {data['cache']}")
-    print()
+        put(f"{name:<10} {value or 'not installed'}")
+    put(f"{'platform':<10} {data['platform']}, {data['cpu_count']} CPUs")
+    put(f"{'devices':<10} {', '.join(data['devices']) or 'no CUDA device'}")
+    put(f"{'cache':<10} {data['cache']}")
+    put()
     width = max(len(s["environment"]) for s in data["settings"])
     for s in data["settings"]:
-        print(f"{s['environment']:<{width}}  {s['value'] or '-'}  ({s['help']})")
+        put(f"{s['environment']:<{width}}  {s['value'] or '-'}  ({s['help']})")
 
 
 def environment() -> dict[str, Any]:

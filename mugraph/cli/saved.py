@@ -84,7 +84,7 @@ def _about_this_source(certificate: Certificate, source: str) -> None:
     for report in certificate.numerics:
         if report.source_hash != digest:
             raise VerificationError("the certificate's numeric check is about another source")
-        if not report.passed:
+        if report.disagrees:
             raise VerificationError(f"the recorded numeric check did not pass: {report}")
 
 
@@ -99,4 +99,5 @@ def _numerics_again(result: Result, verified: Verified) -> None:
                 f"the numeric check ran on record as {report.how}, here it runs as {again.how}",
                 remedy="verify on a machine with the target's device, or without --strict",
             )
-        Checked(verified, report.source_hash, again)
+        if again.counted or report.counted:
+            Checked(verified, report.source_hash, again)

@@ -738,6 +738,13 @@ def elementwise(fn: str, *xs: Any, attrs: tuple[tuple[str, str | Fraction], ...]
     dtype = result_type(xs)
     if fn in FLOAT_FUNCTIONS and not dtype.is_float:
         dtype = DEFAULT_FLOAT
+    if fn == "div" and isinstance(xs[1], numbers.Real) and xs[1] == 0:
+        raise UnsupportedOpError(
+            "division by the constant 0",
+            op=fn,
+            where=recorder.location(),
+            remedy="divide by a number that is not zero, or by a tensor",
+        )
     if fn in ("sub", "neg") and dtype is DType.bool:
         raise UnsupportedOpError(f"{fn} of bool tensors", op=fn, where=recorder.location(), remedy="use ~ or a cast")
     if any(isinstance(x, Tensor) and x.masked is not None for x in xs):

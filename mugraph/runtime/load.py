@@ -142,7 +142,8 @@ class Executable:
     """A program's signature before a function that computes it.
 
     Calling it with tensors, by position or by name, returns a tensor, or a tuple where the program has several
-    outputs.  `out` takes a tensor (or a tuple) that receives the results.  Inputs of any strides are accepted.
+    outputs.  `out` takes a tensor (or a tuple) that receives the results, unless the program has an input of that name,
+    which it then is.  Inputs of any strides are accepted.
     Raises LaunchError, before anything runs, for an argument that does not fit.
 
     `run(*tensors, out=None)` is called with one tensor for each input, in order.  `devices` are the device types on
@@ -196,6 +197,8 @@ class Executable:
         return f"Executable({self.program.name}: {self.signature})"
 
     def __call__(self, *args: Any, out: Any = None, **named: Any) -> Any:
+        if out is not None and "out" in self._names:
+            named, out = {**named, "out": out}, None
         if named or len(args) != len(self._parameters):
             args = self._bound(args, named)
         sizes = self.check(*args)

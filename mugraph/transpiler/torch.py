@@ -151,6 +151,7 @@ class _Emitter:
         body = [*self.size_lines(), *self.lines]
         tensors = self.graph.tensors()
         outputs = shapes_text([replace(tensors[o.value], dtype=o.storage.dtype) for o in self.graph.outputs])
+        inputs = shapes_text([replace(i.tensor, name=self.parameters[i.name]) for i in self.graph.inputs])
         signature = f"def {self.name}({', '.join([*self.parameters.values(), '*', 'out=None'])}):"
         if len(signature) > 120:
             listed = "".join(f"    {p},\n" for p in [*self.parameters.values(), "*", "out=None"])
@@ -160,7 +161,7 @@ class _Emitter:
         return (
             f'"""{_plain(self.graph.name)} as a PyTorch function, emitted by mugraph."""\n\n'
             f"import torch\n{helper}\n\n{signature}\n"
-            f'    """{shapes_text([i.tensor for i in self.graph.inputs])} -> {outputs}"""\n{text}\n'
+            f'    """{inputs} -> {outputs}"""\n{text}\n'
         )
 
     def parameter(self, i: Input) -> Value:
@@ -351,8 +352,11 @@ class _Emitter:
         return replace(v, text=self.let(target.name, f"{v.text}.{_to(dtype)}"), dtype=dtype)
 
     def made(self, target: Tensor, text: str, layout: Layout, values: Sequence[Value], dtype: DType) -> Value:
-        """A new variable.  Outside kernels it gets the declared type if both are floating."""
+        """A new variable.  Outside kernels it gets the declared type if both are floating; integers wrap to theirs
+        at every step, as what follows may not be linear."""
         origin = _origin(values, dtype)
+        if _wraps(target.dtype) and _wraps(dtype) and dtype is not target.dtype:
+            text, dtype = f"{_atom(text)}.{_to(target.dtype)}", target.dtype
         if not self.wide and target.dtype.is_float and dtype is not target.dtype:
             text, dtype = f"{_atom(text)}.{_to(target.dtype)}", target.dtype
         return Value(self.let(target.name, text), layout, dtype, origin if self.wide else dtype)
@@ -709,7 +713,7 @@ class _Emitter:
                 letters = _letters([*a.axes, *b.axes])
                 words = ["".join(letters[x] for x in axes) for axes in (a.axes, b.axes, kept)]
                 text, layout = f'torch.einsum("{words[0]},{words[1]}->{words[2]}", {left.text}, {right.text})', kept
-            return Value(self.let(target.name, f"{_atom(text)}.long()"), layout, DType.i64, DType.i64)
+            return self.made(target, f"{_atom(text)}.long()", layout, [], DType.i64)
         whole = self.elementwise("mul", {}, [a, b], target)
         return self.reduced("sum", whole, closed, target)
 
@@ -863,6 +867,11 @@ def _places(places: Sequence[int], axes: Layout) -> str:
     if len(places) > 1:
         return f"({', '.join(map(str, places))})"
     return "-1" if places[0] == len(axes) - 1 else str(places[0])
+
+
+def _wraps(dtype: DType) -> bool:
+    """Whether torch has integers modulo 2^bits of this type."""
+    return not dtype.is_float and dtype is not DType.bool and dtype.bits >= 8
 
 
 def _literal(value: Fraction, dtype: DType) -> Value:

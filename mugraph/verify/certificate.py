@@ -64,6 +64,11 @@ class NumericRow:
     def passed(self) -> bool:
         return not self.counted or self.ratio <= 1.0
 
+    @property
+    def overflowed(self) -> bool:
+        """Whether the program as written overflows at its own types here: it then has no error of its own."""
+        return self.eager_error is None
+
 
 @dataclass(frozen=True)
 class NumericReport:
@@ -84,9 +89,30 @@ class NumericReport:
         return max((r.ratio for r in self.counted), default=0.0)
 
     @property
+    def disagrees(self) -> bool:
+        """Whether some comparison that counts is out of tolerance."""
+        return not all(r.passed for r in self.rows)
+
+    @property
     def passed(self) -> bool:
         """Whether some comparison counts and all that count are within the tolerance."""
-        return bool(self.counted) and all(r.passed for r in self.rows)
+        return bool(self.counted) and not self.disagrees
+
+    @property
+    def reasons(self) -> str:
+        """Why comparisons do not count, each reason once."""
+        return "; ".join(dict.fromkeys(r.note for r in self.rows if not r.counted and r.note))
+
+    def as_written(self) -> NumericReport:
+        """The report that holds the source to no more than the program itself: draws where the program as written
+        overflows at its own types do not count where the source is wrong too."""
+
+        def excused(row: NumericRow) -> NumericRow:
+            if row.passed or not row.overflowed:
+                return row
+            return dataclasses.replace(row, counted=False, note=f"{row.note}, and so does the source")
+
+        return dataclasses.replace(self, rows=tuple(excused(r) for r in self.rows))
 
     def __str__(self) -> str:
         head = f"numerics, {self.how} on {self.target}: {len(self.counted)} comparisons with float64"
@@ -118,8 +144,9 @@ class Certificate:
         return math.exp2(self.delta_log2)
 
     def with_numerics(self, table: NumericReport) -> Certificate:
-        """The certificate with one more table of numeric comparisons."""
-        tiers: tuple[Tier, ...] = tuple(dict.fromkeys((*self.tiers, "numerics")))
+        """The certificate with one more table of numeric comparisons.  The tier is reached if some count and pass."""
+        reached: tuple[Tier, ...] = ("numerics",) if table.passed else ()
+        tiers: tuple[Tier, ...] = tuple(dict.fromkeys((*self.tiers, *reached)))
         return dataclasses.replace(self, numerics=(*self.numerics, table), tiers=tiers)
 
     def to_json(self) -> str:
