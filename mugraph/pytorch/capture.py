@@ -41,8 +41,10 @@ class Captured:
     """A program and how a call of the original function maps to it.
 
     `arguments` gives the number of the flattened argument that each of the program's first inputs takes; the others
-    are weights, whose values are in `constants` by input name.  `static` holds the arguments that are no tensors and
-    were fixed.  `results` gives for each flattened result the number of the program's output, or a fixed value.
+    are weights, whose tensors (the very ones that the function reads) are in `constants` by input name.  `static` holds
+    the arguments that are no tensors and were fixed.  `results` gives for each flattened result the number of the
+    program's output, or a fixed value.  `detaches` says that the function stops gradients somewhere, which the program
+    does not tell.  Keyword-only arguments come after the others.
     """
 
     program: Program
@@ -52,6 +54,7 @@ class Captured:
     results: tuple[int | tuple[Any], ...]
     in_spec: Any
     out_spec: Any
+    detaches: bool = False
 
     def flatten(self, args: tuple[Any, ...]) -> list[Any]:
         """The program's inputs, weights included, for a call with these arguments.  Raises CaptureError where the
@@ -79,21 +82,55 @@ def capture(
     example_args: tuple[Any, ...],
     dynamic: Mapping[str, Mapping[int, Dim]] | None = None,
     name: str | None = None,
+    example_kwargs: Mapping[str, Any] | None = None,
+    live: Sequence[Any] = (),
+    modules: Sequence[Any] = (),
 ) -> Captured:
-    """Captures `fn`, a function or a module in eval mode, called with `example_args` (tensors, pytrees of them, and
-    plain values, which become fixed).
+    """Captures `fn`, a function or a module, called with `example_args` (tensors, pytrees of them, and plain values,
+    which become fixed) and `example_kwargs`, arguments that go by name only.
+
+    The values of the examples do not matter, and neither does which of them are the same tensor: the arguments are
+    distinct.  `live` lists tensors that the function reads besides its arguments, so that a constant is one of them and
+    no detached copy; `modules` are modules that it reads.
 
     `dynamic` names symbolic sizes: `{"x": {0: mg.Dim("B", 1, 256)}}`.  Examples need a size of at least 2 there.
     Raises CaptureError if torch cannot export the function, UnsupportedOpError for an operator without a meaning here.
     """
-    exported = _exported(fn, example_args, dynamic or {})
-    return _Interpreter(exported, fn, example_args, dynamic or {}, name).run()
+    keywords = tuple(example_kwargs or ())
+    args = _distinct((*example_args, *(example_kwargs or {}).values()))
+    names = [*_argument_names(fn, len(example_args)), *keywords]
+    exported, shim, detaches = _exported(fn, args, names, keywords, dynamic or {}, modules)
+    return _Interpreter(exported, shim, fn, args, names, dynamic or {}, name, live).run(detaches)
 
 
-def _exported(fn: Callable[..., Any], args: tuple[Any, ...], dynamic: Mapping[str, Mapping[int, Dim]]) -> Any:
+def _distinct(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The arguments with a tensor of its own for each tensor: torch.export takes one that comes twice for one input."""
+    import torch
+    from torch.utils import _pytree as pytree
+
+    def own(x: Any) -> Any:
+        if not isinstance(x, torch.Tensor) or x.layout is not torch.strided:
+            return x
+        fresh = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
+        return fresh.requires_grad_(x.requires_grad)
+
+    found: tuple[Any, ...] = pytree.tree_map(own, args)
+    return found
+
+
+def _exported(
+    fn: Callable[..., Any],
+    args: tuple[Any, ...],
+    names: Sequence[str],
+    keywords: Sequence[str],
+    dynamic: Mapping[str, Mapping[int, Dim]],
+    modules: Sequence[Any],
+) -> tuple[Any, Any, bool]:
+    """The exported program, the module that torch.export was given, and whether gradients are stopped in it."""
     import torch
 
     called = _named_forward(fn)
+    positional = len(args) - len(keywords)
 
     class Shim(torch.nn.Module):
         """torch.export takes modules only."""
@@ -102,11 +139,13 @@ def _exported(fn: Callable[..., Any], args: tuple[Any, ...], dynamic: Mapping[st
             super().__init__()
             if isinstance(fn, torch.nn.Module):
                 self.inner = fn
+            for i, m in enumerate(modules):
+                if not any(m is known for known in self.modules()):
+                    self.add_module(f"module{i}", m)
 
         def forward(self, *args: Any) -> Any:
-            return called(*args)
+            return called(*args[:positional], **dict(zip(keywords, args[positional:], strict=True)))
 
-    names = _argument_names(fn, len(args))
     if unknown := sorted(set(dynamic) - set(names)):
         raise CaptureError(f"there is no argument {unknown[0]}", remedy=f"known: {', '.join(names)}")
     dims = {
@@ -116,13 +155,12 @@ def _exported(fn: Callable[..., Any], args: tuple[Any, ...], dynamic: Mapping[st
     table: Any = torch.export.default_decompositions()
     for key in [k for k in table if str(k).removeprefix("aten.") in KEPT]:
         table.pop(key)
+    shim, shaped = Shim(), {"args": shapes} if dynamic else None
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), torch.inference_mode(False), torch.enable_grad():
             warnings.simplefilter("ignore")
-            program = torch.export.export(
-                Shim(), args, strict=False, dynamic_shapes={"args": shapes} if dynamic else None
-            )
-            return program.run_decompositions(table)
+            program = torch.export.export(shim, args, strict=False, dynamic_shapes=shaped)
+            return program.run_decompositions(table), shim, _detaches(program)
     except MugraphError:
         raise
     except Exception as error:
@@ -132,6 +170,13 @@ def _exported(fn: Callable[..., Any], args: tuple[Any, ...], dynamic: Mapping[st
             where=_raised_at(error),
             remedy="remove branches on data and in-place writes to inputs; examples need 2 or more in dynamic sizes",
         ) from error
+
+
+def _detaches(program: Any) -> bool:
+    """Whether the graph detaches a value, or computes some without gradients."""
+    stops = ("detach", "set_grad_enabled", "inference_mode")
+    graphs = [m.graph for m in program.graph_module.modules() if hasattr(m, "graph")]
+    return any(stop in str(n.target) for g in graphs for n in g.nodes if n.op == "call_function" for stop in stops)
 
 
 def _named_forward(fn: Callable[..., Any]) -> Callable[..., Any]:
@@ -155,10 +200,17 @@ def _raised_at(error: BaseException) -> Location | None:
     return found
 
 
+def signature_of(fn: Callable[..., Any]) -> inspect.Signature:
+    """The signature of a function or of a module's forward; of a built-in function, which tells none, any arguments."""
+    try:
+        return inspect.signature(getattr(fn, "forward", fn))
+    except ValueError:
+        return inspect.signature(lambda *args, **named: None)
+
+
 def _argument_names(fn: Callable[..., Any], count: int) -> list[str]:
-    parameters = inspect.signature(getattr(fn, "forward", fn)).parameters.values()
     names: list[str] = []
-    for p in parameters:
+    for p in signature_of(fn).parameters.values():
         if p.kind is p.VAR_POSITIONAL:
             names += [f"{p.name}{i}" for i in range(count - len(names))]
         elif p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) and len(names) < count:
@@ -191,21 +243,26 @@ class _Interpreter:
     def __init__(
         self,
         exported: Any,
+        shim: Any,
         fn: Callable[..., Any],
         args: tuple[Any, ...],
+        names: Sequence[str],
         dynamic: Mapping[str, Mapping[int, Dim]],
         name: str | None,
+        live: Sequence[Any],
     ) -> None:
         from torch.utils import _pytree as pytree
 
         self.exported = exported
+        self.shim = shim
+        self.live = live
         self.name = name or re.sub(r"\W", "_", getattr(fn, "__name__", type(fn).__name__)).strip("_") or "program"
         self.leaves, self.in_spec = pytree.tree_flatten(args)
         self.tracing = Tracing(Recorder())
         self.values: dict[Any, Any] = {}
         self.names: dict[Value, str] = {}
         self.symbols: dict[str, Dim] = {}
-        self.leaf_names, self.leaf_dims = self._leaf_names(_argument_names(fn, len(args)), args, dynamic)
+        self.leaf_names, self.leaf_dims = self._leaf_names(names, args, dynamic)
         self.arguments: list[int] = []
         self.static: dict[int, Any] = {}
         self.constants: dict[str, Any] = {}
@@ -223,7 +280,7 @@ class _Interpreter:
             dims += [dynamic.get(name, {})] * count
         return found, dims
 
-    def run(self) -> Captured:
+    def run(self, detaches: bool) -> Captured:
         signature = self.exported.graph_signature
         self._refuse_mutation(signature)
         kinds = {spec.arg.name: spec for spec in signature.input_specs}
@@ -238,7 +295,7 @@ class _Interpreter:
         for node in nodes:
             if node.op == "call_function":
                 self._call(node)
-        return self._captured(next(n for n in nodes if n.op == "output"))
+        return self._captured(next(n for n in nodes if n.op == "output"), detaches)
 
     def _refuse_mutation(self, signature: Any) -> None:
         for spec in signature.output_specs:
@@ -266,10 +323,8 @@ class _Interpreter:
         self.arguments.append(i)
 
     def _weight(self, node: Any, spec: Any) -> None:
-        exported = self.exported
-        tables = (exported.state_dict, exported.constants, getattr(exported, "tensor_constants", {}))
-        value = next(table[spec.target] for table in tables if spec.target in table)
-        if not value.ndim:
+        value, made_inside = self._constant(spec.target)
+        if not value.ndim and made_inside:
             self.values[node] = value.item()  # a number that torch lifted
             return
         label = re.sub(r"\W", "_", spec.target.removeprefix("inner."))
@@ -277,7 +332,28 @@ class _Interpreter:
             label += "_"
         kept = TensorSpec(dtype_of(value.dtype), tuple(value.shape), constant=True)
         self.values[node] = self.tracing.input(label, kept)
-        self.constants[label] = value.detach()
+        self.constants[label] = value
+
+    def _constant(self, target: str) -> tuple[Any, bool]:
+        """The tensor itself that the function reads, and whether it may be one that the function makes."""
+        import torch
+
+        owner, _, own = target.rpartition(".")
+        try:
+            found = getattr(self.shim.get_submodule(owner), own)
+        except AttributeError:
+            found = None
+        if isinstance(found, torch.Tensor):
+            return found, False
+        tables = (self.exported.state_dict, self.exported.constants)
+        value = next(table[target] for table in tables if target in table)
+        for x in self.live:
+            if x is value:
+                return x, False
+        for x in self.live:  # torch.export lifts a detached copy of what needs a gradient, on the same memory
+            if x.requires_grad and _same_memory(x, value):
+                return x, False
+        return value, True
 
     def _size(self, size: Any) -> Size:
         """A torch size, int or symbolic, as a Size."""
@@ -347,7 +423,7 @@ class _Interpreter:
 
     # -- results -----------------------------------------------------------------------------------------------
 
-    def _captured(self, node: Any) -> Captured:
+    def _captured(self, node: Any, detaches: bool) -> Captured:
         outputs: list[Tensor] = []
         results: list[int | tuple[Any]] = []
         for found in self._value(list(node.args[0])):
@@ -366,7 +442,13 @@ class _Interpreter:
             tuple(results),
             self.in_spec,
             self.exported.call_spec.out_spec,
+            detaches,
         )
+
+
+def _same_memory(a: Any, b: Any) -> bool:
+    described = [(x.data_ptr(), x.shape, x.stride(), x.dtype, x.device) for x in (a, b)]
+    return bool(described[0] == described[1])
 
 
 def _unsupported(message: str, name: str, where: Location | None) -> UnsupportedOpError:

@@ -2,76 +2,146 @@
 
 The first call with new shapes captures and optimises; later calls with the same element types, devices and shapes (or
 with sizes inside a declared range) run the result.  What is not understood runs as it was written, with one warning.
+
+What the function reads besides its arguments is looked up at every call: weights are the live tensors, and another
+training flag, plain attribute, closure cell or global number gives another specialisation (`mugraph.pytorch.guards`
+lists what is looked at).  Attributes of other objects, what is inside long containers, and effects other than the
+result are not followed.  Results are new tensors also where PyTorch would return a view of an argument.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
+import sys
 import threading
 import types
 import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-from mugraph import pipeline
-from mugraph.errors import CaptureError, FallbackWarning, LaunchError, MugraphError, VerificationError
+from mugraph import pipeline, settings
+from mugraph.errors import (
+    CaptureError,
+    FallbackWarning,
+    LaunchError,
+    MugraphError,
+    SettingError,
+    UnknownTargetError,
+    VerificationError,
+    user_location,
+)
 from mugraph.ir.axes import Dim
 from mugraph.pipeline import Result
+from mugraph.search.space import SearchSpace
+from mugraph.transpiler.target import Target, parse_target
 
 Dynamic = Mapping[str, Mapping[int, Dim]]
 
+# So many specialisations are made; later signatures run as written.  An attribute that counts calls makes one a call.
+LIMIT = 64
 
-@dataclass(frozen=True)
+
+@dataclass
 class Specialisation:
-    """What runs for one signature: a captured program and its result, or the reason for a fallback."""
+    """What runs for one signature: a captured program and its result, or the reason for a fallback.
+
+    `live` gives for each weight of the program its place among the tensors that the guards list, or the tensor itself.
+    """
 
     captured: Any
     result: Result | None
-    reason: MugraphError | None
+    reason: Exception | None
+    live: tuple[Any, ...] = ()
+    kept: list[object] = field(default_factory=list, repr=False)
 
     @property
     def report(self) -> str:
         return str(self.reason) if self.result is None else str(self.result)
 
 
+@dataclass(frozen=True)
+class _Call:
+    """The arguments of one call: those by position and those by name only, and all their leaves."""
+
+    args: tuple[Any, ...]
+    named: dict[str, Any]
+    leaves: list[Any]
+    spec: object
+
+
 class OptimizedFunction:
     """A PyTorch function or module, superoptimised per signature.
 
     `specialisations` maps each signature met so far to what runs for it; `report` tells about all of them;
-    `original` is the function as it was written.
+    `original` is the function as it was written.  Other attributes are those of the original, so that
+    `fast.parameters()` or `fast.eval()` work on an optimised module.  Copies and pickles start without specialisations.
+
+    Raises, when it is made, SettingError, CaptureError or UnknownTargetError for options that cannot be meant.  A call
+    raises what the original raises; with `strict` also the MugraphError that says why it is not optimised.
     """
 
     def __init__(
         self, original: Callable[..., Any], *, dynamic: Dynamic | None = None, strict: bool = False, **options: Any
     ) -> None:
+        if inspect.isclass(original):
+            raise SettingError(f"{original.__name__} is a class", remedy="give an instance of it, or a function")
+        _check_options(options)
         self.original = original
-        self.dynamic = dict(dynamic or {})
         self.strict = strict
         self.options = options
         self.specialisations: dict[object, Specialisation] = {}
         self._attribute = getattr(original, "__name__", "")
-        self._lock = threading.Lock()
-        self._signature = inspect.signature(getattr(original, "forward", original))
-        if unknown := sorted(set(self.dynamic) - set(self._signature.parameters)):
-            raise CaptureError(
-                f"dynamic names {unknown[0]!r}, which is no argument",
-                remedy=f"known: {', '.join(self._signature.parameters)}",
-            )
+        self._lock = threading.RLock()
+        self._guards: Any = None
+        self._told: set[str] = set()
+        from mugraph.pytorch.capture import signature_of
+
+        self._signature = signature_of(original)
+        self.dynamic = _checked_dynamic(dynamic, self._signature)
         functools.update_wrapper(self, original, updated=())
 
-    def __get__(self, instance: object, owner: type | None = None) -> OptimizedFunction:
-        """As a method: one optimised function for each instance, whose attributes are constants to it."""
-        if instance is None:
+    # -- as an attribute, a copy, a module ------------------------------------------------------------------------
+
+    def __get__(self, instance: object, owner: type | None = None) -> Any:
+        """As a method: one optimised function for each instance."""
+        if instance is None or not isinstance(self.original, types.FunctionType):
             return self
         bound = types.MethodType(self.original, instance)
+        if not hasattr(instance, "__dict__"):
+            return bound  # nowhere to keep what is optimised for this instance
         method = OptimizedFunction(bound, dynamic=self.dynamic, strict=self.strict, **self.options)
         instance.__dict__[self._attribute] = method  # found first from now on, and gone with the instance
         return method
 
     def __set_name__(self, owner: type, name: str) -> None:
         self._attribute = name
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "original" or (name.startswith("__") and name.endswith("__")):
+            raise AttributeError(name)
+        found = getattr(self.original, name)
+        if isinstance(found, types.MethodType) and found.__self__ is self.original:
+            return functools.partial(_delegated, self, found)
+        return found
+
+    def __reduce__(self) -> Any:
+        """By name where it stands in its module or object under its own name; else the original and the options."""
+        original = self.original
+        if isinstance(original, types.MethodType):
+            name, owner = original.__name__, original.__self__
+            if getattr(owner, "__dict__", {}).get(name) is self:
+                return getattr, (owner, name)
+        qualname = getattr(original, "__qualname__", "")
+        found: Any = sys.modules.get(getattr(original, "__module__", None) or "")
+        for part in qualname.split("."):
+            found = getattr(found, part, None)
+        if found is self:
+            return qualname
+        return _made, (original, self.dynamic, self.strict, self.options)
+
+    # -- what is there --------------------------------------------------------------------------------------------
 
     @property
     def report(self) -> str:
@@ -86,119 +156,303 @@ class OptimizedFunction:
             raise CaptureError("nothing is optimised yet", remedy="call the function once, or read .report")
         return found[-1]
 
+    # -- calls ----------------------------------------------------------------------------------------------------
+
     def __call__(self, *args: Any, **named: Any) -> Any:
-        try:
-            bound = self._signature.bind(*args, **named)
-        except TypeError:
-            return self.original(*args, **named)  # raises what Python says
-        bound.apply_defaults()
-        if bound.kwargs:  # keyword-only arguments: outside what torch.export is given here
-            return self._outside("keyword-only arguments", args, named)
-        leaves = _leaves(bound.args)
-        key = self._key(bound.arguments, leaves)
+        return _entry()(self, *args, **named)
+
+    def _call(self, *args: Any, **named: Any) -> Any:
+        call = self._bound(args, named)
+        if call is None or _is_abstract(call.leaves):
+            return self.original(*args, **named)  # nothing to compute, or Python says what is wrong
+        if outside := _outside_state(call.leaves):
+            return self._outside(*outside, args, named)
+        if self._guards is None:
+            from mugraph.pytorch.guards import Guards
+
+            self._guards = Guards(self.original, OptimizedFunction)
+        state = self._guards.state()
+        if state.hooked:
+            return self._outside("modules with hooks", "remove the hooks", args, named)
+        if _is_abstract(state.tensors):
+            return self.original(*args, **named)
+        sizes = self._sizes(call)
+        key = (call.spec, _leaf_key(call.leaves, sizes), state.frozen())
         chosen = self.specialisations.get(key)
         if chosen is None:
+            if len(self.specialisations) >= LIMIT:
+                return self._outside(f"more than {LIMIT} signatures", "declare sizes as dynamic", args, named)
             with self._lock:
                 chosen = self.specialisations.get(key)
                 if chosen is None:
-                    chosen = self.specialisations[key] = self._specialise(bound.args, leaves)
+                    chosen = self.specialisations[key] = self._specialise(call, sizes, state)
         if chosen.result is None or chosen.result.unchanged:
             return self.original(*args, **named)  # never slower: PyTorch's own way is what runs
-        if _wants_gradients(leaves, chosen.captured) and chosen.result.target.kind != "torch":
-            return self._outside("gradients through emitted kernels", args, named)
-        outputs = chosen.result(*chosen.captured.flatten(bound.args))
-        return chosen.captured.unflatten(outputs if isinstance(outputs, tuple) else (outputs,))
-
-    def _key(self, arguments: Mapping[str, Any], leaves: list[Any]) -> object:
-        """Types, devices and sizes; sizes declared dynamic count as one while they are in range."""
-        import torch
-
-        free: dict[int, Mapping[int, Dim]] = {}
-        for name, sizes in self.dynamic.items():
-            if isinstance(arguments.get(name), torch.Tensor):
-                free[id(arguments[name])] = sizes
-        parts: list[object] = []
-        for leaf in leaves:
-            if isinstance(leaf, torch.Tensor):
-                sizes = free.get(id(leaf), {})
-                shape = tuple(
-                    d.name if (d := sizes.get(i)) is not None and d.min <= n <= d.max else n
-                    for i, n in enumerate(leaf.shape)
-                )
-                parts.append((leaf.dtype, leaf.device.type, shape))
-            else:
-                parts.append((type(leaf), repr(leaf)))
-        mode = self.original.training if isinstance(self.original, torch.nn.Module) else None
-        return (mode, *parts)
-
-    def _specialise(self, args: tuple[Any, ...], leaves: list[Any]) -> Specialisation:
-        from mugraph.pytorch.capture import capture
-
-        options = dict(self.options)
-        if "target" not in options and not any(getattr(x, "is_cuda", False) for x in leaves):
-            options["target"] = "torch"
+        weights = [state.tensors[x] if isinstance(x, int) else x for x in chosen.live]
+        inputs = [*(call.leaves[i] for i in chosen.captured.arguments), *weights]
+        if _wants_gradients(inputs):
+            if chosen.result.target.kind != "torch":
+                return self._outside("gradients through emitted kernels", _NO_GRAD, args, named)
+            if chosen.captured.detaches:
+                return self._outside("gradients that the function stops in places", _NO_GRAD, args, named)
         try:
-            captured = capture(self.original, self._examples(args), self._dynamic_here(args))
-            return Specialisation(captured, pipeline.optimize(captured.program, **options), None)
-        except VerificationError:
-            raise  # a wrong result is a defect of mugraph, not something to fall back from in silence
-        except MugraphError as error:
+            outputs = chosen.result(*inputs)
+        except Exception as error:
             if self.strict:
                 raise
             self._warn(error)
-            return Specialisation(None, None, error)
+            self.specialisations[key] = Specialisation(None, None, error, kept=state.kept)
+            return self.original(*args, **named)
+        return chosen.captured.unflatten(outputs if isinstance(outputs, tuple) else (outputs,))
 
-    def _dynamic_here(self, args: tuple[Any, ...]) -> Dynamic:
-        """The declared dynamic sizes that these arguments are in range of."""
+    def _bound(self, args: tuple[Any, ...], named: dict[str, Any]) -> _Call | None:
+        """The arguments in the order of the signature, or None where they do not fit it."""
         import torch
+        from torch.utils import _pytree as pytree
 
-        found: dict[str, dict[int, Dim]] = {}
-        for name, x in zip(self._signature.parameters, args, strict=False):
-            if isinstance(x, torch.Tensor):
-                inside = {i: d for i, d in self.dynamic.get(name, {}).items() if d.min <= x.shape[i] <= d.max}
-                if inside:
-                    found[name] = inside
+        try:
+            bound = self._signature.bind(*args, **named)
+        except TypeError:
+            return None
+        bound.apply_defaults()
+        args, named = bound.args, bound.kwargs
+        if not named and all(isinstance(x, torch.Tensor) for x in args):
+            return _Call(args, named, list(args), len(args))
+        leaves, spec = pytree.tree_flatten((args, named))
+        return _Call(args, named, leaves, spec)
+
+    def _sizes(self, call: _Call) -> dict[int, Mapping[int, Dim]]:
+        """The declared dynamic sizes that hold here, by the number of the leaf: in range, and equal where they have the
+        same name."""
+        if not self.dynamic:
+            return {}
+        import torch
+        from torch.utils import _pytree as pytree
+
+        found: dict[int, Mapping[int, Dim]] = {}
+        values: dict[str, int] = {}
+        place = 0
+        for name, x in (*zip(self._signature.parameters, call.args, strict=False), *call.named.items()):
+            if not isinstance(x, torch.Tensor):
+                place += len(pytree.tree_leaves(x))
+                continue
+            inside = {
+                i: d
+                for i, d in self.dynamic.get(name, {}).items()
+                if i < x.ndim and d.min <= x.shape[i] <= d.max and values.setdefault(d.name, x.shape[i]) == x.shape[i]
+            }
+            if inside:
+                found[place] = inside
+            place += 1
         return found
 
-    def _examples(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        """The arguments, with at least 2 along dynamic sizes: torch.export takes 1 for a constant."""
-        dynamic = self._dynamic_here(args)
-        examples = list(args)
-        for n, name in enumerate(self._signature.parameters):
-            if name in dynamic:
-                x = args[n]
-                shape = [max(2, s) if i in dynamic[name] else s for i, s in enumerate(x.shape)]
-                examples[n] = x if shape == list(x.shape) else x.new_zeros(shape)
-        return tuple(examples)
+    def _specialise(self, call: _Call, sizes: Mapping[int, Mapping[int, Dim]], state: Any) -> Specialisation:
+        from mugraph.pytorch.capture import capture
 
-    def _outside(self, what: str, args: tuple[Any, ...], named: Mapping[str, Any]) -> Any:
-        error = LaunchError(
-            f"{what} are not supported", remedy="call it under torch.no_grad(), or with positional arguments"
-        )
+        options = dict(self.options)
+        if options.get("target") is None and not any(getattr(x, "is_cuda", False) for x in call.leaves):
+            options["target"] = "torch"
+        try:
+            self._check_ranks(call)
+            args, named, dynamic = self._examples(call, sizes)
+            captured = capture(
+                self.original, args, dynamic, example_kwargs=named, live=state.tensors, modules=state.modules
+            )
+            if self._guards.state().frozen() != state.frozen():
+                raise CaptureError("the function changes what it reads", remedy="return the new values instead")
+            result = pipeline.optimize(captured.program, **options)
+        except Exception as error:  # whatever goes wrong here would not go wrong in the original
+            if self.strict:
+                raise
+            self._warn(error)
+            return Specialisation(None, None, error, kept=state.kept)
+        places = {id(x): i for i, x in reversed(list(enumerate(state.tensors)))}
+        live = tuple(places.get(id(x), x) for x in captured.constants.values())
+        return Specialisation(captured, result, None, live, state.kept)
+
+    def _check_ranks(self, call: _Call) -> None:
+        for name, x in (*zip(self._signature.parameters, call.args, strict=False), *call.named.items()):
+            rank = getattr(x, "ndim", 0)
+            for i in self.dynamic.get(name, {}):
+                if i >= rank:
+                    raise CaptureError(f"dynamic names dimension {i} of {name}, which has {rank} dimensions")
+
+    def _examples(
+        self, call: _Call, sizes: Mapping[int, Mapping[int, Dim]]
+    ) -> tuple[tuple[Any, ...], dict[str, Any], Dynamic]:
+        """The arguments, with at least 2 along dynamic sizes (torch.export takes 1 for a constant), and those sizes by
+        the names of arguments."""
+        from torch.utils import _pytree as pytree
+
+        place = 0
+        examples: list[Any] = []
+        dynamic: dict[str, Mapping[int, Dim]] = {}
+        names = [*list(self._signature.parameters)[: len(call.args)], *call.named]
+        given = [*call.args, *call.named.values()]
+        for n, x in enumerate(given):
+            if place in sizes and hasattr(x, "shape"):
+                dynamic[names[n]] = sizes[place]
+                shape = [max(2, s) if i in sizes[place] else s for i, s in enumerate(x.shape)]
+                x = x if shape == list(x.shape) else x.new_zeros(shape)
+            examples.append(x)
+            place += len(pytree.tree_leaves(x))
+        count = len(call.args)
+        return tuple(examples[:count]), dict(zip(call.named, examples[count:], strict=True)), dynamic
+
+    def _outside(self, what: str, remedy: str, args: tuple[Any, ...], named: Mapping[str, Any]) -> Any:
         if self.strict:
-            raise error
-        self._warn(error)
+            raise LaunchError(f"{what} are not supported", remedy=remedy)
+        if what not in self._told:
+            self._told.add(what)
+            self._warn(LaunchError(f"{what} are not supported", remedy=remedy))
         return self.original(*args, **named)
 
-    def _warn(self, error: MugraphError) -> None:
+    def _warn(self, error: Exception) -> None:
         name = getattr(self.original, "__name__", type(self.original).__name__)
-        warnings.warn(FallbackWarning(f"{name} runs as it was written: {error}"), stacklevel=4)
+        text = str(error) if isinstance(error, MugraphError) else f"{type(error).__name__}: {error}"
+        if isinstance(error, VerificationError):
+            text = f"a check refused the result: {text}"
+        warnings.warn(FallbackWarning(f"{name} runs as it was written: {text}"), stacklevel=_user_level())
 
 
-def _leaves(args: tuple[Any, ...]) -> list[Any]:
-    from torch.utils import _pytree as pytree
+_NO_GRAD = "call it under torch.no_grad()"
 
-    found: list[Any] = pytree.tree_leaves(args)
+
+def _made(original: Any, dynamic: Dynamic, strict: bool, options: Mapping[str, Any]) -> OptimizedFunction:
+    return OptimizedFunction(original, dynamic=dynamic, strict=strict, **options)
+
+
+def _delegated(wrapper: OptimizedFunction, method: Callable[..., Any], *args: Any, **named: Any) -> Any:
+    """What a method of the original gives; the wrapper where it gives the original itself, as `.eval()` does."""
+    found = method(*args, **named)
+    return wrapper if found is wrapper.original else found
+
+
+def _user_level() -> int:
+    """The stack level, as `warnings.warn` in the caller counts it, of the innermost line that is the user's."""
+    place = user_location()
+    frame, level = sys._getframe(1), 1
+    while place is not None and frame.f_back is not None:
+        inside = frame.f_globals.get("__name__", "").partition(".")[0]
+        if inside not in ("mugraph", "torch"):
+            break
+        frame, level = frame.f_back, level + 1
+    return level
+
+
+# -- options
+
+
+def _check_options(options: Mapping[str, Any]) -> None:
+    known = [n for n, p in inspect.signature(pipeline.optimize).parameters.items() if p.kind is p.KEYWORD_ONLY]
+    for name, value in options.items():
+        if name not in known:
+            listed = ", ".join((*known, "dynamic", "strict"))
+            raise SettingError(f"superoptimize has no option {name!r}", remedy=f"known: {listed}")
+        if name == "space" and not isinstance(value, SearchSpace | None):
+            raise SettingError(f"space is {value!r}", remedy="give a mugraph.SearchSpace")
+    target = options.get("target")
+    if not isinstance(target, str | Target | None):
+        raise UnknownTargetError(f"there is no target {target!r}", remedy="give a name such as 'torch' or 'cuda:90'")
+    if isinstance(target, str) and target not in ("cuda", "triton"):  # these ask for the device, at the first call
+        parse_target(target)
+    settings.budget_seconds.get(options.get("budget_seconds"))
+    settings.seed.get(options.get("seed"))
+
+
+def _checked_dynamic(dynamic: Any, signature: inspect.Signature) -> dict[str, dict[int, Dim]]:
+    """`dynamic` with plain dictionaries.  Raises CaptureError where it does not fit the signature."""
+    form = 'give {"x": {0: mg.Dim("rows", 1, 256)}}'
+    if not isinstance(dynamic, Mapping | None):
+        raise CaptureError(f"dynamic is {dynamic!r}", remedy=form)
+    single = [n for n, p in signature.parameters.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    found: dict[str, dict[int, Dim]] = {}
+    for name, sizes in (dynamic or {}).items():
+        if name not in single:
+            raise CaptureError(f"dynamic names {name!r}, which is no argument", remedy=f"known: {', '.join(single)}")
+        if not isinstance(sizes, Mapping):
+            raise CaptureError(f"dynamic gives {sizes!r} for {name}", remedy=form)
+        for i, d in sizes.items():
+            if type(i) is not int or i < 0:
+                raise CaptureError(f"dynamic names dimension {i!r} of {name}", remedy="dimensions count from 0")
+            if not isinstance(d, Dim):
+                raise CaptureError(f"dynamic gives {d!r} for dimension {i} of {name}", remedy=form)
+        found[name] = dict(sizes)
     return found
 
 
-def _wants_gradients(leaves: list[Any], captured: Any) -> bool:
+# -- what a call looks at
+
+
+@functools.cache
+def _undynamoed() -> Any:
+    """`OptimizedFunction._call`, which torch.compile leaves alone."""
     import torch
 
-    if not torch.is_grad_enabled():
-        return False
-    tensors = (*leaves, *captured.constants.values())
-    return any(isinstance(x, torch.Tensor) and x.requires_grad for x in tensors)
+    return torch.compiler.disable(OptimizedFunction._call)  # type: ignore[no-untyped-call, unused-ignore]
+
+
+def _entry() -> Any:
+    """How a call goes on.  Without TorchDynamo loaded, which takes seconds, nothing can be compiling."""
+    return _undynamoed() if "torch._dynamo" in sys.modules else OptimizedFunction._call
+
+
+OptimizedFunction.__call__._torchdynamo_disable = True  # type: ignore[attr-defined]
+_entry._torchdynamo_disable = True  # type: ignore[attr-defined]
+
+
+def _is_abstract(leaves: Sequence[Any]) -> bool:
+    """Whether there are tensors without values: on the meta device, or those that tracing makes."""
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    tensors = [x for x in leaves if isinstance(x, torch.Tensor)]
+    return any(x.is_meta or isinstance(x, FakeTensor) for x in tensors)
+
+
+def _outside_state(leaves: Sequence[Any]) -> tuple[str, str] | None:
+    """What a captured program does not represent, with a remedy."""
+    import torch
+
+    if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
+        return "calls under autocast", "convert the arguments and weights instead"
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return "calls under torch.func transforms", "apply the transform to the original function"
+    if any(isinstance(x, torch.Tensor) and type(x) not in (torch.Tensor, torch.nn.Parameter) for x in leaves):
+        return "subclasses of Tensor", "pass plain tensors"
+    return None
+
+
+def _leaf_key(leaves: Sequence[Any], free: Mapping[int, Mapping[int, Dim]]) -> tuple[object, ...]:
+    """Types, devices and sizes of tensors; sizes that are dynamic count as one.  Other leaves by value."""
+    import torch
+
+    parts: list[object] = []
+    for place, x in enumerate(leaves):
+        if isinstance(x, torch.Tensor):
+            sizes = free.get(place)
+            shape = (
+                x.shape if sizes is None else tuple(sizes[i].name if i in sizes else n for i, n in enumerate(x.shape))
+            )
+            parts += (x.dtype, x.device.type, shape)
+        elif isinstance(x, float):
+            parts += (type(x), x.hex())  # tells 0.0 from -0.0, and NaN is itself
+        elif isinstance(x, _VALUES):
+            parts += (type(x), x)
+        elif isinstance(x, torch.dtype | torch.device | torch.layout | torch.memory_format):
+            parts.append(x)
+        else:
+            parts.append(type(x))  # torch.export refuses it, whatever its value
+    return tuple(parts)
+
+
+_VALUES = (int, bool, str, bytes, complex, type(None))
+
+
+def _wants_gradients(tensors: Sequence[Any]) -> bool:
+    import torch
+
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
 pipeline.FRONTENDS.append(OptimizedFunction)

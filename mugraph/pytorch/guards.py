@@ -1,0 +1,280 @@
+"""What a PyTorch function reads besides its arguments, looked at before every call.
+
+A captured program holds for the state it was captured in: training flags, plain attributes, numbers in closures and
+globals.  `Guards.state` gives that state as a key, and the tensors the function reads as they are now.  Two states with
+the same key list their tensors in the same order, so a place in that list stands for a tensor's name.
+
+Looked at are: for modules every submodule's identity, class, plain attributes (numbers, strings, None, tensors) and
+parameters; for functions the closure cells and the globals that the code names, through functions it calls; for methods
+the instance's attributes.  Tensors count by element type, shape, device, need of a gradient and which are the same;
+tuples, lists and dictionaries of at most 32 entries by what is in them, other objects by identity.  Attributes of such
+objects, and what is inside other containers, are not looked at.
+"""
+
+from __future__ import annotations
+
+import dis
+import functools
+import types
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+_PLAIN = frozenset({int, bool, str, bytes, complex, type(None)})
+_READ = _PLAIN | {float}
+_ABSENT = object()
+
+# Longer containers count by identity.
+LONG = 32
+
+# Attributes of every nn.Module that PyTorch keeps for itself; parameters, buffers, submodules and hooks have own rules.
+_INTERNAL = frozenset(
+    {
+        "_parameters",
+        "_buffers",
+        "_modules",
+        "_non_persistent_buffers_set",
+        "_backward_pre_hooks",
+        "_backward_hooks",
+        "_is_full_backward_hook",
+        "_forward_hooks",
+        "_forward_hooks_with_kwargs",
+        "_forward_hooks_always_called",
+        "_forward_pre_hooks",
+        "_forward_pre_hooks_with_kwargs",
+        "_state_dict_hooks",
+        "_state_dict_pre_hooks",
+        "_load_state_dict_pre_hooks",
+        "_load_state_dict_post_hooks",
+        "_compiled_call_impl",
+    }
+)
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+@dataclass
+class State:
+    """A state of what a function reads.
+
+    `key` compares it, `tensors` are the live ones in the key's order, `kept` holds the objects that count by identity,
+    `modules` the modules that were met, `hooked` says that one has hooks.
+    """
+
+    key: list[object] = field(default_factory=list)
+    tensors: list[Any] = field(default_factory=list)
+    kept: list[object] = field(default_factory=list)
+    modules: list[Any] = field(default_factory=list)
+    hooked: bool = False
+    seen: dict[int, int] = field(default_factory=dict)
+
+    def frozen(self) -> tuple[object, ...]:
+        """The key, with the places of tensors that are the same object: two tied weights may come apart."""
+        places: dict[int, int] = {}
+        first = [places.setdefault(id(x), i) for i, x in enumerate(self.tensors)]
+        return (*self.key, None if len(places) == len(first) else tuple(first))
+
+
+@dataclass(frozen=True)
+class _ClassPlan:
+    """The functions of a class, and the names of attributes that they read."""
+
+    functions: tuple[types.FunctionType, ...]
+    attributes: tuple[str, ...]
+
+
+class Guards:
+    """Looks at what `root`, a function, method or module, reads besides its arguments.
+
+    `wrapper` is the class of optimised functions, which count as their `original`.
+    """
+
+    def __init__(self, root: Callable[..., Any], wrapper: type[Any]) -> None:
+        import torch
+
+        self.root = root
+        self._wrapper = wrapper
+        self._rules: dict[type, Callable[[Any, State], None]] = {}
+        self._tensor = torch.Tensor
+        self._module_type = torch.nn.Module
+        self._module_file: Any = torch.nn.modules.module
+        self._classes: dict[type, _ClassPlan] = {}
+        self._names: dict[int, tuple[types.CodeType, tuple[str, ...]]] = {}
+
+    def state(self) -> State:
+        """The present state."""
+        found = State()
+        self._value(self.root, found)
+        if found.modules:
+            found.hooked = found.hooked or self._module_file._has_any_global_hook()
+        return found
+
+    def _value(self, x: Any, s: State) -> None:
+        kind = type(x)
+        if kind in _PLAIN:
+            s.key += (kind, x)
+            return
+        if id(x) in s.seen:
+            s.key.append(s.seen[id(x)])
+            return
+        rule = self._rules.get(kind)
+        if rule is None:
+            rule = self._rules[kind] = self._rule(kind)
+        rule(x, s)
+
+    def _rule(self, kind: type) -> Callable[[Any, State], None]:
+        """How values of a class are looked at."""
+        if issubclass(kind, self._tensor):
+            return self._live
+        if issubclass(kind, self._module_type):
+            return self._module
+        if issubclass(kind, self._wrapper):
+            return self._optimised
+        exact: dict[type, Callable[[Any, State], None]] = {
+            float: self._float,
+            types.FunctionType: self._function,
+            types.MethodType: self._method,
+            functools.partial: self._partial,
+            tuple: self._items,
+            list: self._items,
+            dict: self._items,
+        }
+        return exact.get(kind, self._identity)
+
+    def _float(self, x: float, s: State) -> None:
+        s.key += (float, x.hex())  # tells 0.0 from -0.0, and NaN is itself
+
+    def _live(self, x: Any, s: State) -> None:
+        s.key += (type(x), x.dtype, x.shape, x.device, x.requires_grad)
+        s.tensors.append(x)
+
+    def _optimised(self, x: Any, s: State) -> None:
+        """An optimised function in another."""
+        self._enter(x, s)
+        self._value(x.original, s)
+
+    def _method(self, x: types.MethodType, s: State) -> None:
+        self._value(x.__func__, s)
+        self._owner(x.__self__, s)
+
+    def _partial(self, x: functools.partial[Any], s: State) -> None:
+        self._value(x.func, s)
+        self._items(x.args, s)
+        self._items(x.keywords, s)
+
+    def _items(self, x: Any, s: State) -> None:
+        """What a short container holds; torch.export puts copies of containers in the place of a module's own."""
+        if len(x) > LONG:
+            self._identity(x, s)
+            return
+        if not isinstance(x, tuple):  # which cannot hold itself
+            s.seen[id(x)] = -len(s.seen) - 1
+            s.kept.append(x)
+        s.key += (type(x), len(x))
+        for v in (y for pair in x.items() for y in pair) if isinstance(x, dict) else x:
+            self._value(v, s)
+
+    def _identity(self, x: object, s: State) -> None:
+        s.key.append(id(x))
+        s.kept.append(x)
+
+    def _enter(self, x: object, s: State) -> None:
+        s.seen[id(x)] = -len(s.seen) - 1
+        self._identity(x, s)
+
+    def _function(self, fn: types.FunctionType, s: State) -> None:
+        self._enter(fn, s)
+        s.key.append(id(fn.__code__))
+        s.kept.append(fn.__code__)
+        if _is_torch(fn.__module__):
+            return
+        for cell in fn.__closure__ or ():
+            try:
+                inside = cell.cell_contents
+            except ValueError:  # not assigned yet
+                inside = _ABSENT
+            self._value(inside, s)
+        for v in (*(fn.__defaults__ or ()), *(fn.__kwdefaults__ or {}).values()):
+            self._value(v, s)
+        for name in self._globals_of(fn.__code__):
+            self._value(fn.__globals__.get(name, _ABSENT), s)
+
+    def _globals_of(self, code: types.CodeType) -> tuple[str, ...]:
+        known = self._names.get(id(code))
+        if known is None:
+            known = self._names[id(code)] = code, tuple(sorted(set(_global_names(code))))
+        return known[1]
+
+    def _owner(self, x: Any, s: State) -> None:
+        """What a method is bound to: a module, or an object whose attributes count as a module's do."""
+        if isinstance(x, self._module_type) or id(x) in s.seen:
+            self._value(x, s)
+            return
+        self._enter(x, s)
+        own = getattr(x, "__dict__", {})
+        for name, v in own.items():
+            s.key.append(name)
+            self._value(v, s)
+        self._class(type(x), own, s)
+
+    def _module(self, m: Any, s: State) -> None:
+        self._enter(m, s)
+        s.modules.append(m)
+        own = m.__dict__
+        for table in _HOOKS:
+            if own.get(table):
+                s.hooked = True
+        s.key.append(type(m))
+        for name, v in own.items():
+            if name in _INTERNAL:
+                continue
+            s.key.append(name)
+            self._value(v, s)
+        for table in ("_parameters", "_buffers", "_modules"):
+            for name, v in own[table].items():
+                s.key.append(name)
+                self._value(v, s)
+        self._class(type(m), own, s)
+
+    def _class(self, kind: type, own: dict[str, Any], s: State) -> None:
+        """The functions of a class, and its plain attributes that they read."""
+        plan = self._classes.get(kind)
+        if plan is None:
+            plan = self._classes[kind] = _class_plan(kind)
+        for fn in plan.functions:
+            self._value(fn, s)
+        for name in plan.attributes:
+            if name not in own and type(v := getattr(kind, name, _ABSENT)) in _READ:
+                s.key.append(name)
+                self._value(v, s)
+
+
+def _is_torch(module: str | None) -> bool:
+    return (module or "").partition(".")[0] == "torch"
+
+
+def _class_plan(kind: type) -> _ClassPlan:
+    functions: list[types.FunctionType] = []
+    for base in kind.__mro__:
+        if base is object or _is_torch(base.__module__):
+            continue
+        for v in vars(base).values():
+            v = v.fget if isinstance(v, property) else getattr(v, "original", getattr(v, "__func__", v))
+            if isinstance(v, types.FunctionType):
+                functions.append(v)
+    names = {n for fn in functions for code in _codes(fn.__code__) for n in code.co_names}
+    return _ClassPlan(tuple(functions), tuple(sorted(names)))
+
+
+def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
+    """The code and the codes nested in it."""
+    yield code
+    for c in code.co_consts:
+        if isinstance(c, types.CodeType):
+            yield from _codes(c)
+
+
+def _global_names(code: types.CodeType) -> Iterator[str]:
+    for c in _codes(code):
+        for step in dis.get_instructions(c):
+            if step.opname in ("LOAD_GLOBAL", "LOAD_NAME") and step.argval is not None:
+                yield step.argval
