@@ -345,7 +345,7 @@ def _optimized(
 
     tell(f"searching {program.name} for {target}")
     notes: tuple[str, ...]
-    report: SearchReport | ReportText
+    report: SearchReport
     with interruptible() as interrupted:
         try:
             found = search(
@@ -366,7 +366,7 @@ def _optimized(
             verified, source = found.accepted
             report, notes = found.report, found.report.notes
             tell(f"found: {found.report.predicted_seconds * 1e6:.1f} µs predicted; verified, error <= {delta:.1e}")
-        stopped = interrupted()
+        stopped = interrupted() or report.stop.kind == "Interrupted"
     try:
         result = _checked(verified, source, target, seed, report, notes, tell)
     except VerificationError as error:
