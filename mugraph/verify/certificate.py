@@ -25,6 +25,7 @@ SCHEMA_VERSION = 1
 
 Tier = Literal["tested", "numerics"]
 How = Literal["interpreted", "device", "torch"]
+EXCUSED = ", and so does the source"  # ends the note of a row that `NumericReport.as_written` leaves out
 Pairs = tuple[tuple[str, int], ...]
 
 
@@ -69,6 +70,11 @@ class NumericRow:
         """Whether the program as written overflows at its own types here: it then has no error of its own."""
         return self.eager_error is None
 
+    @property
+    def excused(self) -> bool:
+        """Whether the source is out of tolerance where the program as written overflows."""
+        return self.note.endswith(EXCUSED)
+
 
 @dataclass(frozen=True)
 class NumericReport:
@@ -110,7 +116,7 @@ class NumericReport:
         def excused(row: NumericRow) -> NumericRow:
             if row.passed or not row.overflowed:
                 return row
-            return dataclasses.replace(row, counted=False, note=f"{row.note}, and so does the source")
+            return dataclasses.replace(row, counted=False, note=f"{row.note}{EXCUSED}")
 
         return dataclasses.replace(self, rows=tuple(excused(r) for r in self.rows))
 
