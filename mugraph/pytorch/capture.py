@@ -85,13 +85,15 @@ def capture(
     example_kwargs: Mapping[str, Any] | None = None,
     live: Sequence[Any] = (),
     modules: Sequence[Any] = (),
+    watch: Callable[[], object] = lambda: None,
 ) -> Captured:
     """Captures `fn`, a function or a module, called with `example_args` (tensors, pytrees of them, and plain values,
     which become fixed) and `example_kwargs`, arguments that go by name only.
 
     The values of the examples do not matter, and neither does which of them are the same tensor: the arguments are
     distinct.  `live` lists tensors that the function reads besides its arguments, so that a constant is one of them and
-    no detached copy; `modules` are modules that it reads.
+    no detached copy; `modules` are modules that it reads.  `watch` gives the state that it reads, which a run must
+    leave as it is.
 
     `dynamic` names symbolic sizes: `{"x": {0: mg.Dim("B", 1, 256)}}`.  Examples need a size of at least 2 there.
     Raises CaptureError if torch cannot export the function, UnsupportedOpError for an operator without a meaning here.
@@ -99,7 +101,7 @@ def capture(
     keywords = tuple(example_kwargs or ())
     args = _distinct((*example_args, *(example_kwargs or {}).values()))
     names = [*_argument_names(fn, len(example_args)), *keywords]
-    exported, shim, detaches = _exported(fn, args, names, keywords, dynamic or {}, modules)
+    exported, shim, detaches = _exported(fn, args, names, keywords, dynamic or {}, modules, watch)
     return _Interpreter(exported, shim, fn, args, names, dynamic or {}, name, live).run(detaches)
 
 
@@ -125,6 +127,7 @@ def _exported(
     keywords: Sequence[str],
     dynamic: Mapping[str, Mapping[int, Dim]],
     modules: Sequence[Any],
+    watch: Callable[[], object],
 ) -> tuple[Any, Any, bool]:
     """The exported program, the module that torch.export was given, and whether gradients are stopped in it."""
     import torch
@@ -144,7 +147,11 @@ def _exported(
                     self.add_module(f"module{i}", m)
 
         def forward(self, *args: Any) -> Any:
-            return called(*args[:positional], **dict(zip(keywords, args[positional:], strict=True)))
+            before = watch()
+            found = called(*args[:positional], **dict(zip(keywords, args[positional:], strict=True)))
+            if watch() != before:  # here, because torch.export puts back the attributes that a trace has changed
+                raise CaptureError("the function changes what it reads", remedy="return the new values instead")
+            return found
 
     if unknown := sorted(set(dynamic) - set(names)):
         raise CaptureError(f"there is no argument {unknown[0]}", remedy=f"known: {', '.join(names)}")

@@ -256,10 +256,14 @@ class OptimizedFunction:
             self._check_ranks(call)
             args, named, dynamic = self._examples(call, sizes)
             captured = capture(
-                self.original, args, dynamic, example_kwargs=named, live=state.tensors, modules=state.modules
+                self.original,
+                args,
+                dynamic,
+                example_kwargs=named,
+                live=state.tensors,
+                modules=state.modules,
+                watch=lambda: self._guards.state().frozen(),
             )
-            if self._guards.state().frozen() != state.frozen():
-                raise CaptureError("the function changes what it reads", remedy="return the new values instead")
             result = pipeline.optimize(captured.program, **options)
         except Exception as error:  # whatever goes wrong here would not go wrong in the original
             if self.strict:

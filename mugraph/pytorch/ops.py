@@ -140,7 +140,31 @@ def _attention(
     if enable_gqa and q.ndim > 2:
         group = int(q.shape[-3]) // int(k.shape[-3])
         k, v = (x.repeat_interleave(group, -3) if group > 1 else x for x in (k, v))
-    return mg.attention(q, k, v, scale, mask=mask, causal=is_causal)
+    if mask is None:
+        return mg.attention(q, k, v, scale, causal=is_causal)
+    if is_causal:
+        _refuse("attention with a mask that is also causal", "give one of both")
+    return _masked_attention(q, k, v, mask, scale)
+
+
+def _masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float | None) -> Tensor:
+    """Attention under a mask; a row that the mask leaves empty gives 0, where softmax has no value.
+
+    Such a row takes part as a whole and its result is dropped, so that every softmax has something to sum.
+    """
+    scores = t.matmul(q, k.mT) * (q.shape[-1] ** Fraction(-1, 2) if scale is None else scale)
+    if mask.masked is not None:
+        keep, mask = mask.masked, Tensor(mask.recorder, mask.value, mask.dims)
+        scores = scores + mask
+    elif mask.dtype is DType.bool:
+        keep = mask
+    else:
+        keep = t.logical("not", t.compare("lt", mask, t.LOWEST[mask.dtype]))  # less than all numbers: minus infinity
+        scores = scores + t.where(keep, mask, 0)
+    some = t.compare("gt", mg.sum(t.where(keep, 1.0, 0.0), -1, True), 0)
+    full = t.logical("or", keep, t.logical("not", some))
+    found = t.matmul(mg.softmax(t.where(full, scores, -math.inf), -1), v)
+    return t.where(some, found, 0)
 
 
 # -- reductions and normalisations -------------------------------------------------------------------------------
@@ -181,7 +205,7 @@ def _cumsum(x: Tensor, dim: int, *, dtype: Any = None) -> Tensor:
     return mg.cumsum(_cast(x, dtype), dim)
 
 
-@aten("softmax", "_softmax", "_safe_softmax")
+@aten("softmax", "_softmax")
 def _softmax(x: Tensor, dim: int, dtype: Any = None) -> Tensor:
     return mg.softmax(x if isinstance(dtype, bool) else _cast(x, dtype), dim)
 
