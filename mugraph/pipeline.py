@@ -562,9 +562,9 @@ def runner(source: str, target: Target, program: Program) -> Iterator[tuple[Run,
 
         yield run, "device" if kernels and target.kind != "torch" else "torch"
         return
-    from mugraph.runtime.interpret import Interpreter
+    from mugraph.runtime.interpret import shared_interpreter
 
-    with Interpreter() as interpreter:
+    with shared_interpreter() as interpreter:
 
         def interpret(inputs: Mapping[str, Any], bindings: Mapping[str, int]) -> Sequence[Any]:
             del bindings
@@ -609,12 +609,13 @@ def interruptible() -> Iterator[Callable[[], bool]]:
 
 
 def _interpreted(result: Result, args: Sequence[Any], out: Any, named: Mapping[str, Any]) -> Any:
-    from mugraph.runtime.interpret import interpret
+    from mugraph.runtime.interpret import shared_interpreter
 
     order = [i.name for i in result.program.inputs]
 
     def run(*tensors: Any, out: Any = None) -> Any:
-        outputs = interpret(result.source, dict(zip(order, tensors, strict=True)))
+        with shared_interpreter() as interpreter:
+            outputs = interpreter.run(result.source, dict(zip(order, tensors, strict=True)))
         if out is not None:
             given = out if isinstance(out, tuple | list) else (out,)
             outputs = [place.copy_(o) for place, o in zip(given, outputs, strict=True)]

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import atexit
+import os
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import lru_cache
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -40,7 +45,16 @@ class Interpreter:
         return outputs
 
 
-def interpret(source: str, inputs: Mapping[str, torch.Tensor], timeout: float = 120.0) -> list[torch.Tensor]:
-    """One call in a process of its own; see `Interpreter.run`."""
-    with Interpreter(timeout) as interpreter:
-        return interpreter.run(source, inputs)
+@lru_cache(maxsize=1)
+def _of_process(pid: int) -> tuple[Interpreter, threading.Lock]:
+    interpreter = Interpreter()
+    atexit.register(interpreter.close)
+    return interpreter, threading.Lock()
+
+
+@contextmanager
+def shared_interpreter() -> Iterator[Interpreter]:
+    """The interpreter that this process keeps: starting one takes seconds.  One caller has it at a time."""
+    interpreter, lock = _of_process(os.getpid())
+    with lock:
+        yield interpreter

@@ -7,7 +7,7 @@ import torch
 
 from mugraph.errors import CompileError, UnknownTargetError
 from mugraph.runtime.compile import Compiler, resources
-from mugraph.runtime.interpret import Interpreter, interpret
+from mugraph.runtime.interpret import Interpreter, shared_interpreter
 from mugraph.runtime.process import Worker, WorkerError
 
 DOUBLE = "import torch\n\n\ndef run(X):\n    return X * 2, torch.empty(2)\n"
@@ -57,8 +57,11 @@ def test_a_hang_ends_at_the_limit(interpreter):
     interpreter.timeout = 120.0
 
 
-def test_a_single_call_has_a_process_of_its_own():
-    assert interpret(DOUBLE, {"X": torch.ones(1)})[0].tolist() == [2.0]
+def test_a_process_keeps_one_interpreter():
+    with shared_interpreter() as first:
+        assert first.run(DOUBLE, {"X": torch.ones(1)})[0].tolist() == [2.0]
+    with shared_interpreter() as second:
+        assert second is first
 
 
 def test_an_unknown_architecture_is_refused_with_the_known_ones():
