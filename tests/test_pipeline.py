@@ -21,7 +21,7 @@ from mugraph.ir.resize import recast, reduction, resized
 from mugraph.ir.types import DType
 from mugraph.runtime.cache import Cache
 from mugraph.runtime.compile import SHARED_LIMITS, Compiler
-from mugraph.runtime.interpret import Interpreter
+from mugraph.runtime.interpret import Interpreter, shared_interpreter
 from mugraph.search.driver import search
 from mugraph.transpiler.target import parse_target
 from mugraph.verify.equivalence import Verified, recheck, verify
@@ -132,7 +132,7 @@ def check_interpreted(v: Verified, dtype: DType, rows: list[int], interpreter: I
 
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_found_kernels_pass_the_interpreter(name: str, found: dict[str, Verified]) -> None:
-    with Interpreter() as interpreter:
+    with shared_interpreter() as interpreter:
         check_interpreted(found[name], DType.bf16, [7], interpreter)
 
 
@@ -149,7 +149,7 @@ def test_a_wrong_kernel_fails_the_interpreter(found: dict[str, Verified]) -> Non
     broken = source.replace("tl.sigmoid", "tl.exp") if "tl.sigmoid" in source else source.replace("1.0 + ", "2.0 + ")
     assert broken != source
     order = [i.name for i in program.inputs]
-    with Interpreter() as interpreter:
+    with shared_interpreter() as interpreter:
         report = numeric_check(
             program,
             lambda inputs, bindings: interpreter.run(broken, {n: inputs[n] for n in order}),

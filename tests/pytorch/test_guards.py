@@ -59,6 +59,7 @@ def test_the_same_tensor_twice_is_two_arguments() -> None:
     assert len(fast.result.program.inputs) == 2
 
 
+@pytest.mark.full
 def test_overlapping_views_and_weights_given_as_arguments_are_arguments() -> None:
     w = R(16, 16)
     fast = S(lambda a, b: torch.relu(a @ b) @ w)
@@ -70,6 +71,7 @@ def test_overlapping_views_and_weights_given_as_arguments_are_arguments() -> Non
     assert len(fast.specialisations) == 1
 
 
+@pytest.mark.full
 def test_dynamic_goes_by_argument() -> None:
     n, m = mg.Dim("n", 1, 64), mg.Dim("m", 1, 64)
     fast = S(lambda a, b: torch.relu(a @ b.T), dynamic={"a": {0: n}, "b": {0: m}})
@@ -297,6 +299,7 @@ def test_globals_and_closure_cells_are_followed(monkeypatch: pytest.MonkeyPatch)
     assert len(fast.specialisations) == 3
 
 
+@pytest.mark.full
 def test_attributes_of_a_methods_object_are_followed() -> None:
     class Model:
         shift = 1.0
@@ -449,6 +452,7 @@ def decorated(x: torch.Tensor) -> torch.Tensor:
     return torch.relu(x @ x) * 2
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("again", [copy.deepcopy, lambda f: pickle.loads(pickle.dumps(f))], ids=["copy", "pickle"])
 def test_copies_and_pickles(again: Any) -> None:
     x = R(8, 8)
@@ -480,6 +484,7 @@ def test_a_module_keeps_its_attributes() -> None:
         fast.nothing  # noqa: B018
 
 
+@pytest.mark.full
 def test_torch_compile_leaves_it_alone() -> None:
     fast = S(lambda x, w: torch.relu(x @ w) * 2)
     x = R(8, 8)
