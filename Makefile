@@ -29,7 +29,7 @@ demo: $(READY) ## optimise the four example programs, check them, write their ke
 	$(PY) -m examples.demo
 
 test: lint types ## lint, check types and run the tests
-	$(PY) -m pytest -q -n 2 --dist loadfile
+	$(PY) -m pytest -q -n 2 --dist worksteal
 
 test-all: $(READY) ## run the full matrices; resumable, results in tests/full_results.json
 	$(PY) -m tests.full
