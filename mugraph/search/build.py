@@ -169,8 +169,8 @@ class BlockBuilder:
         for q in range(self.last):
             if self.before[q].loads or self.before[q].steps:
                 passes.append(Pass((), self.loads(self.before[q]), tuple(self.before[q].steps)))
-            axis = self.context.axes[roles.passes[q]].name
-            passes.append(Pass(((axis, tiles[axis]),), self.loads(self.inside[q]), tuple(self.inside[q].steps)))
+            loops = tuple((a, tiles[a]) for a in self.context.axis_names(roles.passes[q]))
+            passes.append(Pass(loops, self.loads(self.inside[q]), tuple(self.inside[q].steps)))
         epilogue = self.before[self.last]
         stores = tuple(s for _, s, _ in self.partial) if split else self.stores(epilogue)
         return BlockGraph(grid, split, tuple(passes), self.loads(epilogue), tuple(epilogue.steps), stores, combine)

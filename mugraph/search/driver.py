@@ -342,7 +342,7 @@ def structure(plan: list[Choice], axes: Mapping[str, Axis]) -> str:
         roles = c.how.roles
         text = f"kernel grid({named(roles.grid)})"
         if roles.passes:
-            text += f" loop({named(roles.passes)})"
+            text += f" loop({','.join('·'.join(axes[a].name for a in loop) for loop in roles.passes)})"
         if roles.split:
             text += f" split({named(roles.split[:1])}/{roles.split[1]})"
         texts.append(text)

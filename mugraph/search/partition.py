@@ -13,15 +13,20 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from mugraph.search.closure import Edge
 from mugraph.search.cost import STAGES, Prediction, predict, predict_library
 from mugraph.search.extract import (
     COMPUTED_TILE,
     LOADED_TILE,
+    Assignment,
     Derivation,
     KernelSearch,
+    Loop,
     Problem,
     Roles,
+    Survey,
     work_of,
 )  # fmt: skip
 from mugraph.search.space import SearchSpace
@@ -30,6 +35,8 @@ KEPT = 6  # derivations per kernel that the full model ranks
 WHOLE = 128  # a shorter axis is whole in the tile at first
 SPLIT_MARGIN = 1.15  # the model is no surer than this, so a split must promise more for its second launch
 SLACK = 2.0  # additive costs that far above the best are not ranked
+RUNS = 24  # assignments of roles that are extracted, cheapest bound first
+ATTEMPTS = ((WHOLE, (1, 4)), (1, (1, 4, 16, 64)))  # (shortest loop, divisors of the first tiles): until one works
 
 
 @dataclass(frozen=True)
@@ -46,7 +53,9 @@ class Partition:
     def __init__(self, problem: Problem, space: SearchSpace, stop: Callable[[], bool] = lambda: False) -> None:
         self.p, self.space, self.stop = problem, space, stop
         self.choices: dict[tuple[int, ...], list[Choice]] = {}
-        self._batch: dict[tuple[int, ...], frozenset[str]] = {}
+        self._batch: dict[tuple[int, ...], tuple[frozenset[str], frozenset[str]]] = {}
+        self._alone: dict[tuple[int, ...], list[Choice]] = {}
+        self._surveys: dict[tuple[tuple[int, ...], int], Survey] = {}
         self.configurations = self.entries = 0
         self.seconds = 0.0
 
@@ -78,7 +87,11 @@ class Partition:
 
     def total(self, choice: Choice) -> float:
         """Seconds of the launch and of all that it needs."""
-        return choice.prediction.seconds + sum(self.p.memory.get(c, self.p.bound.get(c, 0.0)) for c in choice.needs)
+        return choice.prediction.seconds + self.before(choice.needs)
+
+    def before(self, needs: tuple[int, ...]) -> float:
+        """Seconds until all of these are in memory, or a lower bound."""
+        return sum(self.p.memory.get(c, self.p.bound.get(c, 0.0)) for c in needs)
 
     def library(self, roots: tuple[int, ...]) -> list[Choice]:
         """Contractions of two values in memory, as library calls."""
@@ -103,56 +116,115 @@ class Partition:
 
     def kernels(self, roots: tuple[int, ...]) -> list[Choice]:
         """The best derivations over all roles, ranked by the full model at their best tiles."""
-        alone = self.derivations(roots, alone=True)
-        found = [c for c in map(self.ranked, alone) if c is not None]
+        if roots not in self._alone:
+            self._alone[roots] = self.best(self.derivations(roots, alone=True))
+        found = list(self._alone[roots])
         if self.space.kernels > 1 or self.space.library:
-            found += [c for c in map(self.ranked, self.derivations(roots, alone=False)) if c is not None and c.needs]
+            found += self.best([d for d in self.derivations(roots, alone=False) if self.needs(d)])
         return found
 
+    def best(self, derivations: list[Derivation]) -> list[Choice]:
+        """The few that the full model likes best, each at its best tiles."""
+        scored = sorted((self.fit(d)[1] + self.before(self.needs(d)), n) for n, d in enumerate(derivations))
+        return [c for c in (self.ranked(derivations[n]) for _, n in scored[:KEPT]) if c is not None]
+
+    def needs(self, d: Derivation) -> tuple[int, ...]:
+        """What the derivation loads beside inputs."""
+        return tuple(sorted({s.entry[0] for s in d.loads() if not self.is_input(s.entry[0])}))
+
     def derivations(self, roots: tuple[int, ...], alone: bool) -> list[Derivation]:
-        """The cheapest few derivations by additive cost."""
-        found: list[Derivation] = []
-        upper = math.inf
-        for shrink in (1, 4, 16, 64):
-            for roles in self.roles(roots, WHOLE if shrink == 1 else 1):
-                if self.stop() or self.entries >= self.space.entries:
+        """The derivations whose additive cost is within SLACK of the least, one for each assignment of roles."""
+        for least, shrinks in ATTEMPTS:
+            survey = self.survey(roots, least, shrinks)
+            if survey is None:
+                continue
+            found: list[Derivation] = []
+            upper = math.inf
+            outcome = survey.outcome(alone)
+            order = np.argsort(outcome.bounds, kind="stable")
+            self.p.infeasible += int(np.isinf(outcome.bounds).sum())
+            done: set[Roles] = set()
+            for rank, n in enumerate(order):
+                if math.isinf(outcome.bounds[n]) or self.stop() or len(done) >= RUNS:
                     break
-                self.configurations += 1
-                tiles = self.default_tiles(roots, roles, shrink)
-                kernel = KernelSearch(self.p, roots, roles, tiles, alone)
-                self.entries += len(kernel.order)
-                d = kernel.run(upper)
+                if found and self.p.expanded > self.p.states:
+                    self.p.truncated += 1
+                    break
+                if outcome.bounds[n] >= upper:
+                    self.p.bounded += int(np.isfinite(outcome.bounds[order[rank:]]).sum())
+                    break
+                if survey.assignments[n].roles in done:
+                    continue
+                done.add(survey.assignments[n].roles)
+                d = KernelSearch(outcome, int(n)).run(upper)
                 if d is not None:
                     found.append(d)
                     upper = min(upper, d.cost * SLACK)
             if found or self.stop():
-                break
-        found.sort(key=lambda d: d.cost)
-        return found[:KEPT]
+                return found
+        return []
+
+    def survey(self, roots: tuple[int, ...], least: int, shrinks: tuple[int, ...]) -> Survey | None:
+        """All assignments of roles, from several tile sizes; None beyond the budget."""
+        if (roots, least) not in self._surveys:
+            if self.entries >= self.space.entries:
+                return None
+            members = len(frozenset().union(*(self.p.below[r] for r in roots)))
+            most = max(1, (self.space.entries - self.entries) // members)
+            assignments = list(itertools.islice(self.assignments(roots, least, shrinks), most))
+            self.configurations += len(assignments)
+            self.entries += len(assignments) * members
+            self._surveys[roots, least] = Survey(self.p, roots, assignments)
+        return self._surveys[roots, least]
 
     def roles(self, roots: tuple[int, ...], least: int) -> Iterator[Roles]:
         """All assignments of roles, in a fixed order.  Axes no longer than `least` are not looped over."""
         p = self.p
         shared = set.intersection(*(set(p.axes(r)) for r in roots))
         free = [a for a in p.axes(roots[0]) if a in shared and p.limits[a] > 1]
-        below = frozenset().union(*(p.below[r] for r in roots))
-        closed = sorted({a for c in below for e in p.closure.classes[c].edges for a in e.axes if p.limits[a] > least})
-        sequences: list[tuple[str, ...]] = [()]
-        for n in range(1, self.space.passes + 1):
-            sequences += itertools.product(closed, repeat=n)
+        sequences = self.sequences(roots, least)
         for count in range(len(free), -1, -1):
             for grid in itertools.combinations(free, count):
                 for passes in sequences:
-                    if set(passes) & set(grid):
+                    if any(a in grid for loop in passes for a in loop):
                         continue
                     yield Roles(grid, passes)
-                    if self.space.split and len(passes) == 1:
-                        for parts in self.split_counts(roots, grid, passes[0]):
-                            yield Roles(grid, passes, (passes[0], parts))
+                    if self.space.split and len(passes) == 1 and len(passes[0]) == 1:
+                        for parts in self.split_counts(roots, grid, passes[0][0]):
+                            yield Roles(grid, passes, (passes[0][0], parts))
+
+    def sequences(self, roots: tuple[int, ...], least: int) -> list[tuple[Loop, ...]]:
+        """The loops that a kernel may run one after the other.  A loop over Y comes after one over X if something
+        over Y needs something closed over X; independent loops come in one order only."""
+        p = self.p
+        members = [c for c in p.closure.order if any(c in p.below[r] for r in roots)]
+        closed_below: dict[int, frozenset[str]] = {}
+        loops: set[Loop] = set()
+        for c in members:
+            closed = set[str]()
+            for w in p.ways[c]:
+                closed |= w.closed.union(*(closed_below[x] for x in w.edge.children))
+                long = sorted(a for a in w.closed if p.limits[a] > least)
+                loops.update((a,) for a in long)
+                loops.update(pair for pair in itertools.combinations(long, 2) if all(p.limits[a] > WHOLE for a in pair))
+            closed_below[c] = frozenset(closed)
+        needs = {(frozenset(p.axes(c)), closed_below[c]) for c in members}
+
+        def follows(x: Loop, y: Loop) -> bool:
+            return any(axes.issuperset(y) and below.issuperset(x) for axes, below in needs)
+
+        singles = sorted(loops, key=lambda loop: (len(loop), loop))
+        after = {(x, y) for x in singles for y in singles if follows(x, y) or (x < y and not follows(y, x))}
+        found: list[tuple[Loop, ...]] = [()]
+        layer: list[tuple[Loop, ...]] = [()]
+        for _ in range(self.space.passes):
+            layer = [(*s, y) for s in layer for y in singles if all((x, y) in after for x in s)]
+            found += layer
+        return found
 
     def split_counts(self, roots: tuple[int, ...], grid: tuple[str, ...], axis: str) -> list[int]:
         """Powers of two that bring the blocks near one or two per SM, with at least two tiles in each part."""
-        roles = Roles(grid, (axis,))
+        roles = Roles(grid, ((axis,),))
         tiles = self.default_tiles(roots, roles, 1)
         blocks = math.prod(math.ceil(self.p.sizes[a] / tiles[a]) for a in grid)
         most = self.p.sizes[axis] // (2 * tiles[axis])
@@ -160,26 +232,43 @@ class Partition:
         counts = {min(2 ** round(math.log2(w)), 2 ** int(math.log2(most))) for w in wanted if w >= 2 and most >= 2}
         return sorted(c for c in counts if c >= 2)
 
-    def default_tiles(self, roots: tuple[int, ...], roles: Roles, shrink: int) -> dict[str, int]:
-        """Where the extraction starts; the full model moves them."""
-        fixed, batch = dict(self.space.tiles), self.batch_axes(roots)
+    def assignments(self, roots: tuple[int, ...], least: int, shrinks: tuple[int, ...]) -> Iterator[Assignment]:
+        """All roles, each with the tiles that the extraction may start from.  An axis that one matmul has on both
+        sides and another on one side only starts as either."""
+        for roles in self.roles(roots, least):
+            starts: list[dict[str, int]] = []
+            for shrink in shrinks:
+                for single in (True, False):
+                    tiles = self.default_tiles(roots, roles, shrink, single)
+                    if tiles not in starts:
+                        starts.append(tiles)
+            for tiles in starts:
+                yield Assignment(roles, tiles)
+
+    def default_tiles(self, roots: tuple[int, ...], roles: Roles, shrink: int, single: bool = True) -> dict[str, int]:
+        """Where the extraction starts; the full model moves them.  `single`: an axis that some matmul keeps from both
+        sides is cut to single elements."""
+        fixed, (never, kept) = dict(self.space.tiles), self.batch_axes(roots)
         tiles = {}
-        for a in (*roles.grid, *roles.passes):
+        for a in (*roles.grid, *sorted(roles.loops)):
             whole = power_of_two(self.p.sizes[a])
-            size = min(64, whole) if a in roles.passes else 1 if a in batch else max(1, min(64, whole) // shrink)
+            one = a in never or (single and a in kept)
+            size = min(64, whole) if a in roles.loops else 1 if one else max(1, min(64, whole) // shrink)
             tiles[a] = min(fixed.get(a, size), whole)
         return tiles
 
-    def batch_axes(self, roots: tuple[int, ...]) -> frozenset[str]:
-        """Axes that no matmul below the roots has on one side only: their tile is 1."""
+    def batch_axes(self, roots: tuple[int, ...]) -> tuple[frozenset[str], frozenset[str]]:
+        """Axes below the roots that no matmul has on one side only, and axes that one has on both sides and keeps."""
         if roots not in self._batch:
             p = self.p
             below = frozenset().union(*(p.below[r] for r in roots))
-            one_sided: set[str] = set()
+            one_sided, kept = set[str](), set[str]()
             for way in (w for c in below for w in p.ways[c] if w.matmul):
                 a, b = (set(p.axes(x)) for x in way.edge.children)
                 one_sided |= a ^ b
-            self._batch[roots] = frozenset(a for c in below for a in p.axes(c) if a not in one_sided)
+                kept |= (a & b) - way.closed
+            never = frozenset(a for c in below for a in p.axes(c) if a not in one_sided)
+            self._batch[roots] = never, frozenset(kept)
         return self._batch[roots]
 
     # -- tiles
@@ -204,8 +293,7 @@ class Partition:
         if excess > 0:
             return None
         d = replace(d, tiles=tuple(sorted(best.items())))
-        needs = tuple(sorted({s.entry[0] for s in d.loads() if not self.is_input(s.entry[0])}))
-        return Choice(d.roots, d, predict(work_of(self.p, d), self.p.device), needs)
+        return Choice(d.roots, d, predict(work_of(self.p, d), self.p.device), self.needs(d))
 
     def fit(self, d: Derivation) -> tuple[float, float]:
         """(how far the tiles exceed the device, predicted seconds)."""

@@ -23,7 +23,7 @@ class SearchSpace:
     tiles         fixed tile sizes, as (axis, tile)
     nodes         budget of factors in the expressions of the closure
     entries       budget of classes looked at, over all assignments of roles of all kernels
-    states        budget of expanded states per kernel
+    states        budget of expanded states, over all kernels
     """
 
     split: bool = True
@@ -34,8 +34,8 @@ class SearchSpace:
     symbolic: int = 16
     tiles: tuple[tuple[str, int], ...] = ()
     nodes: int = 4_000
-    entries: int = 100_000
-    states: int = 300
+    entries: int = 1_000_000
+    states: int = 16_000
 
     def __post_init__(self) -> None:
         if unknown := set(self.laws) - set(LAWS):
@@ -66,4 +66,4 @@ def space_of(effort: Effort) -> SearchSpace:
         case "quick":
             return SearchSpace()
         case "full":
-            return SearchSpace(nodes=40_000, entries=1_000_000, states=3_000)
+            return SearchSpace(nodes=40_000, entries=10_000_000, states=160_000)
