@@ -46,6 +46,7 @@ from mugraph.ir.graph import (
 )
 from mugraph.ir.infer import infer, type_of
 from mugraph.ir.ops import (
+    Broadcast,
     Cast,
     Compare,
     Const,
@@ -462,11 +463,18 @@ class _Writer:
         s = self.env.get(store.value, Scaled(store.value))
         if s.plain or s.v is None or s.mask is not None:
             return [replace(store, value=self.whole(store.value))]
-        exponent = self.exponent(s.terms)
+        exponent = self.whole_over_grid(self.exponent(s.terms), self.facts.tensors[store.value])
         known = {t.name: target for target, t in self.exponents.values()}
         target = known.get(exponent) or self.global_name(f"{exponent}_parts")
         self.exponents[store.target] = (target, self.names.values[exponent])
         return [Store(exponent, target, "partial"), replace(store, value=s.v)]
+
+    def whole_over_grid(self, exponent: str, stored: Tensor) -> str:
+        """The exponent, repeated along the grid axes that only the value beside it has: each block writes its own."""
+        grid = {a for a, _ in self.block.grid}
+        has = {a.name for a in self.names.values[exponent].axes}
+        missing = tuple(a for a in stored.axes if a.name in grid and a.name not in has)
+        return self.emit(f"{exponent}_wide", Broadcast(missing), exponent) if missing else exponent
 
     def global_name(self, wish: str) -> str:
         name, i = wish, 1
@@ -579,6 +587,8 @@ class _Writer:
             case Elementwise("neg"):
                 one = parts[0].v or self.emit("one", Const(Fraction(1)))
                 self.env[name] = replace(parts[0], v=self.put(e.target, e.op, one))
+            case Broadcast() if parts[0].v and parts[0].mask is None:
+                self.env[name] = replace(parts[0], v=self.put(e.target, e.op, parts[0].v))
             case Elementwise("log") if (unsettled := self.unsettled(e.args[0])).mask is None:
                 log = self.emit(f"{name}_v", e.op, unsettled.v) if unsettled.v else None
                 exponent = self.exponent(unsettled.terms) if unsettled.terms else None

@@ -296,9 +296,17 @@ class Survey:
         rate = p.device.matmul_rate(p.dtype) / 2 if way.matmul else p.device.vector_flops / VECTOR_WEIGHT
         seconds: Floats = volume / rate / self.busy + 1e-11
         if closed:
-            partial = 2 * self.parts * p.elements(c) * 4 / p.device.l2_bytes_per_second
+            partial = 2 * self.parts * self._repeated(c) * p.elements(c) * 4 / p.device.l2_bytes_per_second
             seconds = seconds + np.where(self.split & closed != 0, partial, 0.0)
         return seconds, admitted, loop
+
+    def _repeated(self, c: int) -> Floats:
+        """How often a partial result is stored: along a grid axis that it lacks, once for each element."""
+        result = np.ones(len(self.assignments))
+        for a in self.played:
+            if a not in self.p.axes(c):
+                result = result * np.where(self.grid & self.bit[a] != 0, self.p.sizes[a], 1)
+        return result
 
     def loaded(self, c: int) -> Floats:
         """Seconds to load the class into all blocks that want it."""
@@ -309,11 +317,17 @@ class Survey:
     def first_pass(self, axes: Ints, start: Ints, whole: bool = False) -> Ints:
         """The first pass from `start` on that loops over the axes (over nothing else, if `whole`)."""
         found = np.full(len(self.assignments), INFEASIBLE, dtype=np.int64)
+        if not whole:
+            found = np.where(self.combined(axes) & (start <= self.count + 1), self.count + 1, found)
         for q in range(self.last, 0, -1):
             here = self.passes[q - 1]
             there = here == axes if whole else axes & ~here == 0
             found = np.where(there & (q <= self.count) & (start <= q), q, found)
         return found
+
+    def combined(self, axes: Ints) -> Bools:
+        """Whether a value with these open axes can be computed in the combine, which has the split axis on its grid."""
+        return np.asarray((self.split != 0) & (axes == self.split))
 
     def outcome(self, alone: bool) -> Outcome:
         """Feasibility and bounds of all assignments; `alone`: kernels that load inputs only."""
@@ -373,13 +387,13 @@ class Outcome:
                 yield way, seconds, admitted
 
     def _start(self, r: int) -> Ints:
-        """The pass in which a root is written: the epilogue, or the last loop over its open axes."""
+        """The pass in which a root is written: the epilogue (or combine), or the last loop over its open axes."""
         s = self.survey
         at = s.count + 1
         for q in range(1, s.last + 1):
             here = (q <= s.count) & (s.open[r] & ~s.passes[q - 1] == 0) & (s.split == 0)
             at = np.where((s.open[r] != 0) & here, q, at)
-        held = (s.open[r] == 0) | (at <= s.count)
+        held = (s.open[r] == 0) | (at <= s.count) | s.combined(s.open[r])
         return np.where(held & (self.least[r] <= at), at, INFEASIBLE)
 
     def _bounds(self) -> Floats:
@@ -501,7 +515,7 @@ class KernelSearch:
         if self.roles.split and not any(self.roles.split[0] in _closed(s) for s in steps):
             return None  # the split axis must be closed in this kernel
         used = {s.entry[1] for s in steps if self.open[s.entry[0]]}
-        if len(used) < self.last:
+        if not used.issuperset(range(1, self.last + 1)):
             return None  # a loop without a body
         return Derivation(self.roots, self.roles, tuple(sorted(self.tiles.items())), steps, cost)
 
@@ -630,7 +644,8 @@ def work_of(p: Problem, d: Derivation) -> Work:
         looped = any(a in loops for a in axes)
         if s.option.edge is None:
             size = p.bytes(c)
-            unique += 0 if c in loaded else size
+            again = d.roles.split is not None and s.entry[1] > len(d.roles.passes)  # the combine's own loads
+            unique += 0 if c in loaded and not again else size
             loaded.add(c)
             copies = replication(axes) * (1 if looped else parts)
             traffic += size * copies * sectors(c)
@@ -656,7 +671,8 @@ def work_of(p: Problem, d: Derivation) -> Work:
         if s.option.loop is not None:
             accumulators += tile_elements(axes)
             if d.roles.split:
-                partial += 2 * parts * p.elements(c) * 4
+                repeated = math.prod(p.sizes[a] for a in grid if a not in axes)  # each block stores its own copy
+                partial += 2 * parts * repeated * p.elements(c) * 4
         elif not looped:
             accumulators = max(accumulators, tile_elements(axes))
     trips = sum(math.ceil(math.prod(blocks_along(a) for a in loop) / parts) for loop in d.roles.passes)

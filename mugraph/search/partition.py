@@ -34,6 +34,7 @@ from mugraph.search.space import SearchSpace
 KEPT = 6  # derivations per kernel that the full model ranks
 WHOLE = 128  # a shorter axis is whole in the tile at first
 SPLIT_MARGIN = 1.15  # the model is no surer than this, so a split must promise more for its second launch
+MATMUL_TILE, ROW_TILE = 256, 4096  # the longest side of a tile, in a matmul and elsewhere
 SLACK = 2.0  # additive costs that far above the best are not ranked
 RUNS = 24  # assignments of roles that are extracted, cheapest bound first
 ATTEMPTS = ((WHOLE, (1, 4)), (1, (1, 4, 16, 64)))  # (shortest loop, divisors of the first tiles): until one works
@@ -185,6 +186,8 @@ class Partition:
         sequences = self.sequences(roots, least)
         for count in range(len(free), -1, -1):
             for grid in itertools.combinations(free, count):
+                if self.space.grid is not None and set(grid) != set(self.space.grid) & set(free):
+                    continue
                 for passes in sequences:
                     if any(a in grid for loop in passes for a in loop):
                         continue
@@ -204,7 +207,7 @@ class Partition:
             closed = set[str]()
             for w in p.ways[c]:
                 closed |= w.closed.union(*(closed_below[x] for x in w.edge.children))
-                long = sorted(a for a in w.closed if p.limits[a] > least)
+                long = sorted(a for a in w.closed if p.limits[a] > least and self.may_loop(a))
                 loops.update((a,) for a in long)
                 loops.update(pair for pair in itertools.combinations(long, 2) if all(p.limits[a] > WHOLE for a in pair))
             closed_below[c] = frozenset(closed)
@@ -221,6 +224,9 @@ class Partition:
             layer = [(*s, y) for s in layer for y in singles if all((x, y) in after for x in s)]
             found += layer
         return found
+
+    def may_loop(self, axis: str) -> bool:
+        return self.space.loops is None or axis in self.space.loops
 
     def split_counts(self, roots: tuple[int, ...], grid: tuple[str, ...], axis: str) -> list[int]:
         """Powers of two that bring the blocks near one or two per SM, with at least two tiles in each part."""
@@ -278,13 +284,16 @@ class Partition:
         fits the device."""
         fixed = {a for a, _ in self.space.tiles}
         best = dict(d.tiles)
+        multiplied = {a for s in d.steps if s.option.edge and self.p.is_matmul(s.entry[0], s.option.edge)
+                      for a in self.p.joined_axes(s.entry[0], s.option.children)}
+        most = {a: MATMUL_TILE if a in multiplied else ROW_TILE for a in best}
         excess, seconds = self.fit(replace(d, tiles=tuple(sorted(best.items()))))
         improved = True
         while improved:
             improved = False
             for axis in sorted(best):
                 for tile in (best[axis] * 2, best[axis] // 2):
-                    if axis in fixed or not 1 <= tile <= min(256, power_of_two(self.p.sizes[axis])):
+                    if axis in fixed or not 1 <= tile <= min(most[axis], power_of_two(self.p.sizes[axis])):
                         continue
                     trial = {**best, axis: tile}
                     score = self.fit(replace(d, tiles=tuple(sorted(trial.items()))))

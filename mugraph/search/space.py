@@ -20,7 +20,10 @@ class SearchSpace:
     passes        the greatest number of loops in sequence in one kernel
     laws          the named laws that add seeds
     symbolic      the size that stands for each symbolic dimension when costs are compared
+    grid          the axes that kernels are cut over (those that all roots of a kernel have); None: any
+    loops         the axes that passes may loop over; None: any
     tiles         fixed tile sizes, as (axis, tile)
+    inside        values that must not be materialised: they stay in a kernel
     nodes         budget of factors in the expressions of the closure
     entries       budget of classes looked at, over all assignments of roles of all kernels
     states        budget of expanded states, over all kernels
@@ -32,7 +35,10 @@ class SearchSpace:
     passes: int = 2
     laws: tuple[str, ...] = tuple(LAWS)
     symbolic: int = 16
+    grid: tuple[str, ...] | None = None
+    loops: tuple[str, ...] | None = None
     tiles: tuple[tuple[str, int], ...] = ()
+    inside: tuple[str, ...] = ()
     nodes: int = 4_000
     entries: int = 1_000_000
     states: int = 16_000
