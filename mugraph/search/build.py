@@ -56,7 +56,7 @@ class Unbuildable(Exception):
 class Context:
     """What building needs to know: the program; its closure, under canonical names; the way back to the program's
     axes and values; the names of classes at kernel level, and the tensors there (both grow); the element type of
-    values that are materialised; and the operators outside the calculus."""
+    values that are materialised, and of those that have another; and the operators outside the calculus."""
 
     program: Program
     closure: Closure
@@ -65,6 +65,7 @@ class Context:
     names: dict[int, str]
     tensors: dict[str, Tensor]
     dtype: DType
+    dtypes: Mapping[int, DType]
     boundaries: tuple[Equation, ...]
     partials: set[str] = field(default_factory=set)  # names of partial results, one name space for all launches
 
@@ -477,11 +478,12 @@ def build(context: Context, plan: Sequence[Choice], roots: Mapping[int, Sequence
         run_boundaries()
         targets: dict[int, Sequence[str]] = {}
         for root in choice.roots:
-            targets[root] = roots.get(root) or [context.names.get(root, f"materialised{n}")]
+            unnamed = f"materialised{n}" if len(choice.roots) == 1 else f"materialised{n}_{len(targets)}"
+            targets[root] = roots.get(root) or [context.names.get(root, unnamed)]
             context.names[root] = targets[root][0]
             if root not in roots:
                 name = targets[root][0]
-                context.tensors[name] = tensor(name, context.class_axes(root), context.dtype)
+                context.tensors[name] = tensor(name, context.class_axes(root), context.dtypes.get(root, context.dtype))
         equations.append(launch_equation(context, choice, targets))
         ready.update(t for ts in targets.values() for t in ts)
     run_boundaries()

@@ -96,6 +96,7 @@ def search(
         names=_names(here, seeds),
         tensors=dict(program.tensors()),
         dtype=problem.dtype,
+        dtypes=problem.dtypes,
         boundaries=tuple(e for e in program.equations if e.targets[0].name in outside),
     )
     base_seconds = _baseline_seconds(here.program, problem)
@@ -259,14 +260,20 @@ def _problem(program: Program, closure: Closure, seeds: Mapping[str, int], space
                 if e.leaf.tokens:
                     innermost[c] = e.leaf.tokens[-1][0]
     memory = dict.fromkeys(leaves, 0.0)
-    problem = Problem(closure, sizes, limits, on, dtype, memory, {}, leaves, space.states, innermost)
+    problem = Problem(closure, sizes, limits, on, dtype, memory, {}, leaves, set(), space.states, innermost)
     targets = {seeds[o.value] for o in program.outputs}
     room = sum(problem.bytes(c) for c in {*leaves, *targets})
     inside = {seeds[n] for n in space.inside}
     for c in closure.order:
         result = c not in inside and any(e.closes or e.kind == "call" for e in closure.classes[c].edges)
-        if c not in leaves and result and problem.bytes(c) <= room and may_be_materialised(problem, c):
-            problem.bound[c] = on.launch_seconds + problem.bytes(c) / on.bandwidth
+        if c in leaves or not result or problem.bytes(c) > room:
+            continue
+        if not may_be_materialised(problem, c):
+            if c in targets or c in _exponents(problem) or not any(e.closes for e in closure.classes[c].edges):
+                continue
+            problem.scaled.add(c)
+            problem.dtypes[c] = DType.f32
+        problem.bound[c] = on.launch_seconds + problem.bytes(c) / on.bandwidth
     return problem
 
 
