@@ -224,6 +224,17 @@ def test_too_many_terms_cut_the_exponential_and_the_certificate_says_so(monkeypa
         verify(*pair(*EQUAL["exp-of-sum"]))
 
 
+def test_sums_that_are_too_long_are_compared_at_smaller_sizes_first(monkeypatch):
+    inputs, steps, _ = EQUAL["softmax-shift"]
+    usual = verify(*pair(inputs, steps, steps)).certificate
+    monkeypatch.setitem(formal.FormalAlgebra.__init__.__kwdefaults__, "max_terms", 24)
+    small = verify(*pair(inputs, steps, steps)).certificate
+    assert EXP_CUT not in small.unused_laws
+    assert equivalence.LEAST_SIZES in small.assumptions
+    assert equivalence.LEAST_SIZES not in usual.assumptions
+    assert max(s for d in small.draws for _, s in d.sizes) < max(s for d in usual.draws for _, s in d.sizes)
+
+
 def test_nested_exponentials_and_functions_of_exponentials_are_recorded():
     certificate = verify(*pair(*EQUAL["exponential-of-exponential"])).certificate
     assert certificate.unused_laws == (NESTED_EXP,)
