@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 
 from mugraph.ir.axes import Axis, representative
@@ -56,7 +56,7 @@ class Unbuildable(Exception):
 class Context:
     """What building needs to know: the program; its closure, under canonical names; the way back to the program's
     axes and values; the names of classes at kernel level, and the tensors there (both grow); the element type of
-    values that are materialised; and the operators outside the calculus."""
+    values that are materialised, and of those that have another; and the operators outside the calculus."""
 
     program: Program
     closure: Closure
@@ -65,7 +65,9 @@ class Context:
     names: dict[int, str]
     tensors: dict[str, Tensor]
     dtype: DType
+    dtypes: Mapping[int, DType]
     boundaries: tuple[Equation, ...]
+    partials: set[str] = field(default_factory=set)  # names of partial results, one name space for all launches
 
     def axis_names(self, axes: Iterable[str]) -> tuple[str, ...]:
         return tuple(self.axes[a].name for a in axes)
@@ -102,7 +104,7 @@ class BlockBuilder:
         self.values: dict[str, Tensor] = {}
         self.names: dict[tuple[Entry, bool], str] = {}
         self.kernel_level = {context.names[c] for c in targets} | {i.name for i in context.program.inputs}
-        self.used = set(self.kernel_level)
+        self.used = self.kernel_level | context.partials
         self.before = [Section() for _ in range(self.last + 1)]  # before pass q (index q - 1); the last: epilogue
         self.inside = [Section() for _ in range(self.last)]
         self.after = Section()
@@ -169,8 +171,8 @@ class BlockBuilder:
         for q in range(self.last):
             if self.before[q].loads or self.before[q].steps:
                 passes.append(Pass((), self.loads(self.before[q]), tuple(self.before[q].steps)))
-            axis = self.context.axes[roles.passes[q]].name
-            passes.append(Pass(((axis, tiles[axis]),), self.loads(self.inside[q]), tuple(self.inside[q].steps)))
+            loops = tuple((a, tiles[a]) for a in self.context.axis_names(roles.passes[q]))
+            passes.append(Pass(loops, self.loads(self.inside[q]), tuple(self.inside[q].steps)))
         epilogue = self.before[self.last]
         stores = tuple(s for _, s, _ in self.partial) if split else self.stores(epilogue)
         return BlockGraph(grid, split, tuple(passes), self.loads(epilogue), tuple(epilogue.steps), stores, combine)
@@ -329,6 +331,11 @@ class BlockBuilder:
         split = self.split()
         assert split is not None
         target = self.fresh(f"{name}_parts")
+        self.context.partials.add(target)
+        has = {a.name for a in self.values[name].axes}
+        missing = tuple(self.context.axes[a] for a in self.d.roles.grid if self.context.axes[a].name not in has)
+        if missing:  # each block writes its own copy
+            name = self.emit(self.before[self.last], f"{name}_wide", Broadcast(missing), name)
         inner = self.values[name]
         stored = Tensor(target, ((split.part,), *inner.dims), inner.dtype)
         self.partial.append((step.entry, Store(name, target, "partial"), stored))
@@ -370,6 +377,9 @@ class BlockBuilder:
             if step.entry[1] > self.last and not number and (step.entry, True) not in self.names:
                 self.place(step, section, combining=True)
         stores = self.stores(section, combining=True)
+        written = {a.name for s in stores for a in self.values[s.value].axes}
+        if split.axis in written:
+            grid = (*grid, (split.axis, {self.context.axes[a].name: t for a, t in self.d.tiles}[split.axis]))
         grid = self.combine_grid(grid, split)
         return BlockGraph(grid, None, (), self.loads(section), tuple(section.steps), stores)
 
@@ -452,7 +462,7 @@ def build(context: Context, plan: Sequence[Choice], roots: Mapping[int, Sequence
     """The μGraph of a plan.  `roots` gives the kernel-level names that each target class must have.  Operators outside
     the calculus run as library calls, as soon as their operands are there."""
     program = context.program
-    context = replace(context, names=dict(context.names), tensors=dict(context.tensors))
+    context = replace(context, names=dict(context.names), tensors=dict(context.tensors), partials=set())
     ready = {i.name for i in program.inputs}
     equations: list[Equation] = []
     waiting = list(context.boundaries)
@@ -468,11 +478,12 @@ def build(context: Context, plan: Sequence[Choice], roots: Mapping[int, Sequence
         run_boundaries()
         targets: dict[int, Sequence[str]] = {}
         for root in choice.roots:
-            targets[root] = roots.get(root) or [context.names.get(root, f"materialised{n}")]
+            unnamed = f"materialised{n}" if len(choice.roots) == 1 else f"materialised{n}_{len(targets)}"
+            targets[root] = roots.get(root) or [context.names.get(root, unnamed)]
             context.names[root] = targets[root][0]
             if root not in roots:
                 name = targets[root][0]
-                context.tensors[name] = tensor(name, context.class_axes(root), context.dtype)
+                context.tensors[name] = tensor(name, context.class_axes(root), context.dtypes.get(root, context.dtype))
         equations.append(launch_equation(context, choice, targets))
         ready.update(t for ts in targets.values() for t in ts)
     run_boundaries()

@@ -82,16 +82,10 @@ def search(
     known = meaning(here.program)
     closure, seeds = _closure(here.program, known, space, stop)
     watch.lap("closure")
-    to_canonical = {axis.name: a for a, axis in here.axes.items()}
-    if unknown := sorted({a for a, _ in space.tiles} - set(to_canonical)):
-        raise SettingError(
-            f"SearchSpace.tiles names {unknown[0]!r}, which is no axis of {program.name}",
-            remedy=f"its axes: {', '.join(a.name for a in here.axes.values())}",
-        )
-    tiles = tuple((to_canonical[a], t) for a, t in space.tiles)
-    problem = _problem(here.program, closure, seeds, space, on)
+    chosen = _canonical_space(space, here, program)
+    problem = _problem(here.program, closure, seeds, chosen, on)
     targets, wanted = _targets(here, known, seeds)
-    plans, run = partition(problem, space.but(tiles=tiles), targets, stop)
+    plans, run = partition(problem, chosen, targets, stop)
     watch.lap("kernels")
     outside = {here.names[e.targets[0].name] for e in known.boundaries}
     context = Context(
@@ -102,6 +96,7 @@ def search(
         names=_names(here, seeds),
         tensors=dict(program.tensors()),
         dtype=problem.dtype,
+        dtypes=problem.dtypes,
         boundaries=tuple(e for e in program.equations if e.targets[0].name in outside),
     )
     base_seconds = _baseline_seconds(here.program, problem)
@@ -145,6 +140,30 @@ def search(
 
 
 # -- set-up
+
+
+def _canonical_space(space: SearchSpace, here: Canonical, program: Program) -> SearchSpace:
+    """The space with canonical names of axes and values.  Raises SettingError for a name that the program lacks."""
+    axes = {axis.name: a for a, axis in here.axes.items()}
+    values = {name: n for n, name in here.names.items()}
+
+    def renamed(field: str, names: tuple[str, ...] | None, known: Mapping[str, str]) -> tuple[str, ...] | None:
+        if unknown := sorted(set(names or ()) - set(known)):
+            kind = "value" if known is values else "axis"
+            raise SettingError(
+                f"SearchSpace.{field} names {unknown[0]!r}, which is no {kind} of {program.name}",
+                remedy=f"it has: {', '.join(known)}",
+            )
+        return None if names is None else tuple(known[n] for n in names)
+
+    tiles = renamed("tiles", tuple(a for a, _ in space.tiles), axes) or ()
+    return space.but(
+        grid=renamed("grid", space.grid, axes),
+        loops=renamed("loops", space.loops, axes),
+        tiles=tuple((a, t) for a, (_, t) in zip(tiles, space.tiles, strict=True)),
+        inside=renamed("inside", space.inside, values) or (),
+    )
+
 
 SAMPLES = 32  # two different maxima are taken for one with probability 2^-32
 
@@ -241,13 +260,20 @@ def _problem(program: Program, closure: Closure, seeds: Mapping[str, int], space
                 if e.leaf.tokens:
                     innermost[c] = e.leaf.tokens[-1][0]
     memory = dict.fromkeys(leaves, 0.0)
-    problem = Problem(closure, sizes, limits, on, dtype, memory, {}, leaves, space.states, innermost)
+    problem = Problem(closure, sizes, limits, on, dtype, memory, {}, leaves, set(), space.states, innermost)
     targets = {seeds[o.value] for o in program.outputs}
     room = sum(problem.bytes(c) for c in {*leaves, *targets})
+    inside = {seeds[n] for n in space.inside}
     for c in closure.order:
-        result = any(e.closes or e.kind == "call" for e in closure.classes[c].edges)
-        if c not in leaves and result and problem.bytes(c) <= room and may_be_materialised(problem, c):
-            problem.bound[c] = on.launch_seconds + problem.bytes(c) / on.bandwidth
+        result = c not in inside and any(e.closes or e.kind == "call" for e in closure.classes[c].edges)
+        if c in leaves or not result or problem.bytes(c) > room:
+            continue
+        if not may_be_materialised(problem, c):
+            if c in targets or c in _exponents(problem) or not any(e.closes for e in closure.classes[c].edges):
+                continue
+            problem.scaled.add(c)
+            problem.dtypes[c] = DType.f32
+        problem.bound[c] = on.launch_seconds + problem.bytes(c) / on.bandwidth
     return problem
 
 
@@ -342,7 +368,7 @@ def structure(plan: list[Choice], axes: Mapping[str, Axis]) -> str:
         roles = c.how.roles
         text = f"kernel grid({named(roles.grid)})"
         if roles.passes:
-            text += f" loop({named(roles.passes)})"
+            text += f" loop({','.join('·'.join(axes[a].name for a in loop) for loop in roles.passes)})"
         if roles.split:
             text += f" split({named(roles.split[:1])}/{roles.split[1]})"
         texts.append(text)

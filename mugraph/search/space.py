@@ -20,10 +20,13 @@ class SearchSpace:
     passes        the greatest number of loops in sequence in one kernel
     laws          the named laws that add seeds
     symbolic      the size that stands for each symbolic dimension when costs are compared
+    grid          the axes that kernels are cut over (those that all roots of a kernel have); None: any
+    loops         the axes that passes may loop over; None: any
     tiles         fixed tile sizes, as (axis, tile)
+    inside        values that must not be materialised: they stay in a kernel
     nodes         budget of factors in the expressions of the closure
     entries       budget of classes looked at, over all assignments of roles of all kernels
-    states        budget of expanded states per kernel
+    states        budget of expanded states, over all kernels
     """
 
     split: bool = True
@@ -32,10 +35,13 @@ class SearchSpace:
     passes: int = 2
     laws: tuple[str, ...] = tuple(LAWS)
     symbolic: int = 16
+    grid: tuple[str, ...] | None = None
+    loops: tuple[str, ...] | None = None
     tiles: tuple[tuple[str, int], ...] = ()
+    inside: tuple[str, ...] = ()
     nodes: int = 4_000
-    entries: int = 100_000
-    states: int = 300
+    entries: int = 1_000_000
+    states: int = 16_000
 
     def __post_init__(self) -> None:
         if unknown := set(self.laws) - set(LAWS):
@@ -66,4 +72,4 @@ def space_of(effort: Effort) -> SearchSpace:
         case "quick":
             return SearchSpace()
         case "full":
-            return SearchSpace(nodes=40_000, entries=1_000_000, states=3_000)
+            return SearchSpace(nodes=40_000, entries=10_000_000, states=160_000)
