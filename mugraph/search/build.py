@@ -43,6 +43,7 @@ from mugraph.search.closure import Closure, Edge
 from mugraph.search.extract import Derivation, Entry, is_leaf_edge
 from mugraph.search.extract import Step as Chosen
 from mugraph.search.partition import Choice
+from mugraph.search.pieces import is_free
 from mugraph.search.values import Number
 
 COMBINE_TILE = 4096  # elements of a partial result, all parts together, in one block of the combine
@@ -470,7 +471,7 @@ def build(context: Context, plan: Sequence[Choice], roots: Mapping[int, Sequence
     def run_boundaries() -> None:
         for b in list(waiting):
             if all(a in ready for a in b.args):
-                equations.append(library_equation(b, context.tensors))
+                equations.append(b if is_free(b) else library_equation(b, context.tensors))
                 ready.update(t.name for t in b.targets)
                 waiting.remove(b)
 
@@ -487,7 +488,18 @@ def build(context: Context, plan: Sequence[Choice], roots: Mapping[int, Sequence
         equations.append(launch_equation(context, choice, targets))
         ready.update(t for ts in targets.values() for t in ts)
     run_boundaries()
-    return KernelGraph(program.name, program.inputs, tuple(equations), program.outputs)
+    return KernelGraph(program.name, program.inputs, _needed(equations, program), program.outputs)
+
+
+def _needed(equations: Sequence[Equation], program: Program) -> tuple[Equation, ...]:
+    """Without views that nothing reads."""
+    used = {o.value for o in program.outputs}
+    kept: list[Equation] = []
+    for e in reversed(equations):
+        if not is_free(e) or any(t.name in used for t in e.targets):
+            kept.append(e)
+            used.update(e.args)
+    return tuple(reversed(kept))
 
 
 def launch_equation(context: Context, choice: Choice, targets: Mapping[int, Sequence[str]]) -> Equation:
