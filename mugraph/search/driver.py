@@ -279,7 +279,7 @@ def _problem(program: Program, closure: Closure, seeds: Mapping[str, int], space
                 continue
             problem.scaled.add(c)
             problem.dtypes[c] = DType.f32
-        problem.bound[c] = on.launch_seconds + problem.bytes(c) / on.bandwidth
+        problem.bound[c] = on.launch_seconds + problem.least_bytes(c) / on.bandwidth
     return problem
 
 
