@@ -89,9 +89,12 @@ def draws(program: Program, graph: Program, count: int = 2, fixed: Mapping[str, 
     facts = _Facts()
     for g in (program, graph):
         _collect(g, facts)
+    # a single place that is cut out of an axis, or joined into one, has no other size
+    places = [op.out for _, op in facts.sliced] + [a for parts, _ in facts.joins for a in parts]
+    known = {a.name: 1 for a in places if a.size == 1} | dict(fixed or {})
     found: list[Draw] = []
     for i in range(count):
-        found.append(_draw(facts, found, i, dict(fixed or {})))
+        found.append(_draw(facts, found, i, known))
     return tuple(found)
 
 
