@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -34,6 +35,7 @@ from mugraph.ir.ops import (
     MaskedExp,
     Op,
     Reduce,
+    Rename,
     Select,
     SizeOf,
 )  # fmt: skip
@@ -105,6 +107,7 @@ class BlockBuilder:
         self.values: dict[str, Tensor] = {}
         self.names: dict[tuple[Entry, bool], str] = {}
         self.kernel_level = {context.names[c] for c in targets} | {i.name for i in context.program.inputs}
+        self.kernel_level |= {t.name for e in context.boundaries for t in e.targets}
         self.used = self.kernel_level | context.partials
         self.before = [Section() for _ in range(self.last + 1)]  # before pass q (index q - 1); the last: epilogue
         self.inside = [Section() for _ in range(self.last)]
@@ -271,9 +274,10 @@ class BlockBuilder:
         if isinstance(leaf, v.Load):
             axes = iter([self.context.axes[a] for a, _ in leaf.tokens])
             dims = tuple(tuple(next(axes) for _ in d) for d in stored.dims)
-            used = [x for d in dims for x in d]
-            if used != list(stored.axes) and set(used) == set(stored.axes):
-                raise Unbuildable(f"{stored.name} is used with its own axes exchanged, which no load can say")
+            used = tuple(x for d in dims for x in d)
+            if used != stored.axes and set(used) == set(stored.axes):  # a load cannot say that: an alias can
+                stored = self.context.alias(stored.name, used)
+                dims = stored.dims
         name = self.fresh(self.tile_name(stored.name))
         self.values[name] = Tensor(name, dims, stored.dtype)
         section.loads.append(Load(self.values[name], stored.name))
@@ -463,7 +467,7 @@ def build(context: Context, plan: Sequence[Choice], roots: Mapping[int, Sequence
     """The μGraph of a plan.  `roots` gives the kernel-level names that each target class must have.  Operators outside
     the calculus run as library calls, as soon as their operands are there."""
     program = context.program
-    context = replace(context, names=dict(context.names), tensors=dict(context.tensors), partials=set())
+    context = replace(context, names=dict(context.names), tensors=dict(context.tensors), partials=set(), aliases=[])
     ready = {i.name for i in program.inputs}
     equations: list[Equation] = []
     waiting = list(context.boundaries)
@@ -485,7 +489,9 @@ def build(context: Context, plan: Sequence[Choice], roots: Mapping[int, Sequence
             if root not in roots:
                 name = targets[root][0]
                 context.tensors[name] = tensor(name, context.class_axes(root), context.dtypes.get(root, context.dtype))
-        equations.append(launch_equation(context, choice, targets))
+        launch = launch_equation(context, choice, targets)
+        equations += [e for e in context.aliases if e not in equations]
+        equations.append(launch)
         ready.update(t for ts in targets.values() for t in ts)
     run_boundaries()
     return KernelGraph(program.name, program.inputs, _needed(equations, program), program.outputs)
@@ -519,8 +525,8 @@ def source_name(context: Context, c: int) -> str:
     """The kernel-level tensor that holds a class."""
     leaf = next((e.leaf for e in context.closure.classes[c].edges if is_leaf_edge(e)), None)
     name = context.names[c] if leaf is None else context.inputs[str(leaf[0])]
-    if isinstance(leaf, v.Load) and tuple(context.axes[a] for a, _ in leaf.tokens) != context.tensors[name].axes:
-        raise Unbuildable(f"a library call on an alias of {name}")
+    if isinstance(leaf, v.Load):
+        return context.alias(name, tuple(context.axes[a] for a, _ in leaf.tokens)).name
     return name
 
 

@@ -91,9 +91,12 @@ def draws(
     facts = _Facts()
     for g in (program, graph):
         _collect(g, facts)
+    # a single place that is cut out of an axis, or joined into one, has no other size
+    places = [op.out for _, op in facts.sliced] + [a for parts, _ in facts.joins for a in parts]
+    known = {a.name: 1 for a in places if a.size == 1} | dict(fixed or {})
     found: list[Draw] = []
     for i in range(count):
-        found.append(_draw(facts, [] if small else found, i, dict(fixed or {}), small))
+        found.append(_draw(facts, [] if small else found, i, known, small))
     return tuple(found)
 
 
