@@ -61,6 +61,7 @@ class Paren(NamedTuple):
 
 
 Factor = Load | Number | Call | Paren
+Print = tuple[tuple[str, ...], bytes]  # the free axes, sorted, and the value at the point: what identifies a class
 
 
 class Term(NamedTuple):
@@ -361,12 +362,8 @@ class Fingerprinter:
             self._weights[axis, modulus] = found
         return found
 
-    def fingerprint(self, value: Value) -> tuple[tuple[str, ...], bytes]:
-        """The free axes, sorted, and the value at the point: what identifies a class."""
-        point = self.value(value)
-        order = sorted(range(len(point.tokens)), key=lambda i: point.tokens[i])
-        axes = tuple(point.tokens[i][0] for i in order if point.tokens[i] != SAMPLE)
-        return axes, point.p.transpose(order).tobytes()
+    def fingerprint(self, value: Value) -> Print:
+        return print_of(self.value(value))
 
     def value(self, value: Value) -> Point:
         found = self.points.get(value)
@@ -469,6 +466,12 @@ class Fingerprinter:
             q = None if q is None else np.take_along_axis(q, best, axis=at).squeeze(at)
             tokens = tokens[:at] + tokens[at + 1 :]
         return Point(tokens, p, q)
+
+
+def print_of(point: Point) -> Print:
+    order = sorted(range(len(point.tokens)), key=lambda i: point.tokens[i])
+    axes = tuple(point.tokens[i][0] for i in order if point.tokens[i] != SAMPLE)
+    return axes, point.p.transpose(order).tobytes()
 
 
 def spread(point: Point, words: Words | None, tokens: tuple[Token, ...]) -> Words:
