@@ -95,7 +95,7 @@ class BySize:
         try:
             self.contexts = self.expressions.contexts([self.expressions.of_value(t) for t in targets])
         except TooLarge:
-            self.contexts = None
+            pass  # nothing is pruned
         self.largest = max(map(len, self.contexts), default=0) if self.contexts is not None else LARGEST
 
     def of(self, operator: Edge, operands: Sequence[Expression], axes: tuple[str, ...]) -> Expression | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -34,6 +35,7 @@ from mugraph.ir.ops import (
     MaskedExp,
     Op,
     Reduce,
+    Rename,
     Select,
     SizeOf,
 )  # fmt: skip
@@ -43,6 +45,7 @@ from mugraph.search.closure import Closure, Edge
 from mugraph.search.extract import Derivation, Entry, is_leaf_edge
 from mugraph.search.extract import Step as Chosen
 from mugraph.search.partition import Choice
+from mugraph.search.pieces import is_free
 from mugraph.search.values import Number
 
 COMBINE_TILE = 4096  # elements of a partial result, all parts together, in one block of the combine
@@ -56,7 +59,7 @@ class Unbuildable(Exception):
 class Context:
     """What building needs to know: the program; its closure, under canonical names; the way back to the program's
     axes and values; the names of classes at kernel level, and the tensors there (both grow); the element type of
-    values that are materialised; and the operators outside the calculus."""
+    values that are materialised, and of those that have another; and the operators outside the calculus."""
 
     program: Program
     closure: Closure
@@ -65,8 +68,27 @@ class Context:
     names: dict[int, str]
     tensors: dict[str, Tensor]
     dtype: DType
+    dtypes: Mapping[int, DType]
     boundaries: tuple[Equation, ...]
     partials: set[str] = field(default_factory=set)  # names of partial results, one name space for all launches
+    aliases: list[Equation] = field(default_factory=list)  # inputs under axes that no load of them can say
+
+    def alias(self, name: str, axes: tuple[Axis, ...]) -> Tensor:
+        """The kernel-level tensor under other axes, itself if they are its own: a view, taken once."""
+        stored = self.tensors[name]
+        pairs = tuple((a.name, b) for a, b in zip(stored.axes, axes, strict=True) if a != b)
+        if not pairs:
+            return stored
+        op = Rename(pairs)
+        known = next((e.target for e in self.aliases if e.op == op and e.args == (name,)), None)
+        if known is not None:
+            return known
+        left = iter(axes)
+        dims = tuple(tuple(next(left) for _ in d) for d in stored.dims)
+        fresh = next(n for i in itertools.count(2) if (n := f"{name}_{i}") not in self.tensors)
+        self.tensors[fresh] = Tensor(fresh, dims, stored.dtype)
+        self.aliases.append(Equation((self.tensors[fresh],), op, (name,)))
+        return self.tensors[fresh]
 
     def axis_names(self, axes: Iterable[str]) -> tuple[str, ...]:
         return tuple(self.axes[a].name for a in axes)
@@ -103,6 +125,7 @@ class BlockBuilder:
         self.values: dict[str, Tensor] = {}
         self.names: dict[tuple[Entry, bool], str] = {}
         self.kernel_level = {context.names[c] for c in targets} | {i.name for i in context.program.inputs}
+        self.kernel_level |= {t.name for e in context.boundaries for t in e.targets}
         self.used = self.kernel_level | context.partials
         self.before = [Section() for _ in range(self.last + 1)]  # before pass q (index q - 1); the last: epilogue
         self.inside = [Section() for _ in range(self.last)]
@@ -269,9 +292,11 @@ class BlockBuilder:
         if isinstance(leaf, v.Load):
             axes = iter([self.context.axes[a] for a, _ in leaf.tokens])
             dims = tuple(tuple(next(axes) for _ in d) for d in stored.dims)
-            used = [x for d in dims for x in d]
-            if used != list(stored.axes) and set(used) == set(stored.axes):
-                raise Unbuildable(f"{stored.name} is used with its own axes exchanged, which no load can say")
+            used = tuple(x for d in dims for x in d)
+            if used != stored.axes and set(used) == set(stored.axes):  # a load cannot say that: an alias can
+                stored = self.context.alias(stored.name, used)
+                self.kernel_level.add(stored.name)
+                dims = stored.dims
         name = self.fresh(self.tile_name(stored.name))
         self.values[name] = Tensor(name, dims, stored.dtype)
         section.loads.append(Load(self.values[name], stored.name))
@@ -461,7 +486,7 @@ def build(context: Context, plan: Sequence[Choice], roots: Mapping[int, Sequence
     """The μGraph of a plan.  `roots` gives the kernel-level names that each target class must have.  Operators outside
     the calculus run as library calls, as soon as their operands are there."""
     program = context.program
-    context = replace(context, names=dict(context.names), tensors=dict(context.tensors), partials=set())
+    context = replace(context, names=dict(context.names), tensors=dict(context.tensors), partials=set(), aliases=[])
     ready = {i.name for i in program.inputs}
     equations: list[Equation] = []
     waiting = list(context.boundaries)
@@ -469,7 +494,7 @@ def build(context: Context, plan: Sequence[Choice], roots: Mapping[int, Sequence
     def run_boundaries() -> None:
         for b in list(waiting):
             if all(a in ready for a in b.args):
-                equations.append(library_equation(b, context.tensors))
+                equations.append(b if is_free(b) else library_equation(b, context.tensors))
                 ready.update(t.name for t in b.targets)
                 waiting.remove(b)
 
@@ -477,15 +502,29 @@ def build(context: Context, plan: Sequence[Choice], roots: Mapping[int, Sequence
         run_boundaries()
         targets: dict[int, Sequence[str]] = {}
         for root in choice.roots:
-            targets[root] = roots.get(root) or [context.names.get(root, f"materialised{n}")]
+            unnamed = f"materialised{n}" if len(choice.roots) == 1 else f"materialised{n}_{len(targets)}"
+            targets[root] = roots.get(root) or [context.names.get(root, unnamed)]
             context.names[root] = targets[root][0]
             if root not in roots:
                 name = targets[root][0]
-                context.tensors[name] = tensor(name, context.class_axes(root), context.dtype)
-        equations.append(launch_equation(context, choice, targets))
+                context.tensors[name] = tensor(name, context.class_axes(root), context.dtypes.get(root, context.dtype))
+        launch = launch_equation(context, choice, targets)
+        equations += [e for e in context.aliases if e not in equations]
+        equations.append(launch)
         ready.update(t for ts in targets.values() for t in ts)
     run_boundaries()
-    return KernelGraph(program.name, program.inputs, tuple(equations), program.outputs)
+    return KernelGraph(program.name, program.inputs, _needed(equations, program), program.outputs)
+
+
+def _needed(equations: Sequence[Equation], program: Program) -> tuple[Equation, ...]:
+    """Without views that nothing reads."""
+    used = {o.value for o in program.outputs}
+    kept: list[Equation] = []
+    for e in reversed(equations):
+        if not is_free(e) or any(t.name in used for t in e.targets):
+            kept.append(e)
+            used.update(e.args)
+    return tuple(reversed(kept))
 
 
 def launch_equation(context: Context, choice: Choice, targets: Mapping[int, Sequence[str]]) -> Equation:
@@ -505,8 +544,8 @@ def source_name(context: Context, c: int) -> str:
     """The kernel-level tensor that holds a class."""
     leaf = next((e.leaf for e in context.closure.classes[c].edges if is_leaf_edge(e)), None)
     name = context.names[c] if leaf is None else context.inputs[str(leaf[0])]
-    if isinstance(leaf, v.Load) and tuple(context.axes[a] for a, _ in leaf.tokens) != context.tensors[name].axes:
-        raise Unbuildable(f"a library call on an alias of {name}")
+    if isinstance(leaf, v.Load):
+        return context.alias(name, tuple(context.axes[a] for a, _ in leaf.tokens)).name
     return name
 
 

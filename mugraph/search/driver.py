@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from mugraph.errors import GraphError, SettingError, ShapeError, VerificationError
 from mugraph.ir.axes import Axis, dims_of, representative, size_value
-from mugraph.ir.graph import KernelGraph, Program
-from mugraph.ir.ops import Const, Contract, Elementwise, Op, Reduce
+from mugraph.ir.graph import Equation, KernelGraph, Program
+from mugraph.ir.ops import Const, Contract, Elementwise, Gather, Op, Reduce
 from mugraph.ir.types import DType, Tensor
 from mugraph.search import values as v
 from mugraph.search.build import Context, Unbuildable, baseline, build
@@ -21,6 +21,7 @@ from mugraph.search.enumerate import widen
 from mugraph.search.extract import Problem, is_leaf_edge
 from mugraph.search.laws import LAWS, Meaning, meaning
 from mugraph.search.partition import Choice, Partition, partition
+from mugraph.search.pieces import is_free, pieces
 from mugraph.search.report import CandidateReport, KernelCost, SearchReport, StopReason
 from mugraph.search.space import SearchSpace
 
@@ -79,7 +80,8 @@ def search(
             watch.stopped = "Interrupted"
         return watch.over()
 
-    here = canonical(program)
+    cut = pieces(program)
+    here = canonical(cut)
     known = meaning(here.program)
     closure, seeds = _closure(here.program, known, space, stop)
     watch.lap("closure")
@@ -93,22 +95,24 @@ def search(
     watch.lap("kernels")
     outside = {here.names[e.targets[0].name] for e in known.boundaries}
     context = Context(
-        program=program,
+        program=cut,
         closure=closure,
         axes=here.axes,
         inputs=here.names,
         names=_names(here, seeds),
-        tensors=dict(program.tensors()),
+        tensors=dict(cut.tensors()),
         dtype=problem.dtype,
-        boundaries=tuple(e for e in program.equations if e.targets[0].name in outside),
+        dtypes=problem.dtypes,
+        boundaries=tuple(e for e in cut.equations if e.targets[0].name in outside),
     )
-    base_seconds = _baseline_seconds(here.program, problem)
+    base_seconds = _equations_seconds(program.equations, program, space.symbolic, problem)
+    outside_seconds = _equations_seconds(context.boundaries, cut, space.symbolic, problem)
     fits = all(may_be_materialised(problem, seeds[n]) for n in _computed(here.program, known))
     tried: list[CandidateReport] = []
     best: tuple[KernelGraph, object, float, list[Choice]] | None = None
     refused = 0
     for plan in plans:
-        seconds = sum(c.prediction.seconds for c in plan)
+        seconds = outside_seconds + sum(c.prediction.seconds for c in plan)
         kernels = sum(not isinstance(c.how, Edge) for c in plan)
         if kernels > space.kernels:
             tried.append(CandidateReport(structure(plan, here.axes), seconds, f"has {kernels} kernels"))
@@ -128,7 +132,9 @@ def search(
         except Unbuildable as error:
             tried.append(CandidateReport(structure(plan, here.axes), seconds, f"passed over: {error}"))
     notes = widened + [
-        f"{here.names[e.targets[0].name]} is outside the calculus and runs as a library call" for e in known.boundaries
+        f"{e.targets[0].name} is outside the calculus and runs as a library call"
+        for e in context.boundaries
+        if not is_free(e)
     ]
     if best is None:
         graph = baseline(program)
@@ -249,8 +255,9 @@ def _targets(
 
 
 def _levels(program: Program, known: Meaning) -> dict[str, int]:
-    """How many operators outside the calculus lie in sequence below each value."""
-    outside = {id(e) for e in known.boundaries}
+    """How many operators outside the calculus lie in sequence below each value; views of what is there are none."""
+    given = {i.name for i in program.inputs} | {t.name for e in known.boundaries for t in e.targets}
+    outside = {id(e) for e in known.boundaries if not (is_free(e) and given.issuperset(e.args))}
     levels = {i.name: 0 for i in program.inputs}
     for e in program.equations:
         level = max((levels[a] for a in e.args), default=0) + (id(e) in outside)
@@ -288,14 +295,20 @@ def _problem(program: Program, closure: Closure, seeds: Mapping[str, int], space
                 if e.leaf.tokens:
                     innermost[c] = e.leaf.tokens[-1][0]
     memory = dict.fromkeys(leaves, 0.0)
-    problem = Problem(closure, sizes, limits, on, dtype, memory, {}, leaves, space.states, innermost)
+    problem = Problem(closure, sizes, limits, on, dtype, memory, {}, leaves, set(), space.states, innermost)
     targets = {seeds[o.value] for o in program.outputs}
     room = sum(problem.bytes(c) for c in {*leaves, *targets})
     inside = {seeds[n] for n in space.inside}
     for c in closure.order:
         result = c not in inside and any(e.closes or e.kind == "call" for e in closure.classes[c].edges)
-        if c not in leaves and result and problem.bytes(c) <= room and may_be_materialised(problem, c):
-            problem.bound[c] = on.launch_seconds + problem.bytes(c) / on.bandwidth
+        if c in leaves or not result or problem.bytes(c) > room:
+            continue
+        if not may_be_materialised(problem, c):
+            if c in targets or c in _exponents(problem) or not any(e.closes for e in closure.classes[c].edges):
+                continue
+            problem.scaled.add(c)
+            problem.dtypes[c] = DType.f32
+        problem.bound[c] = on.launch_seconds + problem.least_bytes(c) / on.bandwidth
     return problem
 
 
@@ -341,25 +354,29 @@ def _exponents(p: Problem) -> set[int]:
 # -- costs and the report
 
 
-def _bytes(p: Problem, tensors: list[Tensor]) -> float:
-    return math.fsum(math.prod(p.sizes[a.name] for a in t.axes) * t.dtype.bits / 8 for t in tensors)
+def _bytes(sizes: Mapping[str, int], tensors: Sequence[Tensor]) -> float:
+    return math.fsum(math.prod(sizes[a.name] for a in t.axes) * t.dtype.bits / 8 for t in tensors)
 
 
-def _operations(p: Problem, op: Op, axes: set[str]) -> float:
-    return (2.0 if isinstance(op, Contract) else 1.0) * math.prod(p.sizes[a] for a in axes)
+def _operations(sizes: Mapping[str, int], op: Op, axes: set[str]) -> float:
+    return (2.0 if isinstance(op, Contract) else 1.0) * math.prod(sizes[a] for a in axes)
 
 
-def _baseline_seconds(program: Program, p: Problem) -> float:
-    """The program as library calls, one launch an equation (scalars are free)."""
+def _equations_seconds(equations: Sequence[Equation], program: Program, symbolic: int, p: Problem) -> float:
+    """Equations of the program as library calls, one launch each; scalars and views are free."""
     tensors, seconds = program.tensors(), 0.0
-    for e in program.equations:
-        if not e.args:
+    sizes = {a.name: representative(a.size, symbolic) for t in tensors.values() for a in t.axes}
+    for e in equations:
+        if not e.args or is_free(e):
             continue
-        involved = [*e.targets, *(tensors[a] for a in dict.fromkeys(e.args))]
+        read = [tensors[a] for a in dict.fromkeys(e.args)]
+        if isinstance(e.op, Gather):  # of its operand, only what the index names
+            read = [e.target, *read[1:]]
+        involved = [*e.targets, *read]
         axes = {a.name for t in involved for a in t.axes}
         if axes:
-            moved = _bytes(p, involved)
-            seconds += predict_library(moved, _operations(p, e.op, axes), p.dtype, p.device).seconds
+            moved = _bytes(sizes, involved)
+            seconds += predict_library(moved, _operations(sizes, e.op, axes), p.dtype, p.device).seconds
     return seconds
 
 
@@ -371,9 +388,9 @@ def _floor(program: Program, plan: list[Choice], p: Problem) -> float:
     source = 0.0
     for e in program.equations:
         if isinstance(e.op, Contract):
-            source += _operations(p, e.op, {a.name for n in (*e.args, e.target.name) for a in tensors[n].axes})
+            source += _operations(p.sizes, e.op, {a.name for n in (*e.args, e.target.name) for a in tensors[n].axes})
     planned = sum(c.prediction.flops for c in plan) if plan else source
-    return floor_seconds(_bytes(p, moved), min(source, planned), p.dtype, p.device)
+    return floor_seconds(_bytes(p.sizes, moved), min(source, planned), p.dtype, p.device)
 
 
 def structure(plan: list[Choice], axes: Mapping[str, Axis]) -> str:

@@ -112,7 +112,8 @@ class Problem:
     sizes    axis -> size that costs are compared at; limits: axis -> its greatest admissible size
     memory   class -> seconds until it is in memory (0 for inputs), for classes that may be loaded
     bound    class -> lower bound of that time, for classes that could be materialised but are not priced yet
-    dtypes   class -> element type in memory (inputs); other classes have `dtype`
+    dtypes   class -> element type in memory, where it is not `dtype`
+    scaled   classes that lie in memory with an exponent beside them: only kernels of ours read and write them
     innermost  class -> the axis along which its elements lie side by side in memory, where that is known
     """
 
@@ -123,7 +124,8 @@ class Problem:
     dtype: DType
     memory: dict[int, float]
     bound: dict[int, float]
-    dtypes: Mapping[int, DType]
+    dtypes: dict[int, DType]
+    scaled: set[int]
     states: int
     innermost: Mapping[int, str]
     expanded: int = 0
@@ -149,6 +151,13 @@ class Problem:
     def alone(self) -> Mandatory:
         """Classes that every derivation from inputs holds."""
         return _mandatory(self, frozenset(self.inputs))
+
+    def least_bytes(self, c: int) -> float:
+        """Bytes that move before a class is in memory, whatever computes it: itself, and inputs that it cannot do
+        without."""
+        must = self.alone.computed[c]
+        inputs = sum(self.bytes(x) for x in self.inputs if must >> self.position[x] & 1)
+        return self.bytes(c) + inputs
 
     @cached_property
     def among(self) -> Mandatory:
@@ -391,9 +400,11 @@ class Outcome:
         s = self.survey
         at = s.count + 1
         for q in range(1, s.last + 1):
-            here = (q <= s.count) & (s.open[r] & ~s.passes[q - 1] == 0) & (s.split == 0)
+            here = (q <= s.count) & (s.open[r] == s.passes[q - 1]) & (s.split == 0)
             at = np.where((s.open[r] != 0) & here, q, at)
         held = (s.open[r] == 0) | (at <= s.count) | s.combined(s.open[r])
+        for other in s.roots:  # every block of a combine writes every root
+            held = held & ((s.split == 0) | (s.open[r] == s.open[other]))
         return np.where(held & (self.least[r] <= at), at, INFEASIBLE)
 
     def _bounds(self) -> Floats:

@@ -10,10 +10,11 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mugraph.search.closure import Edge
 from mugraph.search.cost import STAGES, Prediction, predict, predict_library
@@ -84,11 +85,25 @@ class Partition:
 
     def rank(self, choice: Choice) -> float:
         split = isinstance(choice.how, Derivation) and choice.how.roles.split is not None
-        return self.total(choice) * (SPLIT_MARGIN if split else 1.0)
+        return choice.prediction.seconds * (SPLIT_MARGIN if split else 1.0) + self.before(choice.needs)
 
     def total(self, choice: Choice) -> float:
         """Seconds of the launch and of all that it needs."""
         return choice.prediction.seconds + self.before(choice.needs)
+
+    def cost(self, plan: Sequence[Choice]) -> float:
+        """Seconds of all launches of a plan; a split counts by its margin."""
+        return sum(self.rank(replace(c, needs=())) for c in plan)
+
+    def at_prices(self, memory: dict[int, float], roots: tuple[int, ...]) -> list[Choice]:
+        """The kernels for these roots where the classes of `memory`, and no others, may be loaded."""
+        p = self.p
+        known = p.memory, p.bound
+        p.memory, p.bound = memory, {}
+        try:
+            return self.kernels(roots)
+        finally:
+            p.memory, p.bound = known
 
     def before(self, needs: tuple[int, ...]) -> float:
         """Seconds until all of these are in memory, or a lower bound."""
@@ -100,8 +115,11 @@ class Partition:
             return []
         (c,) = roots
         found = []
+        if c in self.p.scaled:
+            return []
         for e in self.p.closure.classes[c].edges:
-            if not self.p.is_matmul(c, e) or not all(x in self.p.memory or x in self.p.bound for x in e.children):
+            there = (x not in self.p.scaled and (x in self.p.memory or x in self.p.bound) for x in e.children)
+            if not self.p.is_matmul(c, e) or not all(there):
                 continue
             volume = math.prod(self.p.sizes[a] for a in self.p.joined_axes(c, e.children))
             moved = self.p.bytes(c) + sum(self.p.bytes(x) for x in set(e.children))
@@ -120,9 +138,17 @@ class Partition:
         if roots not in self._alone:
             self._alone[roots] = self.best(self.derivations(roots, alone=True))
         found = list(self._alone[roots])
+        if found and min(map(self.rank, found)) <= self.least_seconds(roots):
+            return found
         if self.space.kernels > 1 or self.space.library:
             found += self.best([d for d in self.derivations(roots, alone=False) if self.needs(d)])
         return found
+
+    def least_seconds(self, roots: tuple[int, ...]) -> float:
+        """No two launches that compute the roots take less."""
+        d = self.p.device
+        moved = max(self.p.least_bytes(r) for r in roots)
+        return 2 * (d.launch_seconds + d.fill_seconds) + moved / d.bandwidth
 
     def best(self, derivations: list[Derivation]) -> list[Choice]:
         """The few that the full model likes best, each at its best tiles."""
@@ -142,28 +168,36 @@ class Partition:
             found: list[Derivation] = []
             upper = math.inf
             outcome = survey.outcome(alone)
-            order = np.argsort(outcome.bounds, kind="stable")
+            fixed = self.fixed_seconds(survey)
+            bounds = outcome.bounds + fixed
+            order = np.argsort(bounds, kind="stable")
             self.p.infeasible += int(np.isinf(outcome.bounds).sum())
             done: set[Roles] = set()
             for rank, n in enumerate(order):
-                if math.isinf(outcome.bounds[n]) or self.stop() or len(done) >= RUNS:
+                if math.isinf(bounds[n]) or self.stop() or len(done) >= RUNS:
                     break
                 if found and self.p.expanded > self.p.states:
                     self.p.truncated += 1
                     break
-                if outcome.bounds[n] >= upper:
-                    self.p.bounded += int(np.isfinite(outcome.bounds[order[rank:]]).sum())
+                if bounds[n] >= upper:
+                    self.p.bounded += int(np.isfinite(bounds[order[rank:]]).sum())
                     break
                 if survey.assignments[n].roles in done:
                     continue
                 done.add(survey.assignments[n].roles)
-                d = KernelSearch(outcome, int(n)).run(upper)
+                d = KernelSearch(outcome, int(n)).run(upper - float(fixed[n]))
                 if d is not None:
                     found.append(d)
-                    upper = min(upper, d.cost * SLACK)
+                    upper = min(upper, (d.cost + float(fixed[n])) * SLACK)
             if found or self.stop():
                 return found
         return []
+
+    def fixed_seconds(self, survey: Survey) -> NDArray[np.float64]:
+        """What each assignment costs whatever is computed: its launch, and a second one for the combine of a split."""
+        d = self.p.device
+        launch = d.launch_seconds + d.fill_seconds
+        return np.where(survey.split != 0, launch + d.launch_seconds, launch)
 
     def survey(self, roots: tuple[int, ...], least: int, shrinks: tuple[int, ...]) -> Survey | None:
         """All assignments of roles, from several tile sizes; None beyond the budget."""
@@ -284,8 +318,12 @@ class Partition:
         fits the device."""
         fixed = {a for a, _ in self.space.tiles}
         best = dict(d.tiles)
-        multiplied = {a for s in d.steps if s.option.edge and self.p.is_matmul(s.entry[0], s.option.edge)
-                      for a in self.p.joined_axes(s.entry[0], s.option.children)}
+        multiplied = {
+            a
+            for s in d.steps
+            if s.option.edge and self.p.is_matmul(s.entry[0], s.option.edge)
+            for a in self.p.joined_axes(s.entry[0], s.option.children)
+        }
         most = {a: MATMUL_TILE if a in multiplied else ROW_TILE for a in best}
         excess, seconds = self.fit(replace(d, tiles=tuple(sorted(best.items()))))
         improved = True
@@ -337,15 +375,16 @@ def partition(
 
 
 def _plans(run: Partition, groups: tuple[tuple[int, ...], ...]) -> list[list[Choice]]:
-    """The cheapest plan of every group together, then the second of those that have one, and so on."""
-
-    def cost(plan: list[Choice]) -> float:
-        return sum(run.rank(replace(c, needs=())) for c in _with_needs(run, plan))
-
-    ways = [sorted(_ways(run, targets), key=cost) for targets in groups]
+    """The cheapest plan of every group together, then the second of those that have one, and so on; and the cheapest
+    with launches joined."""
+    ways = [sorted((_with_needs(run, way) for way in _ways(run, targets)), key=run.cost) for targets in groups]
     most = max(map(len, ways), default=0) if all(ways) else 0
     plans = [[c for way in ways for c in way[min(n, len(way) - 1)]] for n in range(most)]
-    return sorted((_with_needs(run, plan) for plan in plans), key=cost)
+    if most:
+        joined = [joined_up(run, way[0], targets) for way, targets in zip(ways, groups, strict=True)]
+        plans.append([c for way in joined for c in way])
+    unique = dict.fromkeys(tuple(dict.fromkeys(plan)) for plan in plans)
+    return sorted(map(list, unique), key=run.cost)
 
 
 def _ways(run: Partition, targets: tuple[int, ...]) -> list[list[Choice]]:
@@ -358,14 +397,18 @@ def _ways(run: Partition, targets: tuple[int, ...]) -> list[list[Choice]]:
     return ways
 
 
-def _with_needs(run: Partition, plan: list[Choice]) -> list[Choice]:
+def _with_needs(run: Partition, plan: Sequence[Choice]) -> list[Choice]:
     """The plan with the launches that materialise what it needs, in order, each once."""
+    made = {r: choice for choice in plan for r in choice.roots}
     ordered: list[Choice] = []
     done: set[int] = set()
 
     def visit(choice: Choice) -> None:
         for c in choice.needs:
-            if c not in done and (options := run.choices.get((c,))):
+            if c in made:
+                if c not in done:
+                    visit(made[c])
+            elif c not in done and (options := run.choices.get((c,))):
                 visit(options[0])
         if choice not in ordered:
             ordered.append(choice)
@@ -374,3 +417,55 @@ def _with_needs(run: Partition, plan: list[Choice]) -> list[Choice]:
     for choice in plan:
         visit(choice)
     return ordered
+
+
+# -- joint kernels
+
+
+def joined_up(run: Partition, plan: list[Choice], targets: tuple[int, ...]) -> list[Choice]:
+    """The plan with two launches made one, as long as some pair makes it cheaper.  A price counts a value in full for
+    each of its users, and knows nothing of what two kernels both load or compute: this step does."""
+    improved = True
+    while improved and len(plan) > 1 and not run.stop():
+        improved = False
+        for a, b in itertools.combinations(plan, 2):
+            joint = _joint(run, plan, a, b)
+            if joint is None:
+                continue
+            trial = _live(_with_needs(run, [c for c in plan if c not in (a, b)] + [joint]), targets)
+            if run.cost(trial) < run.cost(plan) * (1 - 1e-6):
+                plan, improved = trial, True
+                break
+    return plan
+
+
+def _joint(run: Partition, plan: list[Choice], a: Choice, b: Choice) -> Choice | None:
+    """The cheapest kernel for the roots of both, which may load what the rest of the plan has in memory by then."""
+    roots = tuple(sorted(a.roots + b.roots))
+    after = _downstream(plan, set(roots))
+    if any(set(c.roots) & after and set(roots) & _downstream(plan, set(c.roots)) for c in plan if c not in (a, b)):
+        return None  # a launch needs one of them and is needed by the other
+    there = {r for c in plan if c not in (a, b) for r in c.roots}
+    prices = {c: 0.0 if c in there else seconds for c, seconds in run.p.memory.items() if c not in after}
+    found = run.at_prices(prices, roots)
+    return min(found, key=run.rank, default=None)
+
+
+def _downstream(plan: list[Choice], roots: set[int]) -> set[int]:
+    """What is computed from the roots, the roots excluded."""
+    reached = set(roots)
+    for c in plan:
+        if reached & set(c.needs):
+            reached |= set(c.roots)
+    return reached - roots
+
+
+def _live(plan: list[Choice], targets: tuple[int, ...]) -> list[Choice]:
+    """Without launches that nothing needs."""
+    wanted = set(targets)
+    kept: list[Choice] = []
+    for c in reversed(plan):
+        if wanted & set(c.roots):
+            kept.append(c)
+            wanted |= set(c.needs)
+    return kept[::-1]

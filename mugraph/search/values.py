@@ -113,6 +113,22 @@ def weight(value: Value) -> int:
     return total_weight
 
 
+def closed_axes(f: Factor) -> frozenset[str]:
+    """The axes that are summed or reduced over inside a factor."""
+    match f:
+        case Load() | Number():
+            return frozenset()
+        case Call(_, _, bound, args):
+            return frozenset(t[0] for t in bound).union(*(_closed_in(a) for a in args))
+        case Paren(value):
+            return _closed_in(value)
+
+
+@lru_cache(maxsize=1 << 16)
+def _closed_in(value: Value) -> frozenset[str]:
+    return frozenset(a for t in value for a, _ in t.bound).union(*(closed_axes(f) for t in value for f in t.factors))
+
+
 def rename_factor(f: Factor, names: Mapping[Token, Token]) -> Factor:
     match f:
         case Load(name, index):

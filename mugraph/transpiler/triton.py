@@ -561,13 +561,14 @@ class _Kernel:
         moving: list[str] = []
         for axis, i in index:
             stride = self.stride(buffer, axis) if i.axis or i.start else ""
+            far = self.far(buffer, axis)
             if i.start:
-                fixed.append(f"{i.start} * {stride}" if i.start >= 0 else f"({i.start}) * {stride}")
+                start = str(i.start) if i.start >= 0 else f"({i.start})"
+                fixed.append(f"tl.cast({start}, tl.int64) * {stride}" if far else f"{start} * {stride}")
             if i.axis is None:
                 continue
             e = self.scope.extent(i.axis)
             scaled = stride if i.step == 1 else f"{i.step} * {stride}"
-            far = self.far(buffer, axis)
             if self.many(i.axis):
                 name = self.index_name(e) + (".to(tl.int64)" if far else "")
                 fixed.append(f"{self.spread(name, (self.lane(i.axis),), want)} * {scaled}")

@@ -58,6 +58,8 @@ class Enumeration:
         if not self.open(c):
             return True
         loops = set(self.kernel.p.axes(c)) & self.kernel.roles.loops
+        if at == self.kernel.last + 1:  # in the combine, which has the split axis on its grid
+            return self.kernel.roles.split is not None and loops == {self.kernel.roles.split[0]}
         return at <= self.kernel.last and loops <= set(self.kernel.roles.passes[at - 1])
 
     def children(self, entry: Entry, option: Option) -> list[tuple[Entry, ...]]:

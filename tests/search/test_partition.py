@@ -107,7 +107,7 @@ def test_no_splits() -> None:
 
 @pytest.mark.parametrize("passes", [0, 1, 2])
 def test_no_more_passes_than_allowed(passes: int) -> None:
-    plans, _ = plans_of(programs.own_softmax(60_000), SearchSpace(passes=passes))
+    plans, _ = plans_of(programs.own_softmax(60_000), SearchSpace(passes=passes, split=False))
     counts = {len(choice.how.roles.passes) for plan in plans for choice in plan if isinstance(choice.how, Derivation)}
     assert max(counts) == passes if plans else passes == 0
 
