@@ -445,8 +445,8 @@ def _joint(run: Partition, plan: list[Choice], a: Choice, b: Choice) -> Choice |
     after = _downstream(plan, set(roots))
     if any(set(c.roots) & after and set(roots) & _downstream(plan, set(c.roots)) for c in plan if c not in (a, b)):
         return None  # a launch needs one of them and is needed by the other
-    there = {r for c in plan if c not in (a, b) for r in c.roots}
-    prices = {c: 0.0 if c in there else seconds for c, seconds in run.p.memory.items() if c not in after}
+    there = run.p.inputs | {r for c in plan if c not in (a, b) for r in c.roots}
+    prices = dict.fromkeys(sorted(there - after), 0.0)
     found = run.at_prices(prices, roots)
     return min(found, key=run.rank, default=None)
 
