@@ -71,6 +71,24 @@ class Context:
     dtypes: Mapping[int, DType]
     boundaries: tuple[Equation, ...]
     partials: set[str] = field(default_factory=set)  # names of partial results, one name space for all launches
+    aliases: list[Equation] = field(default_factory=list)  # inputs under axes that no load of them can say
+
+    def alias(self, name: str, axes: tuple[Axis, ...]) -> Tensor:
+        """The kernel-level tensor under other axes, itself if they are its own: a view, taken once."""
+        stored = self.tensors[name]
+        pairs = tuple((a.name, b) for a, b in zip(stored.axes, axes, strict=True) if a != b)
+        if not pairs:
+            return stored
+        op = Rename(pairs)
+        known = next((e.target for e in self.aliases if e.op == op and e.args == (name,)), None)
+        if known is not None:
+            return known
+        left = iter(axes)
+        dims = tuple(tuple(next(left) for _ in d) for d in stored.dims)
+        fresh = next(n for i in itertools.count(2) if (n := f"{name}_{i}") not in self.tensors)
+        self.tensors[fresh] = Tensor(fresh, dims, stored.dtype)
+        self.aliases.append(Equation((self.tensors[fresh],), op, (name,)))
+        return self.tensors[fresh]
 
     def axis_names(self, axes: Iterable[str]) -> tuple[str, ...]:
         return tuple(self.axes[a].name for a in axes)
@@ -277,6 +295,7 @@ class BlockBuilder:
             used = tuple(x for d in dims for x in d)
             if used != stored.axes and set(used) == set(stored.axes):  # a load cannot say that: an alias can
                 stored = self.context.alias(stored.name, used)
+                self.kernel_level.add(stored.name)
                 dims = stored.dims
         name = self.fresh(self.tile_name(stored.name))
         self.values[name] = Tensor(name, dims, stored.dtype)
