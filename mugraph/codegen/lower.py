@@ -113,9 +113,7 @@ def plan_graph(graph: KernelGraph, options: Options | None = None, observer: Obs
             calls.append(Torch(equation))
             continue
         for block in equation.op.blocks:
-            name = (
-                f"{graph.name}_{len(calls)}" if len(equations) > 1 or len(equation.op.blocks) > 1 else graph.name
-            )
+            name = f"{graph.name}_{len(calls)}" if len(equations) > 1 or len(equation.op.blocks) > 1 else graph.name
             for store in block.stores:
                 if store.kind == "partial":
                     assert block.split

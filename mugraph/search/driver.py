@@ -17,6 +17,7 @@ from mugraph.search.build import Context, Unbuildable, baseline, build
 from mugraph.search.canonical import Canonical, canonical
 from mugraph.search.closure import Closure, Edge, close
 from mugraph.search.cost import Device, device, floor_seconds, predict_library
+from mugraph.search.enumerate import widen
 from mugraph.search.extract import Problem, is_leaf_edge
 from mugraph.search.laws import LAWS, Meaning, meaning
 from mugraph.search.partition import Choice, Partition, partition
@@ -84,6 +85,9 @@ def search(
     known = meaning(here.program)
     closure, seeds = _closure(here.program, known, space, stop)
     watch.lap("closure")
+    widened = _widened(here.program, known, closure, space, stop)
+    if widened:
+        watch.lap("enumerator")
     chosen = _canonical_space(space, here, program)
     problem = _problem(here.program, closure, seeds, chosen, on)
     targets, wanted = _targets(here, known, seeds)
@@ -127,7 +131,7 @@ def search(
             tried.append(CandidateReport(structure(plan, here.axes), seconds, f"refused: {error.message}"))
         except Unbuildable as error:
             tried.append(CandidateReport(structure(plan, here.axes), seconds, f"passed over: {error}"))
-    notes = [
+    notes = widened + [
         f"{e.targets[0].name} is outside the calculus and runs as a library call"
         for e in context.boundaries
         if not is_free(e)
@@ -193,18 +197,43 @@ def _closure(
     program: Program, known: Meaning, space: SearchSpace, stop: Callable[[], bool] = lambda: False
 ) -> tuple[Closure, dict[str, int]]:
     """The closure of every equation, and of what the named laws make of the outputs."""
-    static = _written_sizes(program)
-    prints = v.Fingerprinter(known.base, static, samples=SAMPLES if _takes_extremes(program) else 1)
+    prints = _fingerprinter(program, known)
     names = dict.fromkeys([o.value for o in program.outputs] + [a for b in known.boundaries for a in b.args])
     names.update(dict.fromkeys(known.values))
-    seeds = [known.values[n] for n in names]
-    for name in space.laws:
-        for o in program.outputs:
-            other = LAWS[name].rewrite(known.values[o.value])
-            if other is not None and prints.fingerprint(other) == prints.fingerprint(known.values[o.value]):
-                seeds.append(other)
+    seeds = [known.values[n] for n in names] + _rewritten(program, known, space, prints)
     closure, classes = close(seeds, prints, space.nodes, stop)
     return closure, dict(zip(names, classes, strict=False))
+
+
+def _fingerprinter(program: Program, known: Meaning) -> v.Fingerprinter:
+    samples = SAMPLES if _takes_extremes(program) else 1
+    return v.Fingerprinter(known.base, _written_sizes(program), samples=samples)
+
+
+def _rewritten(program: Program, known: Meaning, space: SearchSpace, prints: v.Fingerprinter) -> list[v.Value]:
+    """What the named laws make of the outputs, where they hold."""
+    outputs = [known.values[o.value] for o in program.outputs]
+    pairs = [(value, LAWS[name].rewrite(value)) for name in space.laws for value in outputs]
+    return [new for old, new in pairs if new is not None and prints.fingerprint(new) == prints.fingerprint(old)]
+
+
+def _widened(
+    program: Program, known: Meaning, closure: Closure, space: SearchSpace, stop: Callable[[], bool]
+) -> list[str]:
+    """Runs the enumerator into the closure, in place, where the space asks for it: what the report says of it."""
+    if not space.candidates:
+        return []
+    prints = _fingerprinter(program, known)
+    done = widen(
+        closure,
+        prints,
+        space.candidates,
+        targets=[*known.values.values(), *_rewritten(program, known, space, prints)],
+        sizes={a.name: representative(a.size, space.symbolic) for a in program.axes().values()},
+        pruning=space.abstraction,
+        stop=stop,
+    )
+    return [f"enumerator (abstraction {space.abstraction}): {done}"]
 
 
 def _targets(
@@ -279,7 +308,7 @@ def _problem(program: Program, closure: Closure, seeds: Mapping[str, int], space
                 continue
             problem.scaled.add(c)
             problem.dtypes[c] = DType.f32
-        problem.bound[c] = on.launch_seconds + problem.bytes(c) / on.bandwidth
+        problem.bound[c] = on.launch_seconds + problem.least_bytes(c) / on.bandwidth
     return problem
 
 

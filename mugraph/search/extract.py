@@ -152,6 +152,13 @@ class Problem:
         """Classes that every derivation from inputs holds."""
         return _mandatory(self, frozenset(self.inputs))
 
+    def least_bytes(self, c: int) -> float:
+        """Bytes that move before a class is in memory, whatever computes it: itself, and inputs that it cannot do
+        without."""
+        must = self.alone.computed[c]
+        inputs = sum(self.bytes(x) for x in self.inputs if must >> self.position[x] & 1)
+        return self.bytes(c) + inputs
+
     @cached_property
     def among(self) -> Mandatory:
         """Classes that every derivation holds which may load what could be materialised."""

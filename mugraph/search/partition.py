@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mugraph.search.closure import Edge
 from mugraph.search.cost import STAGES, Prediction, predict, predict_library
@@ -137,9 +138,17 @@ class Partition:
         if roots not in self._alone:
             self._alone[roots] = self.best(self.derivations(roots, alone=True))
         found = list(self._alone[roots])
+        if found and min(map(self.rank, found)) <= self.least_seconds(roots):
+            return found
         if self.space.kernels > 1 or self.space.library:
             found += self.best([d for d in self.derivations(roots, alone=False) if self.needs(d)])
         return found
+
+    def least_seconds(self, roots: tuple[int, ...]) -> float:
+        """No two launches that compute the roots take less."""
+        d = self.p.device
+        moved = max(self.p.least_bytes(r) for r in roots)
+        return 2 * (d.launch_seconds + d.fill_seconds) + moved / d.bandwidth
 
     def best(self, derivations: list[Derivation]) -> list[Choice]:
         """The few that the full model likes best, each at its best tiles."""
@@ -159,28 +168,36 @@ class Partition:
             found: list[Derivation] = []
             upper = math.inf
             outcome = survey.outcome(alone)
-            order = np.argsort(outcome.bounds, kind="stable")
+            fixed = self.fixed_seconds(survey)
+            bounds = outcome.bounds + fixed
+            order = np.argsort(bounds, kind="stable")
             self.p.infeasible += int(np.isinf(outcome.bounds).sum())
             done: set[Roles] = set()
             for rank, n in enumerate(order):
-                if math.isinf(outcome.bounds[n]) or self.stop() or len(done) >= RUNS:
+                if math.isinf(bounds[n]) or self.stop() or len(done) >= RUNS:
                     break
                 if found and self.p.expanded > self.p.states:
                     self.p.truncated += 1
                     break
-                if outcome.bounds[n] >= upper:
-                    self.p.bounded += int(np.isfinite(outcome.bounds[order[rank:]]).sum())
+                if bounds[n] >= upper:
+                    self.p.bounded += int(np.isfinite(bounds[order[rank:]]).sum())
                     break
                 if survey.assignments[n].roles in done:
                     continue
                 done.add(survey.assignments[n].roles)
-                d = KernelSearch(outcome, int(n)).run(upper)
+                d = KernelSearch(outcome, int(n)).run(upper - float(fixed[n]))
                 if d is not None:
                     found.append(d)
-                    upper = min(upper, d.cost * SLACK)
+                    upper = min(upper, (d.cost + float(fixed[n])) * SLACK)
             if found or self.stop():
                 return found
         return []
+
+    def fixed_seconds(self, survey: Survey) -> NDArray[np.float64]:
+        """What each assignment costs whatever is computed: its launch, and a second one for the combine of a split."""
+        d = self.p.device
+        launch = d.launch_seconds + d.fill_seconds
+        return np.where(survey.split != 0, launch + d.launch_seconds, launch)
 
     def survey(self, roots: tuple[int, ...], least: int, shrinks: tuple[int, ...]) -> Survey | None:
         """All assignments of roles, from several tile sizes; None beyond the budget."""

@@ -487,7 +487,7 @@ class _Pieces:
             case Reduce("mean", axes):
                 if self.is_whole(e, axes, full):
                     return self.total(e, axes, full, target)
-                result = self.total(e, axes, full, None)
+                result = self.total(replace(e, op=Reduce("sum", axes)), axes, full, None)
                 for i, a in enumerate(axes):
                     size = self.emit(e, SizeOf(_axis(self.tensors[e.args[0]], a)), (), f"{a}_size")
                     last = target if i == len(axes) - 1 else None
@@ -513,9 +513,11 @@ class _Pieces:
     def same(self, e: Equation, found: str, target: Tensor | None) -> str:
         """A piece that is there already, under its own name only where that name is asked for."""
         del target
-        return self.emit(e, Cast(e.target.dtype), [found], e.target.name) if self.values[
-            found
-        ].dtype is not e.target.dtype else found
+        return (
+            self.emit(e, Cast(e.target.dtype), [found], e.target.name)
+            if self.values[found].dtype is not e.target.dtype
+            else found
+        )
 
     def index(self, e: Equation, region: Region, target: Tensor | None) -> str:
         """start + Σ stride · index."""
@@ -575,10 +577,7 @@ class _Pieces:
     def closing(self, e: Equation, closed: tuple[str, ...], args: list[str], target: Tensor | None) -> str:
         wish = e.target.name
         if closed:
-            kind = e.op.kind if isinstance(e.op, Reduce) else None
-            if kind == "mean" and (target is None or len(closed) != len(e.op.axes)):  # type: ignore[union-attr]
-                kind = "sum"
-            op: Op = Contract(closed) if kind is None else Reduce(kind, closed)
+            op: Op = Reduce(e.op.kind, closed) if isinstance(e.op, Reduce) else Contract(closed)
             return self.emit(e, op, args, wish, target)
         result = args[0]
         for i, other in enumerate(args[1:], 2):

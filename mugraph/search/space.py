@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from mugraph.errors import SettingError
+from mugraph.search.abstraction import ABSTRACTIONS, AbstractionName
 from mugraph.search.laws import LAWS
 from mugraph.settings import Effort
 
@@ -27,6 +28,8 @@ class SearchSpace:
     nodes         budget of factors in the expressions of the closure
     entries       budget of classes looked at, over all assignments of roles of all kernels
     states        budget of expanded states, over all kernels
+    candidates    budget of the enumerator, which widens the closure with identities found bottom-up; 0: it does not run
+    abstraction   what the enumerator is pruned by: "closure", "size" or "off"
     """
 
     split: bool = True
@@ -42,6 +45,8 @@ class SearchSpace:
     nodes: int = 4_000
     entries: int = 1_000_000
     states: int = 16_000
+    candidates: int = 0
+    abstraction: AbstractionName = "closure"
 
     def __post_init__(self) -> None:
         if unknown := set(self.laws) - set(LAWS):
@@ -49,6 +54,11 @@ class SearchSpace:
         for name in ("symbolic", "kernels", "nodes", "entries", "states"):
             if getattr(self, name) < 1:
                 raise SettingError(f"SearchSpace.{name} is {getattr(self, name)}", remedy="give at least 1")
+        if self.candidates < 0:
+            raise SettingError(f"SearchSpace.candidates is {self.candidates}", remedy="give 0 or more")
+        if self.abstraction not in ABSTRACTIONS:
+            known = ", ".join(ABSTRACTIONS)
+            raise SettingError(f"SearchSpace.abstraction is {self.abstraction!r}", remedy=f"give one of {known}")
         if not 0 <= self.passes <= 2:
             raise SettingError(f"SearchSpace.passes is {self.passes}", remedy="give 0, 1 or 2")
         for axis, tile in self.tiles:
@@ -65,11 +75,11 @@ class SearchSpace:
 
 def space_of(effort: Effort) -> SearchSpace:
     """The space for an effort: `none` leaves the program as library calls, `quick` is the default space, `full` has
-    ten times its budgets."""
+    ten times its budgets and runs the enumerator."""
     match effort:
         case "none":
             return SearchSpace(split=False, laws=(), nodes=1, states=1)
         case "quick":
             return SearchSpace()
         case "full":
-            return SearchSpace(nodes=40_000, entries=10_000_000, states=160_000)
+            return SearchSpace(nodes=40_000, entries=10_000_000, states=160_000, candidates=20_000)

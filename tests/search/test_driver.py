@@ -285,4 +285,4 @@ def test_elementwise_programs_get_tiles_that_read_whole_sectors() -> None:
     program = trace(lambda x, y: mg.silu(x) * y, [f16[B, 4096]] * 2, "gate")
     (kernel,) = search(program, accept=lambda g: g).graph.kernels()
     tiles = dict(kernel.op.blocks[0].grid)
-    assert tiles[program.tensors()["x"].axes[-1].name] * 2 >= 64
+    assert tiles.get(program.tensors()["x"].axes[-1].name, 4096) * 2 >= 64
