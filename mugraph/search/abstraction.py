@@ -91,7 +91,7 @@ class BySize:
     def __init__(self, targets: Iterable[Value], sizes: Mapping[str, int]) -> None:
         self.expressions = Expressions(sizes)
         self._known: dict[Expression, bool] = {}
-        self.contexts: list[tuple[Monomial, ...]] | None = None
+        self.contexts: list[Expression] | None
         try:
             self.contexts = self.expressions.contexts([self.expressions.of_value(t) for t in targets])
         except TooLarge:
@@ -177,10 +177,10 @@ class Expressions:
 
     def _inverse_of_atom(self, atom: int) -> Expression:
         match self.keys[atom]:
-            case ("inv", _, 1, (Expression_argument,)):
-                return Expression_argument  # type: ignore[return-value]
             case ("inv", _, int(size), ()):
                 return (Monomial(size, ()),)
+            case ("inv", _, _, (tuple(argument),)):
+                return argument
             case _:
                 return self._one(self.atom("inv", (), 1, (self._one(atom),)))
 
