@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
 
 import mugraph.dsl.functions as mg
 from mugraph.dsl.trace import f16, f32, i64, trace
@@ -18,6 +19,7 @@ from mugraph.search.space import SearchSpace
 from mugraph.verify.equivalence import verify
 from tests.search import programs
 from tests.search.programs import SMALL, B
+from tests.search.random_programs import programs as random_programs
 
 X = f32[B, 48]
 
@@ -229,6 +231,30 @@ def test_odd_programs_are_searched_and_verified(name: str) -> None:
 def test_elementwise_programs_are_one_kernel(name: str) -> None:
     found = verified(ODD[name](), SearchSpace(library=False))
     assert [type(e.op) for e in found.graph.equations] == [Kernel]
+
+
+@settings(max_examples=15)
+@given(random_programs())
+def test_random_programs_are_searched_and_verified(program: Program) -> None:
+    verified(program)
+
+
+@pytest.mark.full
+@settings(max_examples=400)
+@given(random_programs(depth=4))
+def test_many_random_programs_are_searched_and_verified(program: Program) -> None:
+    verified(program)
+
+
+# -- the report
+
+
+@pytest.mark.parametrize("name", ["rmsnorm_linear", "gqa", "layernorm_linear", "chain", "two_outputs"])
+def test_two_runs_give_equal_reports_and_graphs(name: str) -> None:
+    a, b = (search(SMALL[name](), accept=lambda g: g) for _ in range(2))
+    assert a.graph == b.graph
+    assert a.report == b.report
+    assert a.report.seconds.keys() == b.report.seconds.keys() == {"closure", "kernels", "verification"}
 
 
 def test_the_report_says_what_was_done() -> None:
