@@ -19,6 +19,7 @@ from mugraph.codegen.passes import Names, Observer, names_of, prepare, refuse
 from mugraph.codegen.plan import (
     Accumulate,
     Action,
+    Beside,
     Buffer,
     Compute,
     Extent,
@@ -105,7 +106,7 @@ def plan_graph(graph: KernelGraph, options: Options | None = None, observer: Obs
     resolved = _only_loaded(graph, views)
     equations = [e for e in graph.equations if e.targets[0].name not in resolved]
     everything = graph.tensors()
-    calls: list[Launch | Torch] = []
+    calls: list[Launch | Beside | Torch] = []
     for equation in equations:
         for t in equation.targets:
             buffers[t.name] = Buffer(t, "output" if t.name in outputs else "global")

@@ -19,7 +19,7 @@ from mugraph.search.canonical import Canonical, canonical
 from mugraph.search.closure import Closure, Edge, close
 from mugraph.search.cost import Device, device, floor_seconds, predict_library
 from mugraph.search.enumerate import widen
-from mugraph.search.extract import Problem, is_leaf_edge
+from mugraph.search.extract import Derivation, Problem, Roles, is_leaf_edge
 from mugraph.search.laws import LAWS, Meaning, meaning
 from mugraph.search.partition import Choice, Partition, partition
 from mugraph.search.pieces import is_free, pieces
@@ -435,9 +435,10 @@ def _problem(program: Program, closure: Closure, seeds: Mapping[str, int], space
     targets = {seeds[o.value] for o in program.outputs}
     room = sum(problem.bytes(c) for c in {*leaves, *targets})
     inside = {seeds[n] for n in space.inside}
+    written = set(seeds.values())  # values of the program itself
     for c in closure.order:
-        result = c not in inside and any(e.closes or e.kind == "call" for e in closure.classes[c].edges)
-        if c in leaves or not result or problem.bytes(c) > room:
+        result = c in written or any(e.closes or e.kind == "call" for e in closure.classes[c].edges)
+        if c in leaves or c in inside or not result or problem.bytes(c) > room:
             continue
         if not may_be_materialised(problem, c):
             if c in targets or c in _exponents(problem) or not any(e.closes for e in closure.classes[c].edges):
@@ -536,17 +537,22 @@ def structure(plan: list[Choice], axes: Mapping[str, Axis]) -> str:
     def named(chosen: tuple[str, ...]) -> str:
         return ",".join(axes[a].name for a in chosen)
 
-    for c in plan:
-        if isinstance(c.how, Edge):
-            texts.append(f"library contraction over {named(c.how.axes)}")
-            continue
-        roles = c.how.roles
+    def kernel(roles: Roles) -> str:
         text = f"kernel grid({named(roles.grid)})"
         if roles.passes:
             text += f" loop({','.join('·'.join(axes[a].name for a in loop) for loop in roles.passes)})"
         if roles.split:
             text += f" split({named(roles.split[:1])}/{roles.split[1]})"
-        texts.append(text)
+        return text
+
+    for c in plan:
+        match c.how:
+            case Edge():
+                texts.append(f"library contraction over {named(c.how.axes)}")
+            case Derivation(roles=roles):
+                texts.append(kernel(roles))
+            case several:
+                texts.append(" beside ".join(kernel(d.roles) for d in several))
     return "; ".join(texts)
 
 
