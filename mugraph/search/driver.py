@@ -21,7 +21,7 @@ from mugraph.search.enumerate import widen
 from mugraph.search.extract import Problem, is_leaf_edge
 from mugraph.search.laws import LAWS, Meaning, meaning
 from mugraph.search.partition import Choice, Partition, partition
-from mugraph.search.pieces import is_free, pieces
+from mugraph.search.pieces import is_free, joints, pieces
 from mugraph.search.report import CandidateReport, KernelCost, SearchReport, StopReason
 from mugraph.search.space import SearchSpace
 
@@ -106,13 +106,20 @@ def search(
         boundaries=tuple(e for e in cut.equations if e.targets[0].name in outside),
     )
     base_seconds = _equations_seconds(program.equations, program, space.symbolic, problem)
-    outside_seconds = _equations_seconds(context.boundaries, cut, space.symbolic, problem)
+
+    def called(plan: Sequence[Choice]) -> list[Equation]:
+        """What runs as library calls beside the plan's launches."""
+        made = {t for c in plan if not isinstance(c.how, Edge) for r in c.roots for t in wanted.get(r, ())}
+        joined = joints(context.boundaries, made, (o.value for o in program.outputs))
+        return [e for e in context.boundaries if not is_free(e) and e.targets[0].name not in joined]
+
     fits = all(may_be_materialised(problem, seeds[n]) for n in _computed(here.program, known))
     tried: list[CandidateReport] = []
     best: tuple[KernelGraph, object, float, list[Choice]] | None = None
     refused = 0
     for plan in plans:
-        seconds = outside_seconds + sum(c.prediction.seconds for c in plan)
+        seconds = sum(c.prediction.seconds for c in plan)
+        seconds += _equations_seconds(called(plan), cut, space.symbolic, problem)
         kernels = sum(not isinstance(c.how, Edge) for c in plan)
         if kernels > space.kernels:
             tried.append(CandidateReport(structure(plan, here.axes), seconds, f"has {kernels} kernels"))
@@ -131,10 +138,9 @@ def search(
             tried.append(CandidateReport(structure(plan, here.axes), seconds, f"refused: {error.message}"))
         except Unbuildable as error:
             tried.append(CandidateReport(structure(plan, here.axes), seconds, f"passed over: {error}"))
+    outsiders = [] if best is None else called(best[3])
     notes = widened + [
-        f"{e.targets[0].name} is outside the calculus and runs as a library call"
-        for e in context.boundaries
-        if not is_free(e)
+        f"{e.targets[0].name} is outside the calculus and runs as a library call" for e in outsiders
     ]
     if best is None:
         graph = baseline(program)
