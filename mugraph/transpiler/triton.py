@@ -51,6 +51,7 @@ from mugraph.ir.ops import (
 )  # fmt: skip
 from mugraph.ir.types import DType, Input, Output, Storage, Tensor
 from mugraph.transpiler import torch as torch_code
+from mugraph.transpiler.divided import OWN_NAMES, divided_text, kept_text
 from mugraph.transpiler.signature import bindings, size_text
 
 WIDTH = 120
@@ -97,6 +98,7 @@ def round_even(x):
 }
 RESERVED = {
     *HELPERS,
+    *OWN_NAMES,
     "tl",
     "torch",
     "triton",
@@ -115,25 +117,39 @@ RESERVED = {
 
 def emit(plan: Plan) -> str:
     """The plan as a Python file.  Raises UnsupportedOpError, naming the operator, where there is no Triton for it."""
-    kernels = {launch.name: _Kernel(launch, plan) for launch in plan.launches()}
-    texts = [k.text() for k in kernels.values()]
-    functions: dict[str, str] = {}
-    for call in plan.calls:
-        if isinstance(call, Torch):
-            name = f"{re.sub(r'[^0-9A-Za-z_]', '_', plan.name)}_torch_{len(functions)}"
-            functions[call.equation.target.name] = name
-            texts.append(_torch_function(call.equation, plan, name))
-    parts = [_header(plan, texts), *texts, _run(plan, kernels, functions), _signatures(kernels)]
+    kernels: dict[str, _Kernel] = {}
+    texts: list[str] = []
+    runs: list[str] = []
+    for part, name in ((plan.ahead, "ahead"), (plan, "rest" if plan.ahead else "run")):
+        if part is None:
+            continue
+        own = {launch.name: _Kernel(launch, part) for launch in part.launches()}
+        texts += [k.text() for k in own.values()]
+        functions: dict[str, str] = {}
+        for call in part.calls:
+            if isinstance(call, Torch):
+                function = f"{re.sub(r'[^0-9A-Za-z_]', '_', part.name)}_torch_{len(functions)}"
+                functions[call.equation.target.name] = function
+                texts.append(_torch_function(call.equation, part, function))
+        runs.append(_run(part, own, functions, name))
+        kernels |= own
+    if plan.ahead:
+        runs += divided_text([_python(n) for n in plan.parameters], *_names_of(plan.ahead))
+    parts = [_header(plan, texts), *texts, *runs, _signatures(kernels)]
     return "\n\n\n".join(p for p in parts if p) + "\n"
+
+
+def _names_of(plan: Plan) -> tuple[list[str], list[str]]:
+    return [_python(n) for n in plan.inputs], [_python(n) for n in plan.outputs]
 
 
 def _header(plan: Plan, functions: list[str]) -> str:
     kernels = [f for f in functions if f.startswith("@triton.jit")]
     what = "with Triton kernels" if kernels else "with torch"
     lines = [f'"""{plan.name} {what}.', ""]
-    lines += [f"from {plan.buffer(n).tensor}" for n in plan.inputs]
+    lines += [f"from {plan.buffer(n).tensor}" for n in plan.parameters]
     lines += [f"to {plan.buffer(n).tensor}" for n in plan.outputs]
-    lines += ['"""', "", "import torch"]
+    lines += ['"""', "", *([kept_text()[0], ""] if plan.ahead else []), "import torch"]
     if kernels:
         lines += ["import triton", "import triton.language as tl"]
     if any(word in k for k in kernels for word in ("LOG2E", "tanh(", "gelu_tanh(")):
@@ -1052,10 +1068,10 @@ def _size_text(size: Size) -> str:
     return f"({text})" if " " in text else text
 
 
-def _run(plan: Plan, kernels: Mapping[str, _Kernel], functions: Mapping[str, str]) -> str:
+def _run(plan: Plan, kernels: Mapping[str, _Kernel], functions: Mapping[str, str], name: str) -> str:
     inputs = [_python(n) for n in plan.inputs]
     result = ", ".join(map(_python, plan.outputs))
-    lines = _call("def run", [*inputs, "*", "out=None"], ":", "")
+    lines = _call(f"def {name}", [*inputs, "*", "out=None"], ":", "")
     what = result if len(plan.outputs) == 1 else "The outputs in order"
     lines.append(f'    """{what}, written into `out` if given."""')
     lines += _sizes(plan)
