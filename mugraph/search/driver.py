@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 from mugraph.errors import GraphError, SettingError, ShapeError, VerificationError
 from mugraph.ir.axes import Axis, dims_of, representative, size_value
@@ -22,19 +23,35 @@ from mugraph.search.extract import Problem, is_leaf_edge
 from mugraph.search.laws import LAWS, Meaning, meaning
 from mugraph.search.partition import Choice, Partition, partition
 from mugraph.search.pieces import is_free, pieces
-from mugraph.search.report import CandidateReport, KernelCost, SearchReport, StopReason
+from mugraph.search.report import CandidateReport, KernelCost, SearchReport, StopReason, StructureReport
 from mugraph.search.space import SearchSpace
 
 Accept = Callable[[KernelGraph], object]
 
 
 @dataclass(frozen=True)
+class Structure:
+    """The best μGraph for a range of sizes: from `low` to `high` (None: without end) for every symbolic dimension,
+    within its own bounds.  `seconds` is predicted at the size `at`."""
+
+    low: int
+    high: int | None
+    at: int
+    graph: KernelGraph
+    accepted: object
+    seconds: float
+    text: str
+
+
+@dataclass(frozen=True)
 class Found:
-    """The best μGraph, what `accept` made of it, and the report."""
+    """The best μGraph at the size that stands for symbolic dimensions, what `accept` made of it, and the report;
+    `structures` has the best for each range of sizes, smallest first."""
 
     graph: KernelGraph
     accepted: object
     report: SearchReport
+    structures: tuple[Structure, ...] = ()
 
 
 class Watch:
@@ -89,63 +106,182 @@ def search(
     if widened:
         watch.lap("enumerator")
     chosen = _canonical_space(space, here, program)
-    problem = _problem(here.program, closure, seeds, chosen, on)
-    targets, wanted = _targets(here, known, seeds)
-    plans, run = partition(problem, chosen, targets, stop)
+    task = _Task(program, cut, here, known, closure, seeds, chosen, on, accept, stop)
+    main = task.solve(space.symbolic)
     watch.lap("kernels")
-    outside = {here.names[e.targets[0].name] for e in known.boundaries}
-    context = Context(
-        program=cut,
-        closure=closure,
-        axes=here.axes,
-        inputs=here.names,
-        names=_names(here, seeds),
-        tensors=dict(cut.tensors()),
-        dtype=problem.dtype,
-        dtypes=problem.dtypes,
-        boundaries=tuple(e for e in cut.equations if e.targets[0].name in outside),
-    )
-    base_seconds = _equations_seconds(program.equations, program, space.symbolic, problem)
-    outside_seconds = _equations_seconds(context.boundaries, cut, space.symbolic, problem)
-    fits = all(may_be_materialised(problem, seeds[n]) for n in _computed(here.program, known))
-    tried: list[CandidateReport] = []
-    best: tuple[KernelGraph, object, float, list[Choice]] | None = None
-    refused = 0
-    for plan in plans:
-        seconds = outside_seconds + sum(c.prediction.seconds for c in plan)
-        kernels = sum(not isinstance(c.how, Edge) for c in plan)
-        if kernels > space.kernels:
-            tried.append(CandidateReport(structure(plan, here.axes), seconds, f"has {kernels} kernels"))
-            continue
-        if best is not None or (fits and seconds > base_seconds):
-            cheaper = best is not None and seconds < best[2]
-            verdict = "cheaper, but by less than the model is sure of" if cheaper else "costlier"
-            tried.append(CandidateReport(structure(plan, here.axes), seconds, verdict))
-            continue
-        try:
-            graph = build(context, plan, wanted)
-            best = (graph, accept(graph), seconds, plan)
-            tried.append(CandidateReport(structure(plan, here.axes), seconds, "chosen"))
-        except (VerificationError, GraphError, ShapeError) as error:
-            refused += 1
-            tried.append(CandidateReport(structure(plan, here.axes), seconds, f"refused: {error.message}"))
-        except Unbuildable as error:
-            tried.append(CandidateReport(structure(plan, here.axes), seconds, f"passed over: {error}"))
+    best = task.choose(main)
+    watch.lap("verification")
+    solved, structures = [main], [best.structure(space.symbolic)]
+    for size in _other_sizes(program, space):
+        if stop():
+            break
+        solved.append(task.solve(size))
+        watch.lap("kernels")
+        structures.append(task.choose(solved[-1], structures).structure(size))
+        watch.lap("verification")
     notes = widened + [
         f"{e.targets[0].name} is outside the calculus and runs as a library call"
-        for e in context.boundaries
+        for e in task.boundaries
         if not is_free(e)
     ]
-    if best is None:
-        graph = baseline(program)
-        best = (graph, accept(graph), base_seconds, [])
+    if not best.plan:
         notes.append("nothing beats the program as it stands: it runs as library calls")
-    verdict = "chosen" if not best[3] else "costlier" if fits else "would keep in 16 bits what does not fit there"
-    tried.append(CandidateReport("the program as library calls", base_seconds, verdict))
-    watch.lap("verification")
-    graph, accepted, seconds, plan = best
-    report = _report(here, program.name, space, problem, closure, run, watch, plan, seconds, tried, refused, notes)
-    return Found(graph, accepted, report)
+    ranges = _ranges(structures)
+    report = _report(task, space, solved, watch, best, ranges, notes)
+    return Found(best.graph, best.accepted, report, ranges)
+
+
+@dataclass
+class _Solved:
+    """The plans at one size, cheapest first, and what the program costs as library calls."""
+
+    symbolic: int
+    problem: Problem
+    run: Partition
+    plans: list[list[Choice]]
+    base_seconds: float
+    outside_seconds: float
+    fits: bool
+
+
+@dataclass
+class _Chosen:
+    """The plan that was accepted (none: library calls), and what became of the others."""
+
+    graph: KernelGraph
+    accepted: object
+    seconds: float
+    plan: list[Choice]
+    text: str
+    tried: list[CandidateReport]
+    refused: int
+
+    def structure(self, at: int) -> Structure:
+        return Structure(at, at, at, self.graph, self.accepted, self.seconds, self.text)
+
+
+@dataclass
+class _Task:
+    """A program and its closure: what does not depend on the size at which costs are compared."""
+
+    program: Program
+    cut: Program
+    here: Canonical
+    known: Meaning
+    closure: Closure
+    seeds: Mapping[str, int]
+    space: SearchSpace
+    on: Device
+    accept: Accept
+    stop: Callable[[], bool]
+
+    @cached_property
+    def boundaries(self) -> tuple[Equation, ...]:
+        outside = {self.here.names[e.targets[0].name] for e in self.known.boundaries}
+        return tuple(e for e in self.cut.equations if e.targets[0].name in outside)
+
+    def solve(self, symbolic: int) -> _Solved:
+        """All plans where every symbolic dimension has this size, clipped to its range."""
+        space = self.space.but(symbolic=symbolic)
+        problem = _problem(self.here.program, self.closure, self.seeds, space, self.on)
+        targets, _ = _targets(self.here, self.known, self.seeds)
+        plans, run = partition(problem, space, targets, self.stop)
+        return _Solved(
+            symbolic,
+            problem,
+            run,
+            plans,
+            _equations_seconds(self.program.equations, self.program, symbolic, problem),
+            _equations_seconds(self.boundaries, self.cut, symbolic, problem),
+            all(may_be_materialised(problem, self.seeds[n]) for n in _computed(self.here.program, self.known)),
+        )
+
+    def choose(self, at: _Solved, known: Sequence[Structure] = ()) -> _Chosen:
+        """The cheapest plan that `accept` takes; one of a structure in `known` is that one."""
+        _, wanted = _targets(self.here, self.known, self.seeds)
+        context = Context(
+            program=self.cut,
+            closure=self.closure,
+            axes=self.here.axes,
+            inputs=self.here.names,
+            names=_names(self.here, self.seeds),
+            tensors=dict(self.cut.tensors()),
+            dtype=at.problem.dtype,
+            dtypes=at.problem.dtypes,
+            boundaries=self.boundaries,
+        )
+        accepted = {s.text: s for s in known}
+        tried: list[CandidateReport] = []
+        best: _Chosen | None = None
+        refused = 0
+        for plan in at.plans:
+            seconds = at.outside_seconds + sum(c.prediction.seconds for c in plan)
+            text = structure(plan, self.here.axes)
+            kernels = sum(not isinstance(c.how, Edge) for c in plan)
+            if kernels > self.space.kernels:
+                tried.append(CandidateReport(text, seconds, f"has {kernels} kernels"))
+            elif best is not None or (at.fits and seconds > at.base_seconds):
+                cheaper = best is not None and seconds < best.seconds
+                verdict = "cheaper, but by less than the model is sure of" if cheaper else "costlier"
+                tried.append(CandidateReport(text, seconds, verdict))
+            else:
+                try:
+                    if text in accepted:
+                        graph, result = accepted[text].graph, accepted[text].accepted
+                    else:
+                        graph = build(context, plan, wanted)
+                        result = self.accept(graph)
+                    best = _Chosen(graph, result, seconds, plan, text, tried, refused)
+                    tried.append(CandidateReport(text, seconds, "chosen"))
+                except (VerificationError, GraphError, ShapeError) as error:
+                    refused += 1
+                    tried.append(CandidateReport(text, seconds, f"refused: {error.message}"))
+                except Unbuildable as error:
+                    tried.append(CandidateReport(text, seconds, f"passed over: {error}"))
+        verdict = "costlier" if at.fits else "would keep in 16 bits what does not fit there"
+        if best is None:
+            verdict = "chosen"
+            if LIBRARY in accepted:
+                graph, result = accepted[LIBRARY].graph, accepted[LIBRARY].accepted
+            else:
+                graph = baseline(self.program)
+                result = self.accept(graph)
+            best = _Chosen(graph, result, at.base_seconds, [], LIBRARY, tried, refused)
+        tried.append(CandidateReport(LIBRARY, at.base_seconds, verdict))
+        return best
+
+
+LIBRARY = "the program as library calls"
+
+
+def _other_sizes(program: Program, space: SearchSpace) -> list[int]:
+    """The sizes of the space that give some symbolic dimension another value than the sizes before do."""
+    dims = program.dims()
+    seen = {tuple(min(max(space.symbolic, d.min), d.max) for d in dims)}
+    found = []
+    for size in space.sizes:
+        values = tuple(min(max(size, d.min), d.max) for d in dims)
+        if values not in seen:
+            seen.add(values)
+            found.append(size)
+    return found
+
+
+def _ranges(structures: Sequence[Structure]) -> tuple[Structure, ...]:
+    """Neighbours of one structure become one range; between two structures it changes at the geometric mean."""
+    merged: list[list[Structure]] = []
+    for s in sorted(structures, key=lambda s: s.at):
+        if merged and merged[-1][0].text == s.text:
+            merged[-1].append(s)
+        else:
+            merged.append([s])
+    found = []
+    for i, group in enumerate(merged):
+        low = 1 if i == 0 else math.isqrt(merged[i - 1][-1].at * group[0].at) + 1
+        high = None if i == len(merged) - 1 else math.isqrt(group[-1].at * merged[i + 1][0].at)
+        first = min(group, key=lambda s: structures.index(s))
+        found.append(replace(first, low=low, high=high))
+    return tuple(found)
 
 
 # -- set-up
@@ -415,50 +551,51 @@ def structure(plan: list[Choice], axes: Mapping[str, Axis]) -> str:
 
 
 def _report(
-    here: Canonical,
-    name: str,
+    task: _Task,
     space: SearchSpace,
-    p: Problem,
-    closure: Closure,
-    run: Partition,
+    solved: Sequence[_Solved],
     watch: Watch,
-    plan: list[Choice],
-    seconds: float,
-    tried: list[CandidateReport],
-    refused: int,
-    notes: list[str],
+    best: _Chosen,
+    ranges: Sequence[Structure],
+    notes: Sequence[str],
 ) -> SearchReport:
+    """The report: counts over all sizes, costs at the size that stands for symbolic dimensions."""
+    closure, axes, problem = task.closure, task.here.axes, solved[0].problem
     stop = StopReason("Saturated")
     if watch.stopped:
         stop = StopReason(watch.stopped, watch.budget if watch.stopped == "TimeLimit" else None)
     elif closure.truncated:
         stop = StopReason("NodeLimit", space.nodes)
-    elif run.entries >= space.entries:
+    elif any(at.run.entries >= space.entries for at in solved):
         stop = StopReason("EntryLimit", space.entries)
-    elif p.truncated:
+    elif any(at.problem.truncated for at in solved):
         stop = StopReason("StateLimit", space.states)
     kernels = tuple(
-        KernelCost(structure([c], here.axes), c.prediction.seconds, c.prediction.bound, dict(c.prediction.terms))
-        for c in plan
+        KernelCost(structure([c], axes), c.prediction.seconds, c.prediction.bound, dict(c.prediction.terms))
+        for c in best.plan
     )
     return SearchReport(
-        program=name,
-        device=p.device.name,
+        program=task.program.name,
+        device=task.on.name,
         space=str(space),
         stop=stop,
         classes=len(closure.order),
         edges=dict(closure.rules),
         deduplicated=closure.deduplicated,
-        configurations=run.configurations,
-        states=p.expanded,
-        pruned={"infeasible": p.infeasible, "bound": p.bounded},
-        verified=1,
-        refused=refused,
+        configurations=sum(at.run.configurations for at in solved),
+        states=sum(at.problem.expanded for at in solved),
+        pruned={
+            "infeasible": sum(at.problem.infeasible for at in solved),
+            "bound": sum(at.problem.bounded for at in solved),
+        },
+        verified=len(ranges),
+        refused=best.refused,
         seeds=("source", *space.laws),
         kernels=kernels,
-        candidates=tuple(tried),
-        predicted_seconds=seconds,
-        floor_seconds=_floor(here.program, plan, p),
+        candidates=tuple(best.tried),
+        structures=tuple(StructureReport(s.low, s.high, s.at, s.text, s.seconds) for s in ranges),
+        predicted_seconds=best.seconds,
+        floor_seconds=_floor(task.here.program, best.plan, problem),
         notes=tuple(notes),
         seconds=watch.phases,
     )

@@ -366,9 +366,10 @@ class Merge:
         if any(unordered(edge) == unordered(e) for e in self.closure.classes[c].edges):
             return
         self.add(c, edge)
-        for d, beneath in self.below.items():
-            if c in beneath:
-                beneath |= below
+        below = set[int]().union(*(self.below[x] for x in edge.children))
+        for above in self.below.values():
+            if c in above:
+                above |= below
 
     def reach(self, i: int) -> set[int]:
         """The classes that a kept value is computed from."""

@@ -397,19 +397,28 @@ def _ways(run: Partition, targets: tuple[int, ...]) -> list[list[Choice]]:
     return ways
 
 
+class Circular(Exception):
+    """Two launches that each need the other."""
+
+
 def _with_needs(run: Partition, plan: Sequence[Choice]) -> list[Choice]:
-    """The plan with the launches that materialise what it needs, in order, each once."""
+    """The plan with the launches that materialise what it needs, in order, each once.  Raises Circular."""
     made = {r: choice for choice in plan for r in choice.roots}
     ordered: list[Choice] = []
+    under_way: list[Choice] = []
     done: set[int] = set()
 
     def visit(choice: Choice) -> None:
+        if choice in under_way:
+            raise Circular
+        under_way.append(choice)
         for c in choice.needs:
             if c in made:
                 if c not in done:
                     visit(made[c])
             elif c not in done and (options := run.choices.get((c,))):
                 visit(options[0])
+        under_way.pop()
         if choice not in ordered:
             ordered.append(choice)
             done.update(choice.roots)
@@ -432,7 +441,10 @@ def joined_up(run: Partition, plan: list[Choice], targets: tuple[int, ...]) -> l
             joint = _joint(run, plan, a, b)
             if joint is None:
                 continue
-            trial = _live(_with_needs(run, [c for c in plan if c not in (a, b)] + [joint]), targets)
+            try:
+                trial = _live(_with_needs(run, [c for c in plan if c not in (a, b)] + [joint]), targets)
+            except Circular:  # what the joint kernel needs is made from one of its results
+                continue
             if run.cost(trial) < run.cost(plan) * (1 - 1e-6):
                 plan, improved = trial, True
                 break
@@ -445,8 +457,8 @@ def _joint(run: Partition, plan: list[Choice], a: Choice, b: Choice) -> Choice |
     after = _downstream(plan, set(roots))
     if any(set(c.roots) & after and set(roots) & _downstream(plan, set(c.roots)) for c in plan if c not in (a, b)):
         return None  # a launch needs one of them and is needed by the other
-    there = {r for c in plan if c not in (a, b) for r in c.roots}
-    prices = {c: 0.0 if c in there else seconds for c, seconds in run.p.memory.items() if c not in after}
+    there = run.p.inputs | {r for c in plan if c not in (a, b) for r in c.roots}
+    prices = dict.fromkeys(sorted(there - after), 0.0)
     found = run.at_prices(prices, roots)
     return min(found, key=run.rank, default=None)
 

@@ -92,7 +92,8 @@ def pieces(program: Program) -> Program:
         try:
             return _Pieces(program, frozenset(outside)).run()
         except Stuck as stuck:
-            assert stuck.equation is not None
+            if stuck.equation is None:
+                raise
             outside.add(stuck.equation.targets[0].name)
 
 

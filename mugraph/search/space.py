@@ -21,6 +21,7 @@ class SearchSpace:
     passes        the greatest number of loops in sequence in one kernel
     laws          the named laws that add seeds
     symbolic      the size that stands for each symbolic dimension when costs are compared
+    sizes         further sizes at which costs are compared; structures are found for ranges between them
     grid          the axes that kernels are cut over (those that all roots of a kernel have); None: any
     loops         the axes that passes may loop over; None: any
     tiles         fixed tile sizes, as (axis, tile)
@@ -38,6 +39,7 @@ class SearchSpace:
     passes: int = 2
     laws: tuple[str, ...] = tuple(LAWS)
     symbolic: int = 16
+    sizes: tuple[int, ...] = (1, 64, 256, 1024)
     grid: tuple[str, ...] | None = None
     loops: tuple[str, ...] | None = None
     tiles: tuple[tuple[str, int], ...] = ()
@@ -54,6 +56,8 @@ class SearchSpace:
         for name in ("symbolic", "kernels", "nodes", "entries", "states"):
             if getattr(self, name) < 1:
                 raise SettingError(f"SearchSpace.{name} is {getattr(self, name)}", remedy="give at least 1")
+        if any(size < 1 for size in self.sizes):
+            raise SettingError(f"SearchSpace.sizes is {self.sizes}", remedy="give sizes of at least 1")
         if self.candidates < 0:
             raise SettingError(f"SearchSpace.candidates is {self.candidates}", remedy="give 0 or more")
         if self.abstraction not in ABSTRACTIONS:
