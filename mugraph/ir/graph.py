@@ -15,8 +15,8 @@ maps of loads and stores (imap, fmap, omap) follow from the roles, so they are d
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
-from typing import Literal
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from typing import Literal, Self
 
 from mugraph.errors import Location
 from mugraph.ir.axes import Axis, Dim, Size, dims_of
@@ -220,6 +220,10 @@ class Program:
 
     def kernels(self) -> tuple[Equation, ...]:
         return tuple(e for e in self.equations if isinstance(e.op, Kernel))
+
+    def without_constants(self) -> Self:
+        """The same with all inputs as arguments that may change from call to call."""
+        return replace(self, inputs=tuple(replace(i, constant=False) for i in self.inputs))
 
     def fixed(self) -> dict[str, frozenset[str]]:
         """Values that stay as they are while the constant inputs do, outputs excluded, with the constant inputs that
