@@ -456,9 +456,10 @@ def _problem(program: Program, closure: Closure, seeds: Mapping[str, int], space
     targets = {seeds[o.value] for o in program.outputs}
     room = sum(problem.bytes(c) for c in {*leaves, *targets})
     inside = {seeds[n] for n in space.inside}
+    written = set(seeds.values())  # values of the program itself
     for c in closure.order:
-        result = c not in inside and any(e.closes or e.kind == "call" for e in closure.classes[c].edges)
-        if c in leaves or not result or problem.bytes(c) > room:
+        result = c in written or any(e.closes or e.kind == "call" for e in closure.classes[c].edges)
+        if c in leaves or c in inside or not result or problem.bytes(c) > room:
             continue
         if not may_be_materialised(problem, c):
             if c in targets or c in _exponents(problem) or not any(e.closes for e in closure.classes[c].edges):
