@@ -263,8 +263,8 @@ class KernelGraph(Program):
     __str__ = Program.__str__
 
     def divided(self) -> tuple[KernelGraph, KernelGraph] | None:
-        """What is done ahead, as a graph of constant inputs, and the rest, which has the results of the first as further
-        inputs.  None where there is nothing to do ahead."""
+        """What is done ahead, as a graph of constant inputs, and the rest, which has the results of the first as its
+        last inputs.  None where there is nothing to do ahead."""
         made = {t.name for e in self.ahead() for t in e.targets}
         rest = _needed([e for e in self.equations if e.targets[0].name not in made], [o.value for o in self.outputs])
         used = {a for e in rest for a in e.args}

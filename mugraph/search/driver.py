@@ -128,6 +128,7 @@ def search(
     ]
     if not best.plan:
         notes.append("nothing beats the program as it stands: it runs as library calls")
+    notes += _kept(best.graph)
     ranges = _ranges(structures)
     report = _report(task, space, solved, watch, best, ranges, notes)
     return Found(best.graph, best.accepted, report, ranges)
@@ -270,6 +271,19 @@ class _Task:
             best = _Chosen(graph, result, at.base_seconds, [], LIBRARY, tried, refused)
         tried.append(CandidateReport(LIBRARY, at.base_seconds, verdict))
         return best
+
+
+def _kept(graph: KernelGraph) -> list[str]:
+    """What the user should know of values that are kept between calls."""
+    parts = graph.divided()
+    if parts is None:
+        return []
+    first, _ = parts
+    made, read = " and ".join(o.value for o in first.outputs), ", ".join(i.name for i in first.inputs)
+    return [
+        f"{made} is computed once from {read} and kept: again after a write that PyTorch counts, not after one through "
+        ".data; SearchSpace(ahead=False) keeps nothing"
+    ]
 
 
 LIBRARY = "the program as library calls"

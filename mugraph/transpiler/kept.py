@@ -4,6 +4,7 @@ import threading
 import weakref
 from collections.abc import Callable
 from typing import Any
+
 import torch
 
 

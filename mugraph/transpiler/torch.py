@@ -126,8 +126,8 @@ def emit(graph: Program | KernelGraph, name: str = "run") -> str:
         first, rest = emitters = [_Emitter(part, n) for part, n in zip(parts, ("ahead", "rest"), strict=True)]
         given = [p for p, i in zip(rest.parameters.values(), parts[1].inputs, strict=True) if i in graph.inputs]
         kept = list(rest.parameters.values())[len(given) :]
-        wrapper, imports = divided_text(given, [rest.parameters[i] for i in first.parameters], kept), kept_text()[0]
-        imports += "\n\n"
+        wrapper = divided_text(name, given, [rest.parameters[i] for i in first.parameters], kept)
+        imports = kept_text()[0] + "\n\n"
     functions = [e.function() for e in emitters]
     helper = [_NARROW] if any("narrow(" in f for f in functions) else []
     head = f'"""{_plain(graph.name)} as a PyTorch function, emitted by mugraph."""\n\n{imports}import torch'

@@ -51,10 +51,9 @@ from mugraph.ir.ops import (
 )  # fmt: skip
 from mugraph.ir.types import DType, Input, Output, Storage, Tensor
 from mugraph.transpiler import torch as torch_code
-from mugraph.transpiler.divided import OWN_NAMES, divided_text, kept_text
+from mugraph.transpiler.divided import OWN_NAMES, WIDTH, call_lines, divided_text, kept_text
 from mugraph.transpiler.signature import bindings, size_text
 
-WIDTH = 120
 TL = {
     DType.f64: "tl.float64", DType.f32: "tl.float32", DType.bf16: "tl.bfloat16", DType.f16: "tl.float16",
     DType.f8e4m3: "tl.float8e4nv", DType.f8e5m2: "tl.float8e5", DType.i64: "tl.int64", DType.i32: "tl.int32",
@@ -134,7 +133,7 @@ def emit(plan: Plan) -> str:
         runs.append(_run(part, own, functions, name))
         kernels |= own
     if plan.ahead:
-        runs += divided_text([_python(n) for n in plan.parameters], *_names_of(plan.ahead))
+        runs += divided_text("run", [_python(n) for n in plan.parameters], *_names_of(plan.ahead))
     parts = [_header(plan, texts), *texts, *runs, _signatures(kernels)]
     return "\n\n\n".join(p for p in parts if p) + "\n"
 
@@ -180,17 +179,6 @@ class _Namer:
             self.taken.add(name)
             self.names[key] = name
         return self.names[key]
-
-
-def _call(head: str, args: Sequence[str], tail: str, indent: str) -> list[str]:
-    """`head(args)tail`, broken over lines as formatters do."""
-    one = f"{indent}{head}({', '.join(args)}){tail}"
-    if len(one) <= WIDTH:
-        return [one]
-    inner = f"{indent}    {', '.join(args)}"
-    if len(inner) <= WIDTH:
-        return [f"{indent}{head}(", inner, f"{indent}){tail}"]
-    return [f"{indent}{head}(", *(f"{indent}    {a}," for a in args), f"{indent}){tail}"]
 
 
 def _literal(value: Fraction) -> str:
@@ -381,7 +369,7 @@ class _Kernel:
         self.lines.append(line + (f"  # {note}" if note else ""))
 
     def put_call(self, head: str, args: Sequence[str], tail: str = "", note: str = "") -> None:
-        lines = _call(head, args, tail, self.indent)
+        lines = call_lines(head, args, tail, self.indent)
         if len(lines) == 1:
             self.put(lines[0].strip(), note)
         else:
@@ -967,7 +955,7 @@ class _Kernel:
     def text(self) -> str:
         fixed = ", ".join(f'"{n}"' for n in self.symbolic())
         lines = [f"@triton.jit(do_not_specialize=[{fixed}])" if fixed else "@triton.jit"]
-        lines += _call(f"def {self.fn}", self.parameters(), ":", "")
+        lines += call_lines(f"def {self.fn}", self.parameters(), ":", "")
         lines.append(f'    """{self.summary()}"""')
         body = "\n".join(self.lines).strip("\n").splitlines()
         return "\n".join(lines + (body if body else ["    pass"]))
@@ -1071,7 +1059,7 @@ def _size_text(size: Size) -> str:
 def _run(plan: Plan, kernels: Mapping[str, _Kernel], functions: Mapping[str, str], name: str) -> str:
     inputs = [_python(n) for n in plan.inputs]
     result = ", ".join(map(_python, plan.outputs))
-    lines = _call(f"def {name}", [*inputs, "*", "out=None"], ":", "")
+    lines = call_lines(f"def {name}", [*inputs, "*", "out=None"], ":", "")
     what = result if len(plan.outputs) == 1 else "The outputs in order"
     lines.append(f'    """{what}, written into `out` if given."""')
     lines += _sizes(plan)
@@ -1080,11 +1068,11 @@ def _run(plan: Plan, kernels: Mapping[str, _Kernel], functions: Mapping[str, str
         match call:
             case Launch(name):
                 k = kernels[name]
-                lines += _call(f"{k.fn}[({k.grid()},)]", k.arguments(), "", "    ")
+                lines += call_lines(f"{k.fn}[({k.grid()},)]", k.arguments(), "", "    ")
             case Torch(equation):
                 targets = ", ".join(_python(t.name) for t in equation.targets)
                 args = [_python(a) for a in equation.args]
-                lines += _call(f"{targets} = {functions[equation.target.name]}", args, "", "    ")
+                lines += call_lines(f"{targets} = {functions[equation.target.name]}", args, "", "    ")
     made = _made_by_torch(plan)
     for i, name in enumerate(plan.outputs):
         if name in made:
@@ -1102,7 +1090,7 @@ def _allocations(plan: Plan) -> list[str]:
 
     def allocated(b: Buffer, indent: str) -> list[str]:
         args = [_shape(b.tensor), f"dtype={TORCH[b.tensor.dtype]}", f"device={device}"]
-        return _call(f"{_python(b.tensor.name)} = torch.empty", args, "", indent)
+        return call_lines(f"{_python(b.tensor.name)} = torch.empty", args, "", indent)
 
     outputs = [plan.buffer(name) for name in plan.outputs]
     fresh = [(i, b) for i, b in enumerate(outputs) if b.tensor.name not in made]
