@@ -92,6 +92,13 @@ def lower(verified: Verified, options: Options | None = None, observer: Observer
 def plan_graph(graph: KernelGraph, options: Options | None = None, observer: Observer | None = None) -> Plan:
     """The plan of a μGraph.  What calls this answers for the graph's being right; `lower` takes verified ones only."""
     options = options or Options()
+    if parts := graph.divided():
+        first, rest = (_plan(part, options, observer) for part in parts)
+        return replace(rest, ahead=first)
+    return _plan(graph, options, observer)
+
+
+def _plan(graph: KernelGraph, options: Options, observer: Observer | None) -> Plan:
     inputs = tuple(i.name for i in graph.inputs)
     outputs = tuple(o.value for o in graph.outputs)
     for i in graph.inputs:

@@ -242,13 +242,20 @@ class Buffer:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that a call of the program does, in order."""
+    """Everything that a call of the program does, in order.  `ahead`: what is done once, on constant inputs alone; its
+    outputs are the last inputs of this plan."""
 
     name: str
     buffers: tuple[Buffer, ...]
     calls: tuple[Launch | Beside | Torch, ...]
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
+    ahead: Plan | None = None
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """What the caller gives."""
+        return self.inputs[: len(self.inputs) - len(self.ahead.outputs)] if self.ahead else self.inputs
 
     def buffer(self, name: str) -> Buffer:
         return next(b for b in self.buffers if b.tensor.name == name)
@@ -267,7 +274,8 @@ class Plan:
         return tuple(found)
 
     def __str__(self) -> str:
-        lines = [f"plan {self.name}({', '.join(self.inputs)}) -> {', '.join(self.outputs)}"]
+        lines = [f"ahead {self.ahead}"] if self.ahead else []
+        lines += [f"plan {self.name}({', '.join(self.inputs)}) -> {', '.join(self.outputs)}"]
         lines += [f"  {b}" for b in self.buffers]
         lines += [f"  {line}" for c in self.calls for line in str(c).splitlines()]
         return "\n".join(lines)

@@ -26,6 +26,7 @@ class SearchSpace:
     grid          the axes that kernels are cut over (those that all roots of a kernel have); None: any
     loops         the axes that passes may loop over; None: any
     tiles         fixed tile sizes, as (axis, tile)
+    ahead         what constant inputs alone determine may be computed once, ahead of the calls
     inside        values that must not be materialised: they stay in a kernel
     nodes         budget of factors in the expressions of the closure
     entries       budget of classes looked at, over all assignments of roles of all kernels
@@ -45,6 +46,7 @@ class SearchSpace:
     grid: tuple[str, ...] | None = None
     loops: tuple[str, ...] | None = None
     tiles: tuple[tuple[str, int], ...] = ()
+    ahead: bool = True
     inside: tuple[str, ...] = ()
     nodes: int = 4_000
     entries: int = 1_000_000
