@@ -17,8 +17,9 @@ from mugraph.search.build import Context, Unbuildable, baseline, build
 from mugraph.search.canonical import Canonical, canonical
 from mugraph.search.closure import Closure, Edge, close
 from mugraph.search.cost import Device, device, floor_seconds, predict_library
-from mugraph.search.extract import Problem, is_leaf_edge
+from mugraph.search.extract import Derivation, Problem, is_leaf_edge
 from mugraph.search.laws import LAWS, Meaning, meaning
+from mugraph.search.library import Attention, contraction
 from mugraph.search.partition import Choice, Partition, partition
 from mugraph.search.report import CandidateReport, KernelCost, SearchReport, StopReason
 from mugraph.search.space import SearchSpace
@@ -111,7 +112,7 @@ def search(
     refused = 0
     for plan in plans:
         seconds = sum(c.prediction.seconds for c in plan)
-        kernels = sum(not isinstance(c.how, Edge) for c in plan)
+        kernels = sum(isinstance(c.how, Derivation) for c in plan)
         if kernels > space.kernels:
             tried.append(CandidateReport(structure(plan, here.axes), seconds, f"has {kernels} kernels"))
             continue
@@ -311,7 +312,11 @@ def _baseline_seconds(program: Program, p: Problem) -> float:
         axes = {a.name for t in involved for a in t.axes}
         if axes:
             moved = _bytes(p, involved)
-            seconds += predict_library(moved, _operations(p, e.op, axes), p.dtype, p.device).seconds
+            if isinstance(e.op, Contract) and len(e.args) == 2:
+                left, right = (tuple(a.name for a in tensors[x].axes) for x in e.args)
+                seconds += contraction(p, left, right, tuple(a.name for a in e.target.axes), moved).seconds
+            else:
+                seconds += predict_library(moved, _operations(p, e.op, axes), p.dtype, p.device).seconds
     return seconds
 
 
@@ -325,7 +330,10 @@ def _floor(program: Program, plan: list[Choice], p: Problem) -> float:
         if isinstance(e.op, Contract):
             source += _operations(p, e.op, {a.name for n in (*e.args, e.target.name) for a in tensors[n].axes})
     planned = sum(c.prediction.flops for c in plan) if plan else source
-    return floor_seconds(_bytes(p, moved), min(source, planned), p.dtype, p.device)
+    # an 8-bit input may be multiplied at the rate of 8 bits
+    dtypes = [p.dtype] + [i.tensor.dtype for i in program.inputs if i.tensor.dtype.is_float or i.tensor.dtype.bits == 8]
+    fastest = max(dtypes, key=p.device.matmul_rate)
+    return floor_seconds(_bytes(p, moved), min(source, planned), fastest, p.device)
 
 
 def structure(plan: list[Choice], axes: Mapping[str, Axis]) -> str:
@@ -336,6 +344,9 @@ def structure(plan: list[Choice], axes: Mapping[str, Axis]) -> str:
         return ",".join(axes[a].name for a in chosen)
 
     for c in plan:
+        if isinstance(c.how, Attention):
+            texts.append(f"library attention over {named((c.how.key,))}")
+            continue
         if isinstance(c.how, Edge):
             texts.append(f"library contraction over {named(c.how.axes)}")
             continue
@@ -378,7 +389,7 @@ def _report(
     )
     return SearchReport(
         program=name,
-        device=p.device.name,
+        device=p.device.label,
         space=str(space),
         stop=stop,
         classes=len(closure.order),

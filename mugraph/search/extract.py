@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from mugraph.ir.types import DType
 from mugraph.search.closure import Closure, Edge
-from mugraph.search.cost import Device, Work
+from mugraph.search.cost import VECTOR_WEIGHT, Device, Product, Read, Work
 from mugraph.search.laws import IOTA
 
 Entry = tuple[int, int]
@@ -28,7 +28,6 @@ LOADED_TILE = 65_536  # elements of a tile that is only loaded: 128 KiB of f16 i
 COMPUTED_TILE = 32_768  # elements of a computed tile: 128 KiB of f32 in registers
 BEAM = 8  # states kept per topological level when A* exceeds its budget
 SECTOR = 64  # bytes side by side below which reads and writes waste bandwidth
-VECTOR_WEIGHT = 4  # operations that one elementwise step is counted as
 
 
 @dataclass(frozen=True)
@@ -419,20 +418,21 @@ def _unroll(trail: tuple[object, ...]) -> list[Step]:
 
 
 def work_of(p: Problem, d: Derivation) -> Work:
-    """The traffic and operations of a kernel, for the cost model."""
+    """The loads, products and other operations of a kernel, for the cost model."""
     tiles = dict(d.tiles)
-    grid, loops = set(d.roles.grid), d.roles.loops
+    grid, loops = d.roles.grid, d.roles.loops
+    parts = d.roles.split[1] if d.roles.split else 1
 
     def blocks_along(a: str) -> int:
         return math.ceil(p.sizes[a] / tiles[a])
 
-    def tile_elements(axes: Sequence[str]) -> int:
+    def tile_elements(axes: Iterable[str]) -> int:
         return math.prod(min(tiles.get(a, p.sizes[a]), p.sizes[a]) for a in axes)
 
     def replication(axes: Sequence[str]) -> int:
         return math.prod(blocks_along(a) for a in grid if a not in axes)
 
-    def sectors(c: int) -> float:
+    def waste(c: int) -> float:
         """Bytes that move for each byte that is wanted: short runs waste the rest of a sector."""
         axis = p.innermost.get(c)
         if axis is None or tiles.get(axis, p.sizes[axis]) >= p.sizes[axis]:
@@ -440,22 +440,20 @@ def work_of(p: Problem, d: Derivation) -> Work:
         run = tiles[axis] * p.dtypes.get(c, p.dtype).bits / 8
         return max(1.0, SECTOR / run)
 
-    blocks = math.prod(blocks_along(a) for a in d.roles.grid)
-    parts = d.roles.split[1] if d.roles.split else 1
-    unique = sum(p.bytes(r) for r in d.roots)
-    traffic = sum(p.bytes(r) * sectors(r) for r in d.roots)
-    stage = resident = partial = tensor = vector = accumulators = 0.0
+    written = sum(p.bytes(r) for r in d.roots)
+    writing = sum(p.bytes(r) * waste(r) for r in d.roots) / written if written else 1.0
+    stage = resident = partial = vector = accumulators = 0.0
+    reads: list[Read] = []
+    products: list[Product] = []
     depth, loaded = 1, set[int]()
     for s in d.steps:
         c, _ = s.entry
         axes = p.axes(c)
         looped = any(a in loops for a in axes)
         if s.option.edge is None:
-            size = p.bytes(c)
-            unique += 0 if c in loaded else size
+            cuts = (*(a in axes for a in grid), *([looped] if parts > 1 else []))
+            reads.append(Read(p.bytes(c), cuts, waste(c), c in loaded))
             loaded.add(c)
-            copies = replication(axes) * (1 if looped else parts)
-            traffic += size * copies * sectors(c)
             bytes_in_tile = tile_elements(axes) * p.dtypes.get(c, p.dtype).bits / 8
             if looped:
                 stage += bytes_in_tile
@@ -469,9 +467,8 @@ def work_of(p: Problem, d: Derivation) -> Work:
         volume = float(padded * replication(joined))
         if p.is_matmul(c, s.option.edge):
             left, right = (set(p.axes(x)) for x in s.option.children)
-            for side in (left - right, right - left):  # tensor cores work on at least 16 rows and columns
-                volume *= max(1.0, 16 / tile_elements(tuple(side)))
-            tensor += 2 * volume
+            dtype = product_dtype(p, s.option.children)
+            products.append(Product(volume, tile_elements(left - right), tile_elements(right - left), dtype))
             depth += max(1, tile_elements(s.option.edge.axes) // 16)
         else:
             vector += VECTOR_WEIGHT * volume
@@ -481,7 +478,15 @@ def work_of(p: Problem, d: Derivation) -> Work:
                 partial += 2 * parts * p.elements(c) * 4
         elif not looped:
             accumulators = max(accumulators, tile_elements(axes))
-    trips = sum(math.ceil(blocks_along(a) / (parts if d.roles.split else 1)) for a in d.roles.passes)
+    trips = sum(math.ceil(blocks_along(a) / parts) for a in d.roles.passes)
+    blocks = (*(blocks_along(a) for a in grid), *([parts] if parts > 1 else []))
     return Work(
-        blocks * parts, trips, unique, traffic, stage, resident, partial, tensor, vector, accumulators, depth, p.dtype
-    )
+        blocks, trips, tuple(reads), written, writing, stage, resident, partial, tuple(products), vector, accumulators, depth
+    )  # fmt: skip
+
+
+def product_dtype(p: Problem, operands: Sequence[int]) -> DType:
+    """The type that a product multiplies in: the widest of its floating operands, 16 bits at least."""
+    types = [p.dtypes.get(x, p.dtype) for x in operands]
+    wide = [t for t in types if t.is_float and t.bits >= 16]
+    return max(wide, key=lambda t: t.bits) if wide else DType.f16

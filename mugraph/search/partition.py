@@ -13,8 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
-from mugraph.search.closure import Edge
-from mugraph.search.cost import STAGES, Prediction, predict, predict_library
+from mugraph.search.cost import STAGES, Prediction, predict
 from mugraph.search.extract import (
     COMPUTED_TILE,
     LOADED_TILE,
@@ -24,6 +23,7 @@ from mugraph.search.extract import (
     Roles,
     work_of,
 )  # fmt: skip
+from mugraph.search.library import LibraryCall, library_calls, operands
 from mugraph.search.space import SearchSpace
 
 KEPT = 6  # derivations per kernel that the full model ranks
@@ -34,10 +34,10 @@ SLACK = 2.0  # additive costs that far above the best are not ranked
 
 @dataclass(frozen=True)
 class Choice:
-    """One launch: a derivation, or a library contraction.  `needs` are classes that must be in memory first."""
+    """One launch: a derivation, or a library call.  `needs` are classes that must be in memory first."""
 
     roots: tuple[int, ...]
-    how: Derivation | Edge
+    how: Derivation | LibraryCall
     prediction: Prediction
     needs: tuple[int, ...]
 
@@ -81,19 +81,13 @@ class Partition:
         return choice.prediction.seconds + sum(self.p.memory.get(c, self.p.bound.get(c, 0.0)) for c in choice.needs)
 
     def library(self, roots: tuple[int, ...]) -> list[Choice]:
-        """Contractions of two values in memory, as library calls."""
+        """What library calls compute of it, from values in memory."""
         if not self.space.library or len(roots) > 1:
             return []
-        (c,) = roots
         found = []
-        for e in self.p.closure.classes[c].edges:
-            if not self.p.is_matmul(c, e) or not all(x in self.p.memory or x in self.p.bound for x in e.children):
-                continue
-            volume = math.prod(self.p.sizes[a] for a in self.p.joined_axes(c, e.children))
-            moved = self.p.bytes(c) + sum(self.p.bytes(x) for x in set(e.children))
-            prediction = predict_library(moved, 2 * volume, self.p.dtype, self.p.device)
-            needs = tuple(sorted(x for x in set(e.children) if not self.is_input(x)))
-            found.append(Choice(roots, e, prediction, needs))
+        for call, prediction in library_calls(self.p, roots[0]):
+            needs = tuple(sorted(x for x in set(operands(self.p, call)) if not self.is_input(x)))
+            found.append(Choice(roots, call, prediction, needs))
         return found
 
     def is_input(self, c: int) -> bool:
