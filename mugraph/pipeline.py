@@ -351,7 +351,7 @@ def _optimized(
             found = search(
                 program,
                 accept=accept,
-                space=space,
+                space=space.but(sizes=()),  # one structure serves all sizes: the one for `symbolic`
                 on=device(_device_name(target)),
                 budget_seconds=budget,
                 interrupted=interrupted,

@@ -19,6 +19,7 @@ from mugraph.codegen.passes import Names, Observer, names_of, prepare, refuse
 from mugraph.codegen.plan import (
     Accumulate,
     Action,
+    Beside,
     Buffer,
     Compute,
     Extent,
@@ -101,17 +102,19 @@ def plan_graph(graph: KernelGraph, options: Options | None = None, observer: Obs
                 f"output {o.value} overwrites {o.alias_of}", op="store", remedy="copy it after the call"
             )
     buffers = {i.name: Buffer(i.tensor, "input") for i in graph.inputs}
-    calls: list[Launch | Torch] = []
-    for equation in graph.equations:
+    views = kernel_level_views(graph)
+    resolved = _only_loaded(graph, views)
+    equations = [e for e in graph.equations if e.targets[0].name not in resolved]
+    everything = graph.tensors()
+    calls: list[Launch | Beside | Torch] = []
+    for equation in equations:
         for t in equation.targets:
             buffers[t.name] = Buffer(t, "output" if t.name in outputs else "global")
         if not isinstance(equation.op, Kernel):
             calls.append(Torch(equation))
             continue
         for block in equation.op.blocks:
-            name = (
-                f"{graph.name}_{len(calls)}" if len(graph.equations) > 1 or len(equation.op.blocks) > 1 else graph.name
-            )
+            name = f"{graph.name}_{len(calls)}" if len(equations) > 1 or len(equation.op.blocks) > 1 else graph.name
             for store in block.stores:
                 if store.kind == "partial":
                     assert block.split
@@ -120,16 +123,60 @@ def plan_graph(graph: KernelGraph, options: Options | None = None, observer: Obs
                     buffers[store.target] = Buffer(slab, "workspace")
                 elif store.kind == "atomic":
                     buffers[store.target] = replace(buffers[store.target], space="zeroed")
-            tensors = {n: b.tensor for n, b in buffers.items()}
-            calls.append(_Planner(prepare(block, observer), name, tensors, options).plan())
+            tensors = everything | {n: b.tensor for n, b in buffers.items()}
+            calls.append(_Planner(prepare(block, observer), name, tensors, options, views).plan())
             if block.combine:
                 combine = prepare(block.combine, observer)
-                calls.append(_Planner(combine, f"{name}_combine", tensors, options).plan())
+                calls.append(_Planner(combine, f"{name}_combine", tensors, options, views).plan())
     return Plan(graph.name, tuple(buffers.values()), tuple(calls), inputs, outputs)
 
 
 def _stored(block: BlockGraph, value: str) -> Tensor:
     return block.tensors()[value]
+
+
+# A kernel-level view: the tensor whose memory it shows, and the view's place along each of that tensor's axes.
+Views = dict[str, tuple[str, "tuple[Index, ...]"]]
+
+
+def kernel_level_views(graph: KernelGraph) -> Views:
+    """Equations of the graph that are index maps: a load of such a view is a load of the tensor below it."""
+    tensors, found = graph.tensors(), Views()
+    for e in graph.equations:
+        moved: dict[str, Index] | None = None
+        match e.op:
+            case Transpose() | Broadcast():
+                moved = {}
+            case Slice(axis, out, start, step):
+                moved = {axis: Index(out.name, start, step)}
+            case Rename(pairs):
+                moved = {old: Index(new.name) for old, new in pairs}
+            case Reshape(dims):
+                moved = _one_to_one(tensors[e.args[0]].axes, [a for d in dims for a in d])
+        if moved is not None:
+            below, index = found.get(e.args[0]) or (e.args[0], tuple(Index(a.name) for a in tensors[e.args[0]].axes))
+            found[e.target.name] = (below, tuple(_composed(i, moved) for i in index))
+    return found
+
+
+def _one_to_one(before: Sequence[Axis], after: Sequence[Axis]) -> dict[str, Index] | None:
+    """The index map of a reshape that renames axes one to one, apart from axes of size 1; else None."""
+    if {a.name for a in before} == {a.name for a in after}:
+        return {}
+    left, right = [a for a in before if a.size != 1], [a for a in after if a.size != 1]
+    if [a.size for a in left] != [a.size for a in right]:
+        return None
+    gone = {a.name: Index(None) for a in before if a.size == 1}
+    return gone | {a.name: Index(b.name) for a, b in zip(left, right, strict=True)}
+
+
+def _only_loaded(graph: KernelGraph, views: Views) -> set[str]:
+    """Views that kernels load and nothing else reads: no tensor need be made of them."""
+    made = {o.value for o in graph.outputs}
+    for e in reversed(graph.equations):
+        if not isinstance(e.op, Kernel) and (e.targets[0].name not in views or e.targets[0].name in made):
+            made.update(e.args)
+    return set(views) - made
 
 
 # -- resolution: unique names, views as index maps, dead values removed ------------------------------------------
@@ -151,9 +198,10 @@ class _Resolver:
     """Turns a block graph into scopes.  A view of a load becomes a load under an index map; a view of an elementwise
     result becomes the same function of views; other values may be renamed only."""
 
-    def __init__(self, block: BlockGraph, tensors: dict[str, Tensor]) -> None:
+    def __init__(self, block: BlockGraph, tensors: dict[str, Tensor], views: Views) -> None:
         self.block = block
         self.sources = tensors
+        self.views = views
         self.names: Names = names_of(block)
         self.values: dict[str, Tensor] = {}
         self.defined: dict[str, Read | Equation | Accumulator] = {}
@@ -199,7 +247,12 @@ class _Resolver:
             same = {a.name for a in own} == {a.name for a in theirs}
             # an alias: axes correspond by position
             index = tuple(Index(a.name) for a in (theirs if same else own))
-            env[load.value.name] = self.define(load.value, partial(Read, pieces=(Piece(load.source, index),)))
+            source = load.source
+            if source in self.views:
+                moved = dict(zip((a.name for a in theirs), index, strict=True))
+                source, below = self.views[source]
+                index = tuple(_composed(i, moved) for i in below)
+            env[load.value.name] = self.define(load.value, partial(Read, pieces=(Piece(source, index),)))
 
     def define(self, wish: Tensor, make: Callable[[Tensor], Read | Equation | Accumulator]) -> str:
         """Puts an item into the open scope under a unique name."""
@@ -251,12 +304,10 @@ class _Resolver:
 
     def regrouped(self, equation: Equation, arg: str, axes: Sequence[Axis]) -> Map:
         """The index map of a reshape that renames axes one to one, apart from axes of size 1."""
-        before = [a for a in self.values[arg].axes if a.size != 1]
-        after = [a for a in axes if a.size != 1]
-        if [a.size for a in before] != [a.size for a in after]:
+        moved = _one_to_one(self.values[arg].axes, axes)
+        if moved is None:
             raise refuse(equation.op, "splits or merges axes inside a kernel", equation)
-        gone = ((a.name, Index(None)) for a in self.values[arg].axes if a.size == 1)
-        return (*((a.name, Index(b.name)) for a, b in zip(before, after, strict=True)), *gone)
+        return tuple(moved.items())
 
     def under(self, name: str, index: Map, equation: Equation, target: Tensor | None = None) -> str:
         """The value `name` with its axes replaced by positions along other axes."""
@@ -389,9 +440,11 @@ class _Sides:
 
 
 class _Planner:
-    def __init__(self, block: BlockGraph, name: str, tensors: dict[str, Tensor], options: Options) -> None:
+    def __init__(
+        self, block: BlockGraph, name: str, tensors: dict[str, Tensor], options: Options, views: Views
+    ) -> None:
         self.block, self.name, self.options = block, name, options
-        resolver = _Resolver(block, tensors)
+        resolver = _Resolver(block, tensors, views)
         self.raw = resolver.resolve()
         self.values = resolver.values
         self.defined = resolver.defined

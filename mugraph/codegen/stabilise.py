@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import reduce
@@ -39,13 +39,13 @@ from mugraph.ir.graph import (
     Load,
     Monoid,
     Pass,
-    Split,
     Step,
     Store,
     equations_of,
 )
 from mugraph.ir.infer import infer, type_of
 from mugraph.ir.ops import (
+    Broadcast,
     Cast,
     Compare,
     Const,
@@ -89,27 +89,72 @@ def stabilise(graph: KernelGraph) -> KernelGraph:
         assert isinstance(equation.op, Kernel)
         taken |= {s.target for b in equation.op.blocks for s in b.stores}
     held = holding(graph.equations)
+    between = _between_kernels(graph)
+    exponents: dict[str, Exponent] = {}
     equations = []
     for equation in graph.equations:
         if isinstance(equation.op, Kernel):
-            blocks = tuple(_stabilised(b, taken, held) for b in equation.op.blocks)
-            equation = replace(equation, op=Kernel(blocks))
+            given = {a: exponents[a] for a in equation.args if a in exponents}
+            made: dict[str, Exponent] = {}
+            blocks = tuple(_stabilised(b, taken, held, given, between, made) for b in equation.op.blocks)
+            args = dict.fromkeys([*equation.args, *(e.target for e in given.values())])
+            targets = dict.fromkeys([*equation.targets, *(e.tensor for e in made.values())])
+            equation = replace(equation, op=Kernel(blocks), args=tuple(args), targets=tuple(targets))
+            exponents |= made
         equations.append(equation)
     return replace(graph, equations=tuple(equations))
 
 
-def _stabilised(block: BlockGraph, taken: set[str], held: set[str]) -> BlockGraph:
+@dataclass(frozen=True)
+class Exponent:
+    """What is stored beside a scaled value: the exponent's target, and the tensor there."""
+
+    target: str
+    tensor: Tensor
+
+
+def _between_kernels(graph: KernelGraph) -> frozenset[str]:
+    """Values in memory that only kernels of ours read, under their own axes, so that an exponent may lie beside."""
+    outside = {o.value for o in graph.outputs}
+    axes = {name: set(t.axes) for name, t in graph.tensors().items()}
+    for e in graph.equations:
+        if isinstance(e.op, Kernel):
+            loads = [ld for b in e.op.blocks for ld in b.all_loads() + (b.combine.all_loads() if b.combine else ())]
+            outside |= {ld.source for ld in loads if ld.source in axes and set(ld.value.axes) != axes[ld.source]}
+        else:
+            outside |= {*e.args, *(t.name for t in e.targets)}
+    return frozenset(t.name for e in graph.kernels() for t in e.targets if t.name not in outside)
+
+
+def _stabilised(
+    block: BlockGraph,
+    taken: set[str],
+    held: set[str],
+    given: Mapping[str, Exponent],
+    between: frozenset[str],
+    made: dict[str, Exponent],
+) -> BlockGraph:
+    """The block graph in scaled form.  `given`: the exponents of what it loads; `made` takes those that it stores."""
     flat = unique_names(flatten_threads(block))
-    writer = _Writer(flat, {}, taken, held)
-    if not writer.active:
+    writer = _Writer(flat, given, taken, held, between)
+    if not writer.active and not writer.env:
         return block
     result = without_dead_steps(writer.rewritten())
-    if block.combine and writer.exponents:
+    partials = {s.target for s in block.stores if s.kind == "partial"}
+    made |= {name: e for name, e in writer.exponents.items() if name not in partials}
+    if block.combine:
         combine = unique_names(flatten_threads(block.combine))
         assert block.split
         held = held | _stored(block, held)
-        combined = _Writer(combine, writer.exponents, taken, held, block.split).rewritten()
-        result = replace(result, combine=without_dead_steps(combined))
+        parts = {
+            name: Exponent(e.target, replace(e.tensor, dims=((block.split.part,), *e.tensor.dims)))
+            for name, e in writer.exponents.items()
+            if name in partials
+        }
+        combined = _Writer(combine, {**given, **parts}, taken, held, between)
+        if combined.active or combined.env:
+            result = replace(result, combine=without_dead_steps(combined.rewritten()))
+            made |= combined.exponents
     return result
 
 
@@ -367,19 +412,21 @@ class _Facts:
 
 
 class _Writer:
-    """Rewrites one block graph.  `given` maps partial results to the partial exponents stored beside them."""
+    """Rewrites one block graph.  `given` maps what it loads to the exponents stored beside; what it stores to a target
+    of `between`, or as a partial result, it stores with its exponent."""
 
     def __init__(
         self,
         block: BlockGraph,
-        given: dict[str, tuple[str, Tensor]],
+        given: Mapping[str, Exponent],
         taken: set[str],
         held: set[str],
-        split: Split | None = None,
+        between: frozenset[str],
     ) -> None:
-        self.block, self.taken = block, taken
+        self.block, self.taken, self.between = block, taken, between
         self.facts = _Facts(block, held)
-        self.exponents: dict[str, tuple[str, Tensor]] = {}  # partial target -> (its exponent's target, the exponent)
+        self.exponents: dict[str, Exponent] = {}  # target -> what is stored beside it
+        self.written: dict[str, str] = {}  # exponent -> its target
         self.names = Names(dict(self.facts.tensors))
         self.env: dict[str, Scaled] = {}
         self.steps: list[Step] = []
@@ -389,33 +436,32 @@ class _Writer:
         self.origin: dict[tuple[int, str], str] = {}  # term -> the exponential of it
         self.settled: set[str] = set()  # products that exponentials are multiplied in
         self.alive: set[str] = set()
-        self.extra_loads = self.given_loads(given, split)
+        self.pass_loads = [self.with_exponents(p.loads, given) for p in block.passes]
+        self.loads = self.with_exponents(block.loads, given)
         self.active = self.facts.active(set(self.env))
         for name in self.active:
             del self.names.values[name]
 
-    def given_loads(self, given: dict[str, tuple[str, Tensor]], split: Split | None) -> tuple[Load, ...]:
-        """Loads of the partial exponents, one for each that is stored."""
-        loads: dict[str, Load] = {}
-        for name, ld in self.facts.sources.items():
-            if ld.source in given:
-                assert split
-                source, exponent = given[ld.source]
-                if source not in loads:
-                    wish = self.names.fresh(f"{exponent.name}_in")
-                    t = Tensor(wish, ((split.part,), *exponent.dims), DType.f32)
-                    self.names.values[wish] = t
-                    loads[source] = Load(t, source)
-                self.env[name] = Scaled(name, ((1, loads[source].value.name),))
-        return tuple(loads.values())
+    def with_exponents(self, loads: tuple[Load, ...], given: Mapping[str, Exponent]) -> tuple[Load, ...]:
+        """The loads, before them those of the exponents of what they load, each once."""
+        found: dict[str, Load] = {}
+        for ld in loads:
+            if ld.source not in given:
+                continue
+            e = given[ld.source]
+            if e.target not in found:
+                t = Tensor(self.names.fresh(f"{e.target.removesuffix('_parts')}_in"), e.tensor.dims, DType.f32)
+                self.names.values[t.name] = t
+                found[e.target] = Load(t, e.target)
+            self.env[ld.value.name] = Scaled(ld.value.name, ((1, found[e.target].value.name),))
+        return (*found.values(), *loads)
 
     # -- the block -----------------------------------------------------------------------------------------------
 
     def rewritten(self) -> BlockGraph:
         stores = list(self.block.stores)
         passes = []
-        self.alive = {ld.value.name for ld in self.extra_loads}
-        for p in self.block.passes:
+        for p, loads in zip(self.block.passes, self.pass_loads, strict=True):
             self.open()
             for step in p.body:
                 self.step(step)
@@ -425,13 +471,11 @@ class _Writer:
                     if store.value in dying:
                         stores[i] = replace(store, value=self.whole(store.value))
             body = tuple(self.steps)
-            passes.append(Pass(p.loops, p.loads, body))
+            passes.append(Pass(p.loops, loads, body))
             if p.loops:
                 self.alive |= {s.target.name for s in body if isinstance(s, Accumulator)}
             else:
-                self.alive |= {ld.value.name for ld in p.loads} | {
-                    s.target.name for s in body if isinstance(s, Equation)
-                }
+                self.alive |= {ld.value.name for ld in loads} | {s.target.name for s in body if isinstance(s, Equation)}
         self.open()
         for step in self.block.epilogue:
             self.step(step)
@@ -440,14 +484,14 @@ class _Writer:
         for store in stores:
             if store.value in early:
                 final.append(store)
-            elif store.kind == "partial":
-                final += self.partial(store)
+            elif store.kind == "partial" or (store.kind == "write" and store.target in self.between):
+                final += self.beside(store)
             else:
                 final.append(replace(store, value=self.whole(store.value)))
         return replace(
             self.block,
             passes=tuple(passes),
-            loads=self.extra_loads + self.block.loads,
+            loads=self.loads,
             epilogue=tuple(self.steps),
             stores=tuple(dict.fromkeys(final)),
         )
@@ -457,16 +501,27 @@ class _Writer:
         self.tops = {key: top for key, top in self.tops.items() if top in self.alive}
         self.bounds = {top: of for top, of in self.bounds.items() if top in self.alive}
 
-    def partial(self, store: Store) -> list[Store]:
-        """A scaled partial result is stored with its exponent, once for all results that share it."""
+    def beside(self, store: Store) -> list[Store]:
+        """A scaled result is stored with its exponent, once for all results that share it."""
         s = self.env.get(store.value, Scaled(store.value))
         if s.plain or s.v is None or s.mask is not None:
             return [replace(store, value=self.whole(store.value))]
-        exponent = self.exponent(s.terms)
-        known = {t.name: target for target, t in self.exponents.values()}
-        target = known.get(exponent) or self.global_name(f"{exponent}_parts")
-        self.exponents[store.target] = (target, self.names.values[exponent])
-        return [Store(exponent, target, "partial"), replace(store, value=s.v)]
+        exponent = self.whole_over_grid(self.exponent(s.terms), self.facts.tensors[store.value])
+        known = {e.tensor.name: e.target for e in self.exponents.values()}
+        wish = f"{exponent}_parts" if store.kind == "partial" else f"{store.target}_exponent"
+        target = known.get(exponent) or self.global_name(wish)
+        held = self.names.values[exponent]
+        self.exponents[store.target] = Exponent(
+            target, replace(held, name=exponent if store.kind == "partial" else target)
+        )
+        return [Store(exponent, target, store.kind), replace(store, value=s.v)]
+
+    def whole_over_grid(self, exponent: str, stored: Tensor) -> str:
+        """The exponent, repeated along the grid axes that only the value beside it has: each block writes its own."""
+        grid = {a for a, _ in self.block.grid}
+        has = {a.name for a in self.names.values[exponent].axes}
+        missing = tuple(a for a in stored.axes if a.name in grid and a.name not in has)
+        return self.emit(f"{exponent}_wide", Broadcast(missing), exponent) if missing else exponent
 
     def global_name(self, wish: str) -> str:
         name, i = wish, 1
@@ -579,6 +634,8 @@ class _Writer:
             case Elementwise("neg"):
                 one = parts[0].v or self.emit("one", Const(Fraction(1)))
                 self.env[name] = replace(parts[0], v=self.put(e.target, e.op, one))
+            case Broadcast() if parts[0].v and parts[0].mask is None:
+                self.env[name] = replace(parts[0], v=self.put(e.target, e.op, parts[0].v))
             case Elementwise("log") if (unsettled := self.unsettled(e.args[0])).mask is None:
                 log = self.emit(f"{name}_v", e.op, unsettled.v) if unsettled.v else None
                 exponent = self.exponent(unsettled.terms) if unsettled.terms else None

@@ -91,7 +91,14 @@ def _cut_axes(program: Program) -> set[str]:
     found: set[str] = set()
     tensors = program.tensors()
     for e in program.equations:
-        if isinstance(e.op, Slice | Concat | Reshape | Rename | TopK | Pack | Unpack | Gather | Scatter):
-            found |= {a.name for n in (*e.args, *(t.name for t in e.targets)) for a in tensors[n].axes}
+        match e.op:
+            case Slice(axis, out):
+                found |= {axis, out.name}
+            case Concat(axes, out):
+                found |= {*axes, out.name}
+            case Rename(pairs):
+                found |= {a for old, new in pairs for a in (old, new.name)}
+            case Reshape() | TopK() | Pack() | Unpack() | Gather() | Scatter():
+                found |= {a.name for n in (*e.args, *(t.name for t in e.targets)) for a in tensors[n].axes}
     found |= {a.name for t in tensors.values() for a in t.axes if dims_of(a.size)}
     return found

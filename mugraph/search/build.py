@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
+from functools import reduce
 
 from mugraph.ir.axes import Axis, representative
 from mugraph.ir.graph import (
@@ -34,6 +36,7 @@ from mugraph.ir.ops import (
     MaskedExp,
     Op,
     Reduce,
+    Rename,
     Select,
     SizeOf,
 )  # fmt: skip
@@ -42,7 +45,9 @@ from mugraph.search import values as v
 from mugraph.search.closure import Closure, Edge
 from mugraph.search.extract import Derivation, Entry, is_leaf_edge
 from mugraph.search.extract import Step as Chosen
+from mugraph.search.library import ATTENTION, Attention
 from mugraph.search.partition import Choice
+from mugraph.search.pieces import is_free
 from mugraph.search.values import Number
 
 COMBINE_TILE = 4096  # elements of a partial result, all parts together, in one block of the combine
@@ -56,7 +61,7 @@ class Unbuildable(Exception):
 class Context:
     """What building needs to know: the program; its closure, under canonical names; the way back to the program's
     axes and values; the names of classes at kernel level, and the tensors there (both grow); the element type of
-    values that are materialised; and the operators outside the calculus."""
+    values that are materialised, and of those that have another; and the operators outside the calculus."""
 
     program: Program
     closure: Closure
@@ -65,7 +70,27 @@ class Context:
     names: dict[int, str]
     tensors: dict[str, Tensor]
     dtype: DType
+    dtypes: Mapping[int, DType]
     boundaries: tuple[Equation, ...]
+    partials: set[str] = field(default_factory=set)  # names of partial results, one name space for all launches
+    aliases: list[Equation] = field(default_factory=list)  # inputs under axes that no load of them can say
+
+    def alias(self, name: str, axes: tuple[Axis, ...]) -> Tensor:
+        """The kernel-level tensor under other axes, itself if they are its own: a view, taken once."""
+        stored = self.tensors[name]
+        pairs = tuple((a.name, b) for a, b in zip(stored.axes, axes, strict=True) if a != b)
+        if not pairs:
+            return stored
+        op = Rename(pairs)
+        known = next((e.target for e in self.aliases if e.op == op and e.args == (name,)), None)
+        if known is not None:
+            return known
+        left = iter(axes)
+        dims = tuple(tuple(next(left) for _ in d) for d in stored.dims)
+        fresh = next(n for i in itertools.count(2) if (n := f"{name}_{i}") not in self.tensors)
+        self.tensors[fresh] = Tensor(fresh, dims, stored.dtype)
+        self.aliases.append(Equation((self.tensors[fresh],), op, (name,)))
+        return self.tensors[fresh]
 
     def axis_names(self, axes: Iterable[str]) -> tuple[str, ...]:
         return tuple(self.axes[a].name for a in axes)
@@ -102,7 +127,8 @@ class BlockBuilder:
         self.values: dict[str, Tensor] = {}
         self.names: dict[tuple[Entry, bool], str] = {}
         self.kernel_level = {context.names[c] for c in targets} | {i.name for i in context.program.inputs}
-        self.used = set(self.kernel_level)
+        self.kernel_level |= {t.name for e in context.boundaries for t in e.targets}
+        self.used = self.kernel_level | context.partials
         self.before = [Section() for _ in range(self.last + 1)]  # before pass q (index q - 1); the last: epilogue
         self.inside = [Section() for _ in range(self.last)]
         self.after = Section()
@@ -169,8 +195,8 @@ class BlockBuilder:
         for q in range(self.last):
             if self.before[q].loads or self.before[q].steps:
                 passes.append(Pass((), self.loads(self.before[q]), tuple(self.before[q].steps)))
-            axis = self.context.axes[roles.passes[q]].name
-            passes.append(Pass(((axis, tiles[axis]),), self.loads(self.inside[q]), tuple(self.inside[q].steps)))
+            loops = tuple((a, tiles[a]) for a in self.context.axis_names(roles.passes[q]))
+            passes.append(Pass(loops, self.loads(self.inside[q]), tuple(self.inside[q].steps)))
         epilogue = self.before[self.last]
         stores = tuple(s for _, s, _ in self.partial) if split else self.stores(epilogue)
         return BlockGraph(grid, split, tuple(passes), self.loads(epilogue), tuple(epilogue.steps), stores, combine)
@@ -268,9 +294,11 @@ class BlockBuilder:
         if isinstance(leaf, v.Load):
             axes = iter([self.context.axes[a] for a, _ in leaf.tokens])
             dims = tuple(tuple(next(axes) for _ in d) for d in stored.dims)
-            used = [x for d in dims for x in d]
-            if used != list(stored.axes) and set(used) == set(stored.axes):
-                raise Unbuildable(f"{stored.name} is used with its own axes exchanged, which no load can say")
+            used = tuple(x for d in dims for x in d)
+            if used != stored.axes and set(used) == set(stored.axes):  # a load cannot say that: an alias can
+                stored = self.context.alias(stored.name, used)
+                self.kernel_level.add(stored.name)
+                dims = stored.dims
         name = self.fresh(self.tile_name(stored.name))
         self.values[name] = Tensor(name, dims, stored.dtype)
         section.loads.append(Load(self.values[name], stored.name))
@@ -329,6 +357,11 @@ class BlockBuilder:
         split = self.split()
         assert split is not None
         target = self.fresh(f"{name}_parts")
+        self.context.partials.add(target)
+        has = {a.name for a in self.values[name].axes}
+        missing = tuple(self.context.axes[a] for a in self.d.roles.grid if self.context.axes[a].name not in has)
+        if missing:  # each block writes its own copy
+            name = self.emit(self.before[self.last], f"{name}_wide", Broadcast(missing), name)
         inner = self.values[name]
         stored = Tensor(target, ((split.part,), *inner.dims), inner.dtype)
         self.partial.append((step.entry, Store(name, target, "partial"), stored))
@@ -370,6 +403,9 @@ class BlockBuilder:
             if step.entry[1] > self.last and not number and (step.entry, True) not in self.names:
                 self.place(step, section, combining=True)
         stores = self.stores(section, combining=True)
+        written = {a.name for s in stores for a in self.values[s.value].axes}
+        if split.axis in written:
+            grid = (*grid, (split.axis, {self.context.axes[a].name: t for a, t in self.d.tiles}[split.axis]))
         grid = self.combine_grid(grid, split)
         return BlockGraph(grid, None, (), self.loads(section), tuple(section.steps), stores)
 
@@ -452,7 +488,7 @@ def build(context: Context, plan: Sequence[Choice], roots: Mapping[int, Sequence
     """The μGraph of a plan.  `roots` gives the kernel-level names that each target class must have.  Operators outside
     the calculus run as library calls, as soon as their operands are there."""
     program = context.program
-    context = replace(context, names=dict(context.names), tensors=dict(context.tensors))
+    context = replace(context, names=dict(context.names), tensors=dict(context.tensors), partials=set(), aliases=[])
     ready = {i.name for i in program.inputs}
     equations: list[Equation] = []
     waiting = list(context.boundaries)
@@ -460,7 +496,7 @@ def build(context: Context, plan: Sequence[Choice], roots: Mapping[int, Sequence
     def run_boundaries() -> None:
         for b in list(waiting):
             if all(a in ready for a in b.args):
-                equations.append(library_equation(b, context.tensors))
+                equations.append(b if is_free(b) else library_equation(b, context.tensors))
                 ready.update(t.name for t in b.targets)
                 waiting.remove(b)
 
@@ -468,15 +504,29 @@ def build(context: Context, plan: Sequence[Choice], roots: Mapping[int, Sequence
         run_boundaries()
         targets: dict[int, Sequence[str]] = {}
         for root in choice.roots:
-            targets[root] = roots.get(root) or [context.names.get(root, f"materialised{n}")]
+            unnamed = f"materialised{n}" if len(choice.roots) == 1 else f"materialised{n}_{len(targets)}"
+            targets[root] = roots.get(root) or [context.names.get(root, unnamed)]
             context.names[root] = targets[root][0]
             if root not in roots:
                 name = targets[root][0]
-                context.tensors[name] = tensor(name, context.class_axes(root), context.dtype)
-        equations.append(launch_equation(context, choice, targets))
+                context.tensors[name] = tensor(name, context.class_axes(root), context.dtypes.get(root, context.dtype))
+        launch = launch_equation(context, choice, targets)
+        equations += [e for e in context.aliases if e not in equations]
+        equations.append(launch)
         ready.update(t for ts in targets.values() for t in ts)
     run_boundaries()
-    return KernelGraph(program.name, program.inputs, tuple(equations), program.outputs)
+    return KernelGraph(program.name, program.inputs, _needed(equations, program), program.outputs)
+
+
+def _needed(equations: Sequence[Equation], program: Program) -> tuple[Equation, ...]:
+    """Without views that nothing reads."""
+    used = {o.value for o in program.outputs}
+    kept: list[Equation] = []
+    for e in reversed(equations):
+        if not is_free(e) or any(t.name in used for t in e.targets):
+            kept.append(e)
+            used.update(e.args)
+    return tuple(reversed(kept))
 
 
 def launch_equation(context: Context, choice: Choice, targets: Mapping[int, Sequence[str]]) -> Equation:
@@ -485,20 +535,112 @@ def launch_equation(context: Context, choice: Choice, targets: Mapping[int, Sequ
         args = tuple(source_name(context, x) for x in choice.how.children)
         op = Contract(context.axis_names(choice.how.axes))
         return library_equation(Equation(out, op, args), context.tensors)
-    block = tidied(BlockBuilder(context, choice.how, targets).build())
-    partial = {s.target for s in block.stores if s.kind == "partial"}
-    loads = block.all_loads() + (block.combine.all_loads() if block.combine else ())
+    if isinstance(choice.how, Attention):
+        return attention_equation(context, choice.how, out)
+    several = (choice.how,) if isinstance(choice.how, Derivation) else choice.how
+    blocks = tuple(tidied(BlockBuilder(context, d, {r: targets[r] for r in d.roots}).build()) for d in several)
+    partial = {s.target for b in blocks for s in b.stores if s.kind == "partial"}
+    loads = [ld for b in blocks for ld in b.all_loads() + (b.combine.all_loads() if b.combine else ())]
     args = tuple(dict.fromkeys(ld.source for ld in loads if ld.source not in partial))
-    return Equation(out, Kernel((block,)), args)
+    return Equation(out, Kernel(blocks), args)
 
 
 def source_name(context: Context, c: int) -> str:
     """The kernel-level tensor that holds a class."""
     leaf = next((e.leaf for e in context.closure.classes[c].edges if is_leaf_edge(e)), None)
     name = context.names[c] if leaf is None else context.inputs[str(leaf[0])]
-    if isinstance(leaf, v.Load) and tuple(context.axes[a] for a, _ in leaf.tokens) != context.tensors[name].axes:
-        raise Unbuildable(f"a library call on an alias of {name}")
+    if isinstance(leaf, v.Load):
+        return context.alias(name, tuple(context.axes[a] for a, _ in leaf.tokens)).name
     return name
+
+
+def attention_equation(context: Context, a: Attention, out: tuple[Tensor, ...]) -> Equation:
+    """Attention as a library call.  Its meaning is a program in the form that `transpiler.attention` knows: what the
+    scale and the mask need, then scores, weights, their sum, their quotient, and the product with the values."""
+    writer = _Meaning(context)
+    scale = None if a.scale is None else writer.value(a.scale)
+    bias = None if a.bias is None else writer.operand(a.bias)
+    mask = None if a.mask is None else writer.value(a.mask)
+    query, keys, values = (writer.operand(x) for x in (a.query, a.keys, a.values))
+    (key, depth) = context.axis_names((a.key, a.depth))
+    scores = writer.emit(Contract((depth,)), query, keys)
+    if scale is not None:
+        scores = writer.emit(Elementwise("mul"), scores, scale)
+    if bias is not None:
+        scores = writer.emit(Elementwise("add"), scores, bias)
+    weights = writer.emit(MaskedExp(), scores, mask) if mask else writer.emit(Elementwise("exp"), scores)
+    total = writer.emit(Reduce("sum", (key,)), weights)
+    share = writer.emit(Elementwise("div"), weights, total)
+    result = writer.emit(Contract((key,)), share, values)
+    *equations, last = writer.equations
+    if writer.types[result].dtype is out[0].dtype:
+        equations.append(replace(last, targets=out[:1]))
+    else:
+        equations += [last, Equation(out[:1], Cast(out[0].dtype), (result,))]
+    inputs = tuple(Input(context.tensors[n], Storage(context.tensors[n].dtype)) for n in writer.inputs)
+    outputs = tuple(Output(out[0].name, Storage(t.dtype)) for t in out)
+    return Equation(
+        out, Library(ATTENTION, Program(ATTENTION, inputs, tuple(equations), outputs)), tuple(writer.inputs)
+    )
+
+
+class _Meaning:
+    """Equations of a library call's meaning, and the kernel-level tensors that it reads."""
+
+    def __init__(self, context: Context) -> None:
+        self.context = context
+        self.inputs: list[str] = []
+        self.equations: list[Equation] = []
+        self.types: dict[str, Tensor] = {}
+        self.order = context.axis_order()
+
+    def operand(self, c: int) -> str:
+        """A class that lies in memory."""
+        name = source_name(self.context, c)
+        if name not in self.inputs:
+            self.inputs.append(name)
+        self.types[name] = self.context.tensors[name]
+        return name
+
+    def value(self, c: int) -> str:
+        """A class as an operand, or computed from indices, sizes and numbers."""
+        edges = self.context.closure.classes[c].edges
+        if any(map(is_leaf_edge, edges)):
+            return self.operand(c)
+        edge = next(iter(edges))
+        if isinstance(edge.leaf, Number):
+            return self.number(edge.leaf)
+        if isinstance(edge.leaf, v.Load):
+            return self.emit(Iota(self.context.axes[edge.leaf.tokens[0][0]]))
+        args = [self.value(x) for x in edge.children]
+        axes = self.context.axis_names(edge.axes)
+        match edge.kind:
+            case "call":
+                return self.emit(call_op(edge), *args)
+            case "product" if axes:
+                return self.emit(Contract(axes), *args)
+            case "product" | "add":
+                fn = Elementwise("mul" if edge.kind == "product" else "add")
+                return reduce(lambda a, b: self.emit(fn, a, b), args)
+            case _:
+                return self.emit(Reduce("sum" if edge.kind == "sum" else edge.fn, axes), *args)  # type: ignore[arg-type]
+
+    def number(self, number: Number) -> str:
+        result = self.emit(Const(number.coefficient))
+        for axis, power in number.sizes:
+            fn = Elementwise("mul" if power > 0 else "div")
+            for _ in range(abs(power)):
+                result = self.emit(fn, result, self.emit(SizeOf(self.context.axes[axis])))
+        return result
+
+    def emit(self, op: Op, *args: str) -> str:
+        (t,) = infer(op, [type_of(self.types[a]) for a in args])
+        used = {*self.types, *self.context.tensors}
+        name = next(n for i in itertools.count() if (n := f"s{i}") not in used)
+        axes = tuple(sorted(t.axes, key=lambda a: self.order.get(a.name, len(self.order))))
+        self.types[name] = tensor(name, axes, t.dtype)
+        self.equations.append(Equation((self.types[name],), op, args))
+        return name
 
 
 def library_equation(e: Equation, tensors: Mapping[str, Tensor]) -> Equation:

@@ -300,16 +300,19 @@ def admissible(side: tuple[int, ...], tokens: list[frozenset[Token]], bound: fro
 
 
 def worth_distributing(value: Value, bound: frozenset[Token]) -> bool:
-    """Some term, or some factor of a term, lacks a bound token that the whole sum holds."""
+    """Some term, not a mere number, lacks a bound token that the whole sum holds; or some factor of a term lacks one
+    and is itself closed over its axis, so that it would need a pass of its own."""
     free = v.free_tokens(value) & bound
     if not free:
         return False
     for t in value:
+        if all(isinstance(f, Number) for f in t.factors):
+            continue
         if (frozenset().union(*(v.factor_tokens(f) for f in t.factors)) - t.bound) & bound != free:
             return True
         for f in t.factors:
             own = v.factor_tokens(f)
-            if not isinstance(f, Number) and not own & t.bound and own & bound != free:
+            if not own & t.bound and any(axis in v.closed_axes(f) for axis, _ in free - own):
                 return True
     return False
 

@@ -195,19 +195,32 @@ def slug(name: str) -> str:
 
 @dataclass(frozen=True)
 class Read:
-    """A load: the tensor's bytes once, along which grid axes different blocks read different parts, how many bytes
-    move for each that is wanted, and whether an earlier pass has read the same."""
+    """A load of the tensor `source`, `bytes` long.  `grid`: the blocks along each grid axis, the fastest first, and
+    whether they read different parts.  `waste`: bytes that move for each that is wanted."""
 
+    source: int
     bytes: float
-    cuts: tuple[bool, ...]
+    grid: tuple[tuple[int, bool], ...]
     waste: float = 1.0
-    again: bool = False
+
+    @property
+    def copies(self) -> int:
+        """How often blocks read each element."""
+        return math.prod(n for n, cut in self.grid if not cut)
+
+    def share(self, of_blocks: float) -> float:
+        """The share of the tensor that some of the blocks read together, if they are consecutive."""
+        left, share = of_blocks * math.prod(n for n, _ in self.grid), 1.0
+        for n, cut in self.grid:
+            if cut:
+                share *= min(n, left) / n
+            left = max(1.0, left / n)
+        return share
 
 
 @dataclass(frozen=True)
 class Product:
-    """A contraction on tiles of rows x columns: `volume` multiply-adds by all blocks together, `width` bytes an
-    operand's element."""
+    """A contraction on tiles of rows x columns: `volume` multiply-adds by all blocks together."""
 
     volume: float
     rows: float
@@ -224,7 +237,6 @@ class Product:
 class Work:
     """What one launch does.
 
-    grid          blocks along each grid axis, the fastest first, the parts of a split last
     trips         loop iterations of one block, all passes together
     written       bytes of results, and `writing` the bytes that move for each
     stage         bytes of one loop iteration of one block; `resident`: what it loads outside loops
@@ -234,7 +246,7 @@ class Work:
     depth         matrix instructions in sequence in one iteration
     """
 
-    grid: tuple[int, ...]
+    blocks: int
     trips: int
     reads: tuple[Read, ...]
     written: float
@@ -248,23 +260,37 @@ class Work:
     depth: int
 
     @property
-    def blocks(self) -> int:
-        return math.prod(self.grid)
-
-    @property
     def unique(self) -> float:
         """Bytes that must move: each tensor once."""
-        return self.written + sum(r.bytes for r in self.reads if not r.again)
+        return self.written + sum({r.source: r.bytes for r in self.reads}.values())
 
     @property
     def flops(self) -> float:
         return self.vector + sum(2 * p.volume for p in self.products)
 
 
+def beside(works: Sequence[Work]) -> Work:
+    """Independent works in one launch, whose blocks fill the device together."""
+    written = sum(w.written for w in works)
+    return Work(
+        blocks=sum(w.blocks for w in works),
+        trips=max(w.trips for w in works),
+        reads=tuple(r for w in works for r in w.reads),
+        written=written,
+        writing=sum(w.written * w.writing for w in works) / written if written else 1.0,
+        stage=max(w.stage for w in works),
+        resident=max(w.resident for w in works),
+        partial=sum(w.partial for w in works),
+        products=tuple(p for w in works for p in w.products),
+        vector=sum(w.vector for w in works),
+        accumulators=max(w.accumulators for w in works),
+        depth=max(w.depth for w in works),
+    )
+
+
 @dataclass(frozen=True)
 class Prediction:
-    """Seconds, and the terms that they come from; `parts` names those of them that add up, the others are limits that
-    act at once."""
+    """Seconds, and the terms that they come from: limits that act at once, and what adds up."""
 
     seconds: float
     terms: tuple[tuple[str, float], ...]
@@ -322,7 +348,7 @@ def predict(work: Work, d: Device) -> Prediction:
     at_once = min(blocks, d.sms * per_sm)
     waves = math.ceil(blocks / (d.sms * per_sm))
     rounds = math.ceil(blocks / d.sms) * d.sms / blocks  # the fullest SM over the average
-    loaded = sum(r.bytes * _copies(r, work.grid) * r.waste for r in work.reads)
+    loaded = sum(r.bytes * r.copies * r.waste for r in work.reads)
     traffic = loaded + work.written * work.writing
     ahead = max((STAGES - 1.5) * work.stage if work.stage else work.resident, STREAMED)
     tensor, vector, operands = _arithmetic(work, d)
@@ -345,11 +371,6 @@ def predict(work: Work, d: Device) -> Prediction:
     return prediction(limits, added, work.unique, work.flops)
 
 
-def _copies(read: Read, grid: tuple[int, ...]) -> int:
-    """How often blocks read each element."""
-    return math.prod(n for n, cut in zip(grid, read.cuts, strict=True) if not cut)
-
-
 def dram_bytes(work: Work, d: Device, at_once: int, waves: int) -> float:
     """Bytes between DRAM and L2.
 
@@ -359,25 +380,15 @@ def dram_bytes(work: Work, d: Device, at_once: int, waves: int) -> float:
     room = L2_SHARE * d.l2_bytes
     partial = work.partial if work.partial > room else 0.0
     once = work.unique + partial
-    in_wave = [r.bytes * _share(r, work.grid, at_once) for r in work.reads]
+    in_wave = [r.bytes * r.share(at_once / work.blocks) for r in work.reads]
     if sum(in_wave) <= room:
         return once
     fits = at_once * (STAGES * work.stage + work.resident) <= room
     moved = work.written + partial
     for r, one in zip(work.reads, in_wave, strict=True):
-        all_copies = r.bytes * _copies(r, work.grid)
+        all_copies = r.bytes * r.copies
         moved += min(max(waves * one, r.bytes), all_copies) if fits else all_copies
     return max(moved, once)
-
-
-def _share(read: Read, grid: tuple[int, ...], at_once: int) -> float:
-    """The share of a tensor that consecutive blocks read."""
-    left, share = float(at_once), 1.0
-    for n, cut in zip(grid, read.cuts, strict=True):
-        if cut:
-            share *= min(n, left) / n
-        left = max(1.0, left / n)
-    return share
 
 
 def _arithmetic(work: Work, d: Device) -> tuple[float, float, float]:

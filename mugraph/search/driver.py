@@ -4,36 +4,55 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 from mugraph.errors import GraphError, SettingError, ShapeError, VerificationError
 from mugraph.ir.axes import Axis, dims_of, representative, size_value
-from mugraph.ir.graph import KernelGraph, Program
-from mugraph.ir.ops import Const, Contract, Elementwise, Op, Reduce
+from mugraph.ir.graph import Equation, KernelGraph, Program
+from mugraph.ir.ops import Const, Contract, Elementwise, Gather, Op, Reduce
 from mugraph.ir.types import DType, Tensor
 from mugraph.search import values as v
 from mugraph.search.build import Context, Unbuildable, baseline, build
 from mugraph.search.canonical import Canonical, canonical
 from mugraph.search.closure import Closure, Edge, close
 from mugraph.search.cost import Device, device, floor_seconds, predict_library
-from mugraph.search.extract import Derivation, Problem, is_leaf_edge
+from mugraph.search.enumerate import widen
+from mugraph.search.extract import Derivation, Problem, Roles, is_leaf_edge
 from mugraph.search.laws import LAWS, Meaning, meaning
 from mugraph.search.library import Attention, contraction
 from mugraph.search.partition import Choice, Partition, partition
-from mugraph.search.report import CandidateReport, KernelCost, SearchReport, StopReason
+from mugraph.search.pieces import is_free, pieces
+from mugraph.search.report import CandidateReport, KernelCost, SearchReport, StopReason, StructureReport
 from mugraph.search.space import SearchSpace
 
 Accept = Callable[[KernelGraph], object]
 
 
 @dataclass(frozen=True)
+class Structure:
+    """The best μGraph for a range of sizes: from `low` to `high` (None: without end) for every symbolic dimension,
+    within its own bounds.  `seconds` is predicted at the size `at`."""
+
+    low: int
+    high: int | None
+    at: int
+    graph: KernelGraph
+    accepted: object
+    seconds: float
+    text: str
+
+
+@dataclass(frozen=True)
 class Found:
-    """The best μGraph, what `accept` made of it, and the report."""
+    """The best μGraph at the size that stands for symbolic dimensions, what `accept` made of it, and the report;
+    `structures` has the best for each range of sizes, smallest first."""
 
     graph: KernelGraph
     accepted: object
     report: SearchReport
+    structures: tuple[Structure, ...] = ()
 
 
 class Watch:
@@ -79,73 +98,218 @@ def search(
             watch.stopped = "Interrupted"
         return watch.over()
 
-    here = canonical(program)
+    cut = pieces(program)
+    here = canonical(cut)
     known = meaning(here.program)
     closure, seeds = _closure(here.program, known, space, stop)
     watch.lap("closure")
-    to_canonical = {axis.name: a for a, axis in here.axes.items()}
-    if unknown := sorted({a for a, _ in space.tiles} - set(to_canonical)):
-        raise SettingError(
-            f"SearchSpace.tiles names {unknown[0]!r}, which is no axis of {program.name}",
-            remedy=f"its axes: {', '.join(a.name for a in here.axes.values())}",
-        )
-    tiles = tuple((to_canonical[a], t) for a, t in space.tiles)
-    problem = _problem(here.program, closure, seeds, space, on)
-    targets, wanted = _targets(here, known, seeds)
-    plans, run = partition(problem, space.but(tiles=tiles), targets, stop)
+    widened = _widened(here.program, known, closure, space, stop)
+    if widened:
+        watch.lap("enumerator")
+    chosen = _canonical_space(space, here, program)
+    task = _Task(program, cut, here, known, closure, seeds, chosen, on, accept, stop)
+    main = task.solve(space.symbolic)
     watch.lap("kernels")
-    outside = {here.names[e.targets[0].name] for e in known.boundaries}
-    context = Context(
-        program=program,
-        closure=closure,
-        axes=here.axes,
-        inputs=here.names,
-        names=_names(here, seeds),
-        tensors=dict(program.tensors()),
-        dtype=problem.dtype,
-        boundaries=tuple(e for e in program.equations if e.targets[0].name in outside),
-    )
-    base_seconds = _baseline_seconds(here.program, problem)
-    fits = all(may_be_materialised(problem, seeds[n]) for n in _computed(here.program, known))
-    tried: list[CandidateReport] = []
-    best: tuple[KernelGraph, object, float, list[Choice]] | None = None
-    refused = 0
-    for plan in plans:
-        seconds = sum(c.prediction.seconds for c in plan)
-        kernels = sum(isinstance(c.how, Derivation) for c in plan)
-        if kernels > space.kernels:
-            tried.append(CandidateReport(structure(plan, here.axes), seconds, f"has {kernels} kernels"))
-            continue
-        if best is not None or (fits and seconds > base_seconds):
-            cheaper = best is not None and seconds < best[2]
-            verdict = "cheaper, but by less than the model is sure of" if cheaper else "costlier"
-            tried.append(CandidateReport(structure(plan, here.axes), seconds, verdict))
-            continue
-        try:
-            graph = build(context, plan, wanted)
-            best = (graph, accept(graph), seconds, plan)
-            tried.append(CandidateReport(structure(plan, here.axes), seconds, "chosen"))
-        except (VerificationError, GraphError, ShapeError) as error:
-            refused += 1
-            tried.append(CandidateReport(structure(plan, here.axes), seconds, f"refused: {error.message}"))
-        except Unbuildable as error:
-            tried.append(CandidateReport(structure(plan, here.axes), seconds, f"passed over: {error}"))
-    notes = [
-        f"{here.names[e.targets[0].name]} is outside the calculus and runs as a library call" for e in known.boundaries
-    ]
-    if best is None:
-        graph = baseline(program)
-        best = (graph, accept(graph), base_seconds, [])
-        notes.append("nothing beats the program as it stands: it runs as library calls")
-    verdict = "chosen" if not best[3] else "costlier" if fits else "would keep in 16 bits what does not fit there"
-    tried.append(CandidateReport("the program as library calls", base_seconds, verdict))
+    best = task.choose(main)
     watch.lap("verification")
-    graph, accepted, seconds, plan = best
-    report = _report(here, program.name, space, problem, closure, run, watch, plan, seconds, tried, refused, notes)
-    return Found(graph, accepted, report)
+    solved, structures = [main], [best.structure(space.symbolic)]
+    for size in _other_sizes(program, space):
+        if stop():
+            break
+        solved.append(task.solve(size))
+        watch.lap("kernels")
+        structures.append(task.choose(solved[-1], structures).structure(size))
+        watch.lap("verification")
+    notes = widened + [
+        f"{e.targets[0].name} is outside the calculus and runs as a library call"
+        for e in task.boundaries
+        if not is_free(e)
+    ]
+    if not best.plan:
+        notes.append("nothing beats the program as it stands: it runs as library calls")
+    ranges = _ranges(structures)
+    report = _report(task, space, solved, watch, best, ranges, notes)
+    return Found(best.graph, best.accepted, report, ranges)
+
+
+@dataclass
+class _Solved:
+    """The plans at one size, cheapest first, and what the program costs as library calls."""
+
+    symbolic: int
+    problem: Problem
+    run: Partition
+    plans: list[list[Choice]]
+    base_seconds: float
+    outside_seconds: float
+    fits: bool
+
+
+@dataclass
+class _Chosen:
+    """The plan that was accepted (none: library calls), and what became of the others."""
+
+    graph: KernelGraph
+    accepted: object
+    seconds: float
+    plan: list[Choice]
+    text: str
+    tried: list[CandidateReport]
+    refused: int
+
+    def structure(self, at: int) -> Structure:
+        return Structure(at, at, at, self.graph, self.accepted, self.seconds, self.text)
+
+
+@dataclass
+class _Task:
+    """A program and its closure: what does not depend on the size at which costs are compared."""
+
+    program: Program
+    cut: Program
+    here: Canonical
+    known: Meaning
+    closure: Closure
+    seeds: Mapping[str, int]
+    space: SearchSpace
+    on: Device
+    accept: Accept
+    stop: Callable[[], bool]
+
+    @cached_property
+    def boundaries(self) -> tuple[Equation, ...]:
+        outside = {self.here.names[e.targets[0].name] for e in self.known.boundaries}
+        return tuple(e for e in self.cut.equations if e.targets[0].name in outside)
+
+    def solve(self, symbolic: int) -> _Solved:
+        """All plans where every symbolic dimension has this size, clipped to its range."""
+        space = self.space.but(symbolic=symbolic)
+        problem = _problem(self.here.program, self.closure, self.seeds, space, self.on)
+        targets, _ = _targets(self.here, self.known, self.seeds)
+        plans, run = partition(problem, space, targets, self.stop)
+        return _Solved(
+            symbolic,
+            problem,
+            run,
+            plans,
+            _equations_seconds(self.program.equations, self.program, symbolic, problem),
+            _equations_seconds(self.boundaries, self.cut, symbolic, problem),
+            all(may_be_materialised(problem, self.seeds[n]) for n in _computed(self.here.program, self.known)),
+        )
+
+    def choose(self, at: _Solved, known: Sequence[Structure] = ()) -> _Chosen:
+        """The cheapest plan that `accept` takes; one of a structure in `known` is that one."""
+        _, wanted = _targets(self.here, self.known, self.seeds)
+        context = Context(
+            program=self.cut,
+            closure=self.closure,
+            axes=self.here.axes,
+            inputs=self.here.names,
+            names=_names(self.here, self.seeds),
+            tensors=dict(self.cut.tensors()),
+            dtype=at.problem.dtype,
+            dtypes=at.problem.dtypes,
+            boundaries=self.boundaries,
+        )
+        accepted = {s.text: s for s in known}
+        tried: list[CandidateReport] = []
+        best: _Chosen | None = None
+        refused = 0
+        for plan in at.plans:
+            seconds = at.outside_seconds + sum(c.prediction.seconds for c in plan)
+            text = structure(plan, self.here.axes)
+            kernels = sum(not isinstance(c.how, Edge | Attention) for c in plan)
+            if kernels > self.space.kernels:
+                tried.append(CandidateReport(text, seconds, f"has {kernels} kernels"))
+            elif best is not None or (at.fits and seconds > at.base_seconds):
+                cheaper = best is not None and seconds < best.seconds
+                verdict = "cheaper, but by less than the model is sure of" if cheaper else "costlier"
+                tried.append(CandidateReport(text, seconds, verdict))
+            else:
+                try:
+                    if text in accepted:
+                        graph, result = accepted[text].graph, accepted[text].accepted
+                    else:
+                        graph = build(context, plan, wanted)
+                        result = self.accept(graph)
+                    best = _Chosen(graph, result, seconds, plan, text, tried, refused)
+                    tried.append(CandidateReport(text, seconds, "chosen"))
+                except (VerificationError, GraphError, ShapeError) as error:
+                    refused += 1
+                    tried.append(CandidateReport(text, seconds, f"refused: {error.message}"))
+                except Unbuildable as error:
+                    tried.append(CandidateReport(text, seconds, f"passed over: {error}"))
+        verdict = "costlier" if at.fits else "would keep in 16 bits what does not fit there"
+        if best is None:
+            verdict = "chosen"
+            if LIBRARY in accepted:
+                graph, result = accepted[LIBRARY].graph, accepted[LIBRARY].accepted
+            else:
+                graph = baseline(self.program)
+                result = self.accept(graph)
+            best = _Chosen(graph, result, at.base_seconds, [], LIBRARY, tried, refused)
+        tried.append(CandidateReport(LIBRARY, at.base_seconds, verdict))
+        return best
+
+
+LIBRARY = "the program as library calls"
+
+
+def _other_sizes(program: Program, space: SearchSpace) -> list[int]:
+    """The sizes of the space that give some symbolic dimension another value than the sizes before do."""
+    dims = program.dims()
+    seen = {tuple(min(max(space.symbolic, d.min), d.max) for d in dims)}
+    found = []
+    for size in space.sizes:
+        values = tuple(min(max(size, d.min), d.max) for d in dims)
+        if values not in seen:
+            seen.add(values)
+            found.append(size)
+    return found
+
+
+def _ranges(structures: Sequence[Structure]) -> tuple[Structure, ...]:
+    """Neighbours of one structure become one range; between two structures it changes at the geometric mean."""
+    merged: list[list[Structure]] = []
+    for s in sorted(structures, key=lambda s: s.at):
+        if merged and merged[-1][0].text == s.text:
+            merged[-1].append(s)
+        else:
+            merged.append([s])
+    found = []
+    for i, group in enumerate(merged):
+        low = 1 if i == 0 else math.isqrt(merged[i - 1][-1].at * group[0].at) + 1
+        high = None if i == len(merged) - 1 else math.isqrt(group[-1].at * merged[i + 1][0].at)
+        first = min(group, key=lambda s: structures.index(s))
+        found.append(replace(first, low=low, high=high))
+    return tuple(found)
 
 
 # -- set-up
+
+
+def _canonical_space(space: SearchSpace, here: Canonical, program: Program) -> SearchSpace:
+    """The space with canonical names of axes and values.  Raises SettingError for a name that the program lacks."""
+    axes = {axis.name: a for a, axis in here.axes.items()}
+    values = {name: n for n, name in here.names.items()}
+
+    def renamed(field: str, names: tuple[str, ...] | None, known: Mapping[str, str]) -> tuple[str, ...] | None:
+        if unknown := sorted(set(names or ()) - set(known)):
+            kind = "value" if known is values else "axis"
+            raise SettingError(
+                f"SearchSpace.{field} names {unknown[0]!r}, which is no {kind} of {program.name}",
+                remedy=f"it has: {', '.join(known)}",
+            )
+        return None if names is None else tuple(known[n] for n in names)
+
+    tiles = renamed("tiles", tuple(a for a, _ in space.tiles), axes) or ()
+    return space.but(
+        grid=renamed("grid", space.grid, axes),
+        loops=renamed("loops", space.loops, axes),
+        tiles=tuple((a, t) for a, (_, t) in zip(tiles, space.tiles, strict=True)),
+        inside=renamed("inside", space.inside, values) or (),
+    )
+
 
 SAMPLES = 32  # two different maxima are taken for one with probability 2^-32
 
@@ -170,18 +334,43 @@ def _closure(
     program: Program, known: Meaning, space: SearchSpace, stop: Callable[[], bool] = lambda: False
 ) -> tuple[Closure, dict[str, int]]:
     """The closure of every equation, and of what the named laws make of the outputs."""
-    static = _written_sizes(program)
-    prints = v.Fingerprinter(known.base, static, samples=SAMPLES if _takes_extremes(program) else 1)
+    prints = _fingerprinter(program, known)
     names = dict.fromkeys([o.value for o in program.outputs] + [a for b in known.boundaries for a in b.args])
     names.update(dict.fromkeys(known.values))
-    seeds = [known.values[n] for n in names]
-    for name in space.laws:
-        for o in program.outputs:
-            other = LAWS[name].rewrite(known.values[o.value])
-            if other is not None and prints.fingerprint(other) == prints.fingerprint(known.values[o.value]):
-                seeds.append(other)
+    seeds = [known.values[n] for n in names] + _rewritten(program, known, space, prints)
     closure, classes = close(seeds, prints, space.nodes, stop)
     return closure, dict(zip(names, classes, strict=False))
+
+
+def _fingerprinter(program: Program, known: Meaning) -> v.Fingerprinter:
+    samples = SAMPLES if _takes_extremes(program) else 1
+    return v.Fingerprinter(known.base, _written_sizes(program), samples=samples)
+
+
+def _rewritten(program: Program, known: Meaning, space: SearchSpace, prints: v.Fingerprinter) -> list[v.Value]:
+    """What the named laws make of the outputs, where they hold."""
+    outputs = [known.values[o.value] for o in program.outputs]
+    pairs = [(value, LAWS[name].rewrite(value)) for name in space.laws for value in outputs]
+    return [new for old, new in pairs if new is not None and prints.fingerprint(new) == prints.fingerprint(old)]
+
+
+def _widened(
+    program: Program, known: Meaning, closure: Closure, space: SearchSpace, stop: Callable[[], bool]
+) -> list[str]:
+    """Runs the enumerator into the closure, in place, where the space asks for it: what the report says of it."""
+    if not space.candidates:
+        return []
+    prints = _fingerprinter(program, known)
+    done = widen(
+        closure,
+        prints,
+        space.candidates,
+        targets=[*known.values.values(), *_rewritten(program, known, space, prints)],
+        sizes={a.name: representative(a.size, space.symbolic) for a in program.axes().values()},
+        pruning=space.abstraction,
+        stop=stop,
+    )
+    return [f"enumerator (abstraction {space.abstraction}): {done}"]
 
 
 def _targets(
@@ -203,8 +392,9 @@ def _targets(
 
 
 def _levels(program: Program, known: Meaning) -> dict[str, int]:
-    """How many operators outside the calculus lie in sequence below each value."""
-    outside = {id(e) for e in known.boundaries}
+    """How many operators outside the calculus lie in sequence below each value; views of what is there are none."""
+    given = {i.name for i in program.inputs} | {t.name for e in known.boundaries for t in e.targets}
+    outside = {id(e) for e in known.boundaries if not (is_free(e) and given.issuperset(e.args))}
     levels = {i.name: 0 for i in program.inputs}
     for e in program.equations:
         level = max((levels[a] for a in e.args), default=0) + (id(e) in outside)
@@ -242,13 +432,21 @@ def _problem(program: Program, closure: Closure, seeds: Mapping[str, int], space
                 if e.leaf.tokens:
                     innermost[c] = e.leaf.tokens[-1][0]
     memory = dict.fromkeys(leaves, 0.0)
-    problem = Problem(closure, sizes, limits, on, dtype, memory, {}, leaves, space.states, innermost)
+    problem = Problem(closure, sizes, limits, on, dtype, memory, {}, leaves, set(), space.states, innermost)
     targets = {seeds[o.value] for o in program.outputs}
     room = sum(problem.bytes(c) for c in {*leaves, *targets})
+    inside = {seeds[n] for n in space.inside}
+    written = set(seeds.values())  # values of the program itself
     for c in closure.order:
-        result = any(e.closes or e.kind == "call" for e in closure.classes[c].edges)
-        if c not in leaves and result and problem.bytes(c) <= room and may_be_materialised(problem, c):
-            problem.bound[c] = on.launch_seconds + problem.bytes(c) / on.bandwidth
+        result = c in written or any(e.closes or e.kind == "call" for e in closure.classes[c].edges)
+        if c in leaves or c in inside or not result or problem.bytes(c) > room:
+            continue
+        if not may_be_materialised(problem, c):
+            if c in targets or c in _exponents(problem) or not any(e.closes for e in closure.classes[c].edges):
+                continue
+            problem.scaled.add(c)
+            problem.dtypes[c] = DType.f32
+        problem.bound[c] = on.launch_seconds + problem.least_bytes(c) / on.bandwidth
     return problem
 
 
@@ -294,29 +492,34 @@ def _exponents(p: Problem) -> set[int]:
 # -- costs and the report
 
 
-def _bytes(p: Problem, tensors: list[Tensor]) -> float:
-    return math.fsum(math.prod(p.sizes[a.name] for a in t.axes) * t.dtype.bits / 8 for t in tensors)
+def _bytes(sizes: Mapping[str, int], tensors: Sequence[Tensor]) -> float:
+    return math.fsum(math.prod(sizes[a.name] for a in t.axes) * t.dtype.bits / 8 for t in tensors)
 
 
-def _operations(p: Problem, op: Op, axes: set[str]) -> float:
-    return (2.0 if isinstance(op, Contract) else 1.0) * math.prod(p.sizes[a] for a in axes)
+def _operations(sizes: Mapping[str, int], op: Op, axes: set[str]) -> float:
+    return (2.0 if isinstance(op, Contract) else 1.0) * math.prod(sizes[a] for a in axes)
 
 
-def _baseline_seconds(program: Program, p: Problem) -> float:
-    """The program as library calls, one launch an equation (scalars are free)."""
+def _equations_seconds(equations: Sequence[Equation], program: Program, symbolic: int, p: Problem) -> float:
+    """Equations of the program as library calls, one launch each; scalars and views are free."""
     tensors, seconds = program.tensors(), 0.0
-    for e in program.equations:
-        if not e.args:
+    sizes = {a.name: representative(a.size, symbolic) for t in tensors.values() for a in t.axes}
+    for e in equations:
+        if not e.args or is_free(e):
             continue
-        involved = [*e.targets, *(tensors[a] for a in dict.fromkeys(e.args))]
+        read = [tensors[a] for a in dict.fromkeys(e.args)]
+        if isinstance(e.op, Gather):  # of its operand, only what the index names
+            read = [e.target, *read[1:]]
+        involved = [*e.targets, *read]
         axes = {a.name for t in involved for a in t.axes}
         if axes:
-            moved = _bytes(p, involved)
+            moved = _bytes(sizes, involved)
             if isinstance(e.op, Contract) and len(e.args) == 2:
                 left, right = (tuple(a.name for a in tensors[x].axes) for x in e.args)
-                seconds += contraction(p, left, right, tuple(a.name for a in e.target.axes), moved).seconds
+                out = tuple(a.name for a in e.target.axes)
+                seconds += contraction(sizes, left, right, out, moved, p.dtype, p.device).seconds
             else:
-                seconds += predict_library(moved, _operations(p, e.op, axes), p.dtype, p.device).seconds
+                seconds += predict_library(moved, _operations(sizes, e.op, axes), p.dtype, p.device).seconds
     return seconds
 
 
@@ -328,12 +531,12 @@ def _floor(program: Program, plan: list[Choice], p: Problem) -> float:
     source = 0.0
     for e in program.equations:
         if isinstance(e.op, Contract):
-            source += _operations(p, e.op, {a.name for n in (*e.args, e.target.name) for a in tensors[n].axes})
+            source += _operations(p.sizes, e.op, {a.name for n in (*e.args, e.target.name) for a in tensors[n].axes})
     planned = sum(c.prediction.flops for c in plan) if plan else source
     # an 8-bit input may be multiplied at the rate of 8 bits
     dtypes = [p.dtype] + [i.tensor.dtype for i in program.inputs if i.tensor.dtype.is_float or i.tensor.dtype.bits == 8]
     fastest = max(dtypes, key=p.device.matmul_rate)
-    return floor_seconds(_bytes(p, moved), min(source, planned), fastest, p.device)
+    return floor_seconds(_bytes(p.sizes, moved), min(source, planned), fastest, p.device)
 
 
 def structure(plan: list[Choice], axes: Mapping[str, Axis]) -> str:
@@ -343,68 +546,73 @@ def structure(plan: list[Choice], axes: Mapping[str, Axis]) -> str:
     def named(chosen: tuple[str, ...]) -> str:
         return ",".join(axes[a].name for a in chosen)
 
-    for c in plan:
-        if isinstance(c.how, Attention):
-            texts.append(f"library attention over {named((c.how.key,))}")
-            continue
-        if isinstance(c.how, Edge):
-            texts.append(f"library contraction over {named(c.how.axes)}")
-            continue
-        roles = c.how.roles
+    def kernel(roles: Roles) -> str:
         text = f"kernel grid({named(roles.grid)})"
         if roles.passes:
-            text += f" loop({named(roles.passes)})"
+            text += f" loop({','.join('·'.join(axes[a].name for a in loop) for loop in roles.passes)})"
         if roles.split:
             text += f" split({named(roles.split[:1])}/{roles.split[1]})"
-        texts.append(text)
+        return text
+
+    for c in plan:
+        match c.how:
+            case Edge():
+                texts.append(f"library contraction over {named(c.how.axes)}")
+            case Attention():
+                texts.append(f"library attention over {named((c.how.key,))}")
+            case Derivation(roles=roles):
+                texts.append(kernel(roles))
+            case several:
+                texts.append(" beside ".join(kernel(d.roles) for d in several))
     return "; ".join(texts)
 
 
 def _report(
-    here: Canonical,
-    name: str,
+    task: _Task,
     space: SearchSpace,
-    p: Problem,
-    closure: Closure,
-    run: Partition,
+    solved: Sequence[_Solved],
     watch: Watch,
-    plan: list[Choice],
-    seconds: float,
-    tried: list[CandidateReport],
-    refused: int,
-    notes: list[str],
+    best: _Chosen,
+    ranges: Sequence[Structure],
+    notes: Sequence[str],
 ) -> SearchReport:
+    """The report: counts over all sizes, costs at the size that stands for symbolic dimensions."""
+    closure, axes, problem = task.closure, task.here.axes, solved[0].problem
     stop = StopReason("Saturated")
     if watch.stopped:
         stop = StopReason(watch.stopped, watch.budget if watch.stopped == "TimeLimit" else None)
     elif closure.truncated:
         stop = StopReason("NodeLimit", space.nodes)
-    elif run.entries >= space.entries:
+    elif any(at.run.entries >= space.entries for at in solved):
         stop = StopReason("EntryLimit", space.entries)
-    elif p.truncated:
+    elif any(at.problem.truncated for at in solved):
         stop = StopReason("StateLimit", space.states)
     kernels = tuple(
-        KernelCost(structure([c], here.axes), c.prediction.seconds, c.prediction.bound, dict(c.prediction.terms))
-        for c in plan
+        KernelCost(structure([c], axes), c.prediction.seconds, c.prediction.bound, dict(c.prediction.terms))
+        for c in best.plan
     )
     return SearchReport(
-        program=name,
-        device=p.device.label,
+        program=task.program.name,
+        device=task.on.label,
         space=str(space),
         stop=stop,
         classes=len(closure.order),
         edges=dict(closure.rules),
         deduplicated=closure.deduplicated,
-        configurations=run.configurations,
-        states=p.expanded,
-        pruned={"infeasible": p.infeasible, "bound": p.bounded},
-        verified=1,
-        refused=refused,
+        configurations=sum(at.run.configurations for at in solved),
+        states=sum(at.problem.expanded for at in solved),
+        pruned={
+            "infeasible": sum(at.problem.infeasible for at in solved),
+            "bound": sum(at.problem.bounded for at in solved),
+        },
+        verified=len(ranges),
+        refused=best.refused,
         seeds=("source", *space.laws),
         kernels=kernels,
-        candidates=tuple(tried),
-        predicted_seconds=seconds,
-        floor_seconds=_floor(here.program, plan, p),
+        candidates=tuple(best.tried),
+        structures=tuple(StructureReport(s.low, s.high, s.at, s.text, s.seconds) for s in ranges),
+        predicted_seconds=best.seconds,
+        floor_seconds=_floor(task.here.program, best.plan, problem),
         notes=tuple(notes),
         seconds=watch.phases,
     )

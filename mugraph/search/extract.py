@@ -1,21 +1,27 @@
 """One kernel: which axes play which role, and the cheapest derivation of its roots under those roles.
 
-Roles belong to a kernel, not to a value: an axis is on the grid, looped in pass p, split (looped and on the grid), or
-whole in the tile.  An *entry* (class, p) is a value with an open loop axis computed in pass p, or any other value
-available before pass p (p = number of passes + 1: in the epilogue).  Closing over a looped axis leads from a pass
-q < p; closing over a grid axis is refused unless the axis is split.
+Roles belong to a kernel, not to a value: an axis is on the grid, looped in pass p (alone, or in a nest of two), split
+(looped and on the grid), or whole in the tile.  An *entry* (class, p) is a value with an open loop axis computed in
+pass p, or any other value available before pass p (p = number of passes + 1: in the epilogue).  Closing over the axes
+of a loop leads from a pass q < p; a nest is closed as a whole; closing over a grid axis is refused unless the axis is
+split.
 
-The extraction is A* over cuts: a state is the set of open entries; the topologically highest is expanded, so each
-class is paid once and sharing is exact.
+A `Survey` looks at all assignments of roles at once: which can compute the roots, and a lower bound of what each
+costs.  The extraction of one assignment is A* over cuts: a state is the set of open entries; the topologically highest
+is expanded, so each class is paid once and sharing is exact.
 """
 
 from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
 
 from mugraph.ir.types import DType
 from mugraph.search.closure import Closure, Edge
@@ -23,24 +29,36 @@ from mugraph.search.cost import VECTOR_WEIGHT, Device, Product, Read, Work
 from mugraph.search.laws import IOTA
 
 Entry = tuple[int, int]
+Loop = tuple[str, ...]  # the axes of one pass: one, or a nest of two
+Ints = NDArray[np.int64]
+Floats = NDArray[np.float64]
+Bools = NDArray[np.bool_]
 INFEASIBLE = 99
 LOADED_TILE = 65_536  # elements of a tile that is only loaded: 128 KiB of f16 in shared memory
 COMPUTED_TILE = 32_768  # elements of a computed tile: 128 KiB of f32 in registers
+SHARE = 8  # one extraction may use that part of the budget of states
 BEAM = 8  # states kept per topological level when A* exceeds its budget
 SECTOR = 64  # bytes side by side below which reads and writes waste bandwidth
 
 
 @dataclass(frozen=True)
 class Roles:
-    """`passes` lists the looped axis of each pass; `split` is (axis, parts) of the last pass."""
+    """`passes` lists the looped axes of each pass; `split` is (axis, parts) of the last pass."""
 
     grid: tuple[str, ...]
-    passes: tuple[str, ...]
+    passes: tuple[Loop, ...]
     split: tuple[str, int] | None = None
 
     @property
     def loops(self) -> frozenset[str]:
-        return frozenset(self.passes)
+        return frozenset(a for loop in self.passes for a in loop)
+
+
+class Assignment(NamedTuple):
+    """Roles, and the tile size of each axis that is on the grid or looped."""
+
+    roles: Roles
+    tiles: Mapping[str, int]
 
 
 @dataclass(frozen=True)
@@ -50,7 +68,7 @@ class Option:
     cost: float
     edge: Edge | None
     children: tuple[int, ...]
-    loop: str | None  # the looped axis that the edge closes
+    loop: Loop | None  # the looped axes that the edge closes
 
 
 @dataclass(frozen=True)
@@ -93,7 +111,8 @@ class Problem:
     sizes    axis -> size that costs are compared at; limits: axis -> its greatest admissible size
     memory   class -> seconds until it is in memory (0 for inputs), for classes that may be loaded
     bound    class -> lower bound of that time, for classes that could be materialised but are not priced yet
-    dtypes   class -> element type in memory (inputs); other classes have `dtype`
+    dtypes   class -> element type in memory, where it is not `dtype`
+    scaled   classes that lie in memory with an exponent beside them: only kernels of ours read and write them
     innermost  class -> the axis along which its elements lie side by side in memory, where that is known
     """
 
@@ -104,7 +123,8 @@ class Problem:
     dtype: DType
     memory: dict[int, float]
     bound: dict[int, float]
-    dtypes: Mapping[int, DType]
+    dtypes: dict[int, DType]
+    scaled: set[int]
     states: int
     innermost: Mapping[int, str]
     expanded: int = 0
@@ -125,6 +145,23 @@ class Problem:
         cells = self.closure.classes
         self.inputs = {c for c in self.closure.order if any(is_leaf_edge(e) for e in cells[c].edges)}
         self.ways = {c: [self._way(c, e) for e in cells[c].edges if not is_leaf_edge(e)] for c in self.closure.order}
+
+    @cached_property
+    def alone(self) -> Mandatory:
+        """Classes that every derivation from inputs holds."""
+        return _mandatory(self, frozenset(self.inputs))
+
+    def least_bytes(self, c: int) -> float:
+        """Bytes that move before a class is in memory, whatever computes it: itself, and inputs that it cannot do
+        without."""
+        must = self.alone.computed[c]
+        inputs = sum(self.bytes(x) for x in self.inputs if must >> self.position[x] & 1)
+        return self.bytes(c) + inputs
+
+    @cached_property
+    def among(self) -> Mandatory:
+        """Classes that every derivation holds which may load what could be materialised."""
+        return _mandatory(self, frozenset({*self.inputs, *self.memory, *self.bound}))
 
     def _way(self, c: int, e: Edge) -> Way:
         axes = self.joined_axes(c, e.children)
@@ -156,134 +193,292 @@ def is_leaf_edge(edge: Edge) -> bool:
     return edge.kind == "load" and edge.leaf is not None and edge.leaf[0] != IOTA
 
 
-class KernelSearch:
-    """The cheapest derivation of `roots` under `roles` with the given tiles.  `alone`: it loads inputs only."""
+class Mandatory(NamedTuple):
+    """Classes that every derivation holds, as bits by topological position: `computed[c]` where c itself must be
+    computed (it is a root), `below[c]` where c may be loaded too."""
 
-    def __init__(
-        self, problem: Problem, roots: tuple[int, ...], roles: Roles, tiles: Mapping[str, int], alone: bool = False
-    ) -> None:
-        self.p, self.roots, self.roles, self.tiles = problem, roots, roles, dict(tiles)
-        self.alone = alone
-        self.grid = frozenset(roles.grid)
-        self.last = len(roles.passes)
-        self.blocks = math.prod(math.ceil(problem.sizes[a] / tiles[a]) for a in roles.grid)
-        self.blocks *= roles.split[1] if roles.split else 1
-        self.busy = min(1.0, self.blocks / problem.device.sms)
-        members = frozenset().union(*(problem.below[r] for r in roots))
-        self.order = [c for c in problem.closure.order if c in members]
-        self.loops = roles.loops
-        self.width = {a: tiles.get(a, limit) for a, limit in problem.limits.items()}
-        self.copies = [(a, math.ceil(problem.sizes[a] / tiles[a])) for a in roles.grid]
-        self.loop_of = {c: self._loop_of(c) for c in self.order}
-        self.options: dict[int, list[Option]] = {}
-        self.least: dict[int, int] = {}
-        for c in self.order:
-            self.options[c] = self._options(c)
-            self.least[c] = min((self._least(c, o) for o in self.options[c]), default=INFEASIBLE)
-            self.options[c] = [o for o in self.options[c] if self._least(c, o) < INFEASIBLE]
+    computed: Mapping[int, int]
+    below: Mapping[int, int]
 
-    def _loop_of(self, c: int) -> str | None:
-        """The looped axis that is open in the class; "" if two are, which no pass of one loop can hold."""
-        loops = [a for a in self.p.axes(c) if a in self.loops]
-        return None if not loops else loops[0] if len(loops) == 1 else ""
 
-    def tile_elements(self, c: int) -> int:
-        return math.prod([self.width[a] for a in self.p.axes(c)])
+def _mandatory(p: Problem, loadable: frozenset[int]) -> Mandatory:
+    computed: dict[int, int] = {}
+    below: dict[int, int] = {}
+    for c in p.closure.order:
+        own = 1 << p.position[c]
+        each = [_union(below[x] for x in w.edge.children) for w in p.ways[c]]
+        computed[c] = own | (_intersection(each) if each else 0)
+        below[c] = own if c in loadable else computed[c]
+    return Mandatory(computed, below)
 
-    def replication(self, axes: Sequence[str]) -> int:
+
+def _union(masks: Any) -> int:
+    result = 0
+    for m in masks:
+        result |= m
+    return result
+
+
+def _intersection(masks: list[int]) -> int:
+    result = masks[0]
+    for m in masks[1:]:
+        result &= m
+    return result
+
+
+class Survey:
+    """All assignments of roles to a kernel for `roots`, side by side: every array has one element for each."""
+
+    def __init__(self, problem: Problem, roots: tuple[int, ...], assignments: Sequence[Assignment]) -> None:
+        self.p, self.roots, self.assignments = problem, roots, assignments
+        p, roles = problem, [a.roles for a in assignments]
+        members = frozenset().union(*(p.below[r] for r in roots))
+        self.order = [c for c in p.closure.order if c in members]
+        self.played = sorted({a for r in roles for a in (*r.grid, *r.loops)})
+        self.bit = {a: 1 << i for i, a in enumerate(self.played)}
+        self.last = max((len(r.passes) for r in roles), default=0)
+        self.count = np.array([len(r.passes) for r in roles], dtype=np.int64)
+        self.grid = np.array([self.mask(r.grid) for r in roles], dtype=np.int64)
+        self.passes = [
+            np.array([self.mask(r.passes[q]) if q < len(r.passes) else 0 for r in roles], dtype=np.int64)
+            for q in range(self.last)
+        ]
+        self.loops: Ints = np.bitwise_or.reduce(self.passes) if self.passes else np.zeros(len(roles), dtype=np.int64)
+        self.split = np.array([self.mask(r.split[:1]) if r.split else 0 for r in roles], dtype=np.int64)
+        self.parts = np.array([r.split[1] if r.split else 1 for r in roles], dtype=np.float64)
+        self.width = {a: np.array([x.tiles.get(a, p.limits[a]) for x in assignments], float) for a in self.played}
+        self.copies = {
+            a: np.array([math.ceil(p.sizes[a] / x.tiles[a]) if a in x.roles.grid else 1 for x in assignments], float)
+            for a in self.played
+        }
+        self._copies: dict[int, Floats] = {}
+        self._elements: dict[tuple[str, ...], Floats] = {}
+        self.blocks = self.replication(()) * self.parts
+        self.busy: Floats = np.minimum(1.0, self.blocks / p.device.sms)
+        self.open = {c: self.loops & self.mask(p.axes(c)) for c in self.order}
+        self.fits = {c: self._held(c) for c in self.order}
+        self.computed = {c: [self._computed(c, w) for w in p.ways[c]] for c in self.order}
+
+    def mask(self, axes: Sequence[str]) -> int:
+        return _union(self.bit.get(a, 0) for a in axes)
+
+    def replication(self, axes: Sequence[str]) -> Floats:
         """How many blocks repeat something that lacks some grid axes."""
-        return math.prod([n for a, n in self.copies if a not in axes])
+        key = self.mask(axes)
+        if key not in self._copies:
+            result = np.ones(len(self.assignments))
+            for a in self.played:
+                if not self.bit[a] & key:
+                    result = result * self.copies[a]
+            self._copies[key] = result
+        return self._copies[key]
 
-    def _options(self, c: int) -> list[Option]:
-        p = self.p
-        if self.loop_of[c] == "":
-            return []
-        found: list[Option] = []
-        tile = self.tile_elements(c)
-        price = p.memory.get(c, p.bound.get(c))
-        loadable = c in p.inputs or (price is not None and c not in self.roots and not self.alone)
-        if price is not None and loadable and tile <= LOADED_TILE:
-            found.append(Option(self._load_seconds(c) + price, None, (), None))
-        if tile > COMPUTED_TILE:
-            return found
-        for way in p.ways[c]:
-            loops = way.closed & self.loops
-            if len(loops) > 1 or way.closed & self.grid:
-                continue
-            found.append(Option(self._compute_seconds(c, way), way.edge, way.edge.children, next(iter(loops), None)))
-        return undominated(found)
+    def tile_elements(self, c: int) -> Floats:
+        axes = self.p.axes(c)
+        if axes not in self._elements:
+            result = np.full(
+                len(self.assignments), float(math.prod(self.p.limits[a] for a in axes if a not in self.bit))
+            )
+            for a in axes:
+                if a in self.bit:
+                    result = result * self.width[a]
+            self._elements[axes] = result
+        return self._elements[axes]
 
-    def _load_seconds(self, c: int) -> float:
-        d, size = self.p.device, self.p.bytes(c)
-        share = min(1.0, 2 * self.busy)
-        return (size / d.bandwidth + size * (self.replication(self.p.axes(c)) - 1) / d.l2_bytes_per_second) / share
+    def _held(self, c: int) -> Bools:
+        """The open axes of the class lie in one pass."""
+        found: Bools = self.open[c] == 0
+        for q in range(self.last):
+            found = found | (self.open[c] & ~self.passes[q] == 0)
+        return found
 
-    def _compute_seconds(self, c: int, way: Way) -> float:
+    def _computed(self, c: int, way: Way) -> tuple[Floats, Bools, Ints]:
+        """Seconds, whether the roles admit the way, and the looped axes that it closes."""
+        closed = self.mask(way.edge.axes)
+        loop: Ints = self.loops & closed
+        admitted: Bools = (self.grid & closed == 0) & (self.tile_elements(c) <= COMPUTED_TILE) & self.fits[c]
+        admitted &= (self.open[c] == 0) | (loop == 0)
         if not way.edge.children:
-            return 1e-12
+            return np.full(len(self.assignments), 1e-12), admitted, loop
         p, volume = self.p, way.volume * self.replication(way.axes)
-        if way.matmul:
-            seconds = 2 * volume / p.device.matmul_rate(p.dtype)
-        else:
-            seconds = VECTOR_WEIGHT * volume / p.device.vector_flops
-        seconds /= self.busy
-        if self.roles.split and self.roles.split[0] in way.closed:
-            seconds += 2 * self.roles.split[1] * p.elements(c) * 4 / p.device.l2_bytes_per_second
-        return seconds + 1e-11
+        rate = p.device.matmul_rate(p.dtype) / 2 if way.matmul else p.device.vector_flops / VECTOR_WEIGHT
+        seconds: Floats = volume / rate / self.busy + 1e-11
+        if closed:
+            partial = 2 * self.parts * self._repeated(c) * p.elements(c) * 4 / p.device.l2_bytes_per_second
+            seconds = seconds + np.where(self.split & closed != 0, partial, 0.0)
+        return seconds, admitted, loop
 
-    # -- feasibility: the least pass of each class
+    def _repeated(self, c: int) -> Floats:
+        """How often a partial result is stored: along a grid axis that it lacks, once for each element."""
+        result = np.ones(len(self.assignments))
+        for a in self.played:
+            if a not in self.p.axes(c):
+                result = result * np.where(self.grid & self.bit[a] != 0, self.p.sizes[a], 1)
+        return result
 
-    def _pass_over(self, axis: str, start: int) -> int:
-        """The first pass from `start` on that loops over the axis."""
-        return next((q for q in range(start, self.last + 1) if self.roles.passes[q - 1] == axis), INFEASIBLE)
+    def loaded(self, c: int) -> Floats:
+        """Seconds to load the class into all blocks that want it."""
+        d, size = self.p.device, self.p.bytes(c)
+        seconds = size / d.bandwidth + size * (self.replication(self.p.axes(c)) - 1) / d.l2_bytes_per_second
+        return np.asarray(seconds / np.minimum(1.0, 2 * self.busy))
 
-    def _least(self, c: int, o: Option) -> int:
-        least = max([self.least[x] for x in o.children], default=1)
-        if least >= INFEASIBLE:
-            return INFEASIBLE
-        loop = self.loop_of[c]
-        open_children = {self.loop_of[x] for x in o.children} - {None}
-        if loop is not None:
-            return self._pass_over(loop, least) if open_children <= {loop} else INFEASIBLE
-        if o.loop is not None:
-            q = self._pass_over(o.loop, least)
-            return q + 1 if q < INFEASIBLE and open_children <= {o.loop} else INFEASIBLE
-        return INFEASIBLE if open_children else least
+    def first_pass(self, axes: Ints, start: Ints, whole: bool = False) -> Ints:
+        """The first pass from `start` on that loops over the axes (over nothing else, if `whole`)."""
+        found = np.full(len(self.assignments), INFEASIBLE, dtype=np.int64)
+        if not whole:
+            found = np.where(self.combined(axes) & (start <= self.count + 1), self.count + 1, found)
+        for q in range(self.last, 0, -1):
+            here = self.passes[q - 1]
+            there = here == axes if whole else axes & ~here == 0
+            found = np.where(there & (q <= self.count) & (start <= q), q, found)
+        return found
+
+    def combined(self, axes: Ints) -> Bools:
+        """Whether a value with these open axes can be computed in the combine, which has the split axis on its grid."""
+        return np.asarray((self.split != 0) & (axes == self.split))
+
+    def outcome(self, alone: bool) -> Outcome:
+        """Feasibility and bounds of all assignments; `alone`: kernels that load inputs only."""
+        return Outcome(self, alone)
+
+
+class Outcome:
+    """For each class: its least pass, the cost of its cheapest path (`chain`) and of itself (`local`), and the ways
+    to get it.  `bounds` are lower bounds of the cost of the kernel, infinite where no derivation exists."""
+
+    def __init__(self, survey: Survey, alone: bool) -> None:
+        s, p = survey, survey.p
+        self.survey, self.alone = survey, alone
+        self.mandatory = p.alone if alone else p.among
+        self.least: dict[int, Ints] = {}
+        self.chain: dict[int, Floats] = {}
+        self.local: dict[int, Floats] = {}
+        self.ways: dict[int, list[tuple[Floats, Ints, Way | None]]] = {}
+        none = np.full(len(s.assignments), math.inf)
+        start = np.ones(len(s.assignments), dtype=np.int64)
+        for c in s.order:
+            least, chain, local = np.full_like(start, INFEASIBLE), none, none
+            self.ways[c] = []
+            opened = s.open[c]
+            for way, seconds, admitted in self._ways(c):
+                children = way.edge.children if way else ()
+                need = start
+                for x in children:
+                    need = np.maximum(need, self.least[x])
+                at = np.where(opened != 0, s.first_pass(opened, need), need)
+                if way is not None and way.edge.axes:
+                    loop = s.loops & s.mask(way.edge.axes)
+                    closing = s.first_pass(loop, need, whole=True)
+                    at = np.where(loop != 0, np.where(closing < INFEASIBLE, closing + 1, INFEASIBLE), at)
+                at = np.where(admitted, at, INFEASIBLE)
+                feasible = at < INFEASIBLE
+                if not feasible.any():
+                    continue
+                below = np.zeros(len(s.assignments))
+                for x in children:
+                    below = np.maximum(below, self.chain[x])
+                local = np.where(feasible, np.minimum(local, seconds), local)
+                chain = np.where(feasible, np.minimum(chain, seconds + below), chain)
+                least = np.minimum(least, at)
+                self.ways[c].append((seconds, at, way))
+            self.least[c], self.chain[c], self.local[c] = least, chain, local
+        self.starts = {r: self._start(r) for r in s.roots}
+        self.bounds = self._bounds()
+
+    def _ways(self, c: int) -> Iterator[tuple[Way | None, Floats, Bools]]:
+        s, p = self.survey, self.survey.p
+        price = p.memory.get(c, p.bound.get(c))
+        if price is not None and (c in p.inputs or (c not in s.roots and not self.alone)):
+            yield None, s.loaded(c) + price, (s.tile_elements(c) <= LOADED_TILE) & s.fits[c]
+        for way, (seconds, admitted, _) in zip(p.ways[c], s.computed[c], strict=True):
+            if admitted.any():
+                yield way, seconds, admitted
+
+    def _start(self, r: int) -> Ints:
+        """The pass in which a root is written: the epilogue (or combine), or the last loop over its open axes."""
+        s = self.survey
+        at = s.count + 1
+        for q in range(1, s.last + 1):
+            here = (q <= s.count) & (s.open[r] == s.passes[q - 1]) & (s.split == 0)
+            at = np.where((s.open[r] != 0) & here, q, at)
+        held = (s.open[r] == 0) | (at <= s.count) | s.combined(s.open[r])
+        for other in s.roots:  # every block of a combine writes every root
+            held = held & ((s.split == 0) | (s.open[r] == s.open[other]))
+        return np.where(held & (self.least[r] <= at), at, INFEASIBLE)
+
+    def _bounds(self) -> Floats:
+        s = self.survey
+        bound = np.zeros(len(s.assignments))
+        for r in s.roots:
+            bound = np.maximum(bound, self.chain[r])
+            bound = np.where(self.starts[r] < INFEASIBLE, bound, math.inf)
+        must = _union(self.mandatory.computed[r] for r in s.roots)
+        paid = np.zeros(len(s.assignments))
+        for c in s.order:
+            if must >> s.p.position[c] & 1:
+                paid = paid + self.local[c]
+        return np.maximum(bound, paid)
+
+
+class KernelSearch:
+    """The cheapest derivation under one assignment of an outcome."""
+
+    def __init__(self, outcome: Outcome, n: int) -> None:
+        s = outcome.survey
+        self.p, self.roots, self.order = s.p, s.roots, s.order
+        self.roles, self.tiles = s.assignments[n]
+        self.last = len(self.roles.passes)
+        self.passes = [int(q[n]) for q in s.passes[: self.last]]
+        self.split = int(s.split[n])
+        self.open = {c: int(s.open[c][n]) for c in s.order}
+        self.least = {c: int(outcome.least[c][n]) for c in s.order}
+        self.local = {c: float(outcome.local[c][n]) for c in s.order}
+        self.chain = {c: float(outcome.chain[c][n]) for c in s.order}
+        self.starts = {r: int(at[n]) for r, at in outcome.starts.items()}
+        self.mandatory = outcome.mandatory
+        self.by_position = [self.local.get(c, 0.0) for c in self.p.closure.order]
+        self._outcome, self._n = outcome, n
+        self._options: dict[int, list[Option]] = {}
+        self._paid: dict[int, float] = {}
+
+    def options(self, c: int) -> list[Option]:
+        """The feasible ways to get a class, without those that a cheaper one makes useless."""
+        if c not in self._options:
+            self._options[c] = undominated(self.all_options(c))
+        return self._options[c]
+
+    def all_options(self, c: int) -> list[Option]:
+        s, n = self._outcome.survey, self._n
+        found = []
+        for seconds, at, way in self._outcome.ways[c]:
+            if at[n] >= INFEASIBLE:
+                continue
+            if way is None:
+                found.append(Option(float(seconds[n]), None, (), None))
+            else:
+                closed = tuple(a for a in way.edge.axes if int(s.loops[n]) & s.bit.get(a, 0))
+                found.append(Option(float(seconds[n]), way.edge, way.edge.children, closed or None))
+        return found
 
     def start(self) -> frozenset[Entry] | None:
         """The roots as entries, or None if some root cannot be computed under these roles."""
-        entries: list[Entry] = []
-        for r in self.roots:
-            loop = self.loop_of[r]
-            if loop is None:
-                at = self.last + 1 if self.least[r] <= self.last + 1 else INFEASIBLE
-            elif self.roles.split or not loop:
-                at = INFEASIBLE
-            else:
-                at = max((q for q in range(1, self.last + 1) if self.roles.passes[q - 1] == loop), default=INFEASIBLE)
-                at = at if self.least[r] <= at else INFEASIBLE
-            if at == INFEASIBLE:
-                return None
-            entries.append((r, at))
-        return frozenset(entries)
+        if any(at >= INFEASIBLE for at in self.starts.values()):
+            return None
+        return frozenset(self.starts.items())
 
     # -- extraction
 
-    def lower_bound(self) -> Callable[[frozenset[Entry]], float]:
-        """No completion of a state costs less: every open entry is still to be paid, and so is the longest cheapest
-        path below one."""
-        local: dict[int, float] = {}
-        chain: dict[int, float] = {}
-        for c in self.order:
-            local[c] = min((o.cost for o in self.options[c]), default=math.inf)
-            chain[c] = min(
-                (o.cost + max((chain[x] for x in o.children), default=0.0) for o in self.options[c]), default=math.inf
-            )
-
-        def bound(state: frozenset[Entry]) -> float:
-            return max(max(chain[c] for c, _ in state), sum(local[c] for c, _ in state)) if state else 0.0
-
-        return bound
+    def bound(self, state: frozenset[Entry]) -> float:
+        """No completion of a state costs less: it pays the longest cheapest path below an open entry, and every class
+        that each derivation of an open entry holds (all of them are still to be paid: the highest go first)."""
+        if not state:
+            return 0.0
+        computed, below = self.mandatory
+        must = _union(computed[c] if c in self.starts else below[c] for c, _ in state)
+        paid = self._paid.get(must)
+        if paid is None:
+            paid = self._paid[must] = math.fsum(self.by_position[i] for i in _bits(must))
+        return max(max(self.chain[c] for c, _ in state), paid)
 
     def run(self, upper: float) -> Derivation | None:
         """The cheapest derivation with cost below `upper`, or None."""
@@ -292,13 +487,12 @@ class KernelSearch:
         if start is None:
             p.infeasible += 1
             return None
-        bound = self.lower_bound()
 
         def highest(state: frozenset[Entry]) -> int:
             return max((p.position[c] for c, _ in state), default=-1)
 
         queue: list[tuple[float, int, int, float, frozenset[Entry], tuple[object, ...]]]
-        queue = [(bound(start), 0, 0, 0.0, start, ())]
+        queue = [(self.bound(start), 0, 0, 0.0, start, ())]
         best = {start: 0.0}
         ticket = expanded = 0
         while queue:
@@ -312,16 +506,16 @@ class KernelSearch:
             p.expanded += 1
             if not state:
                 return self.derivation(cost, trail)
-            if expanded > p.states:
+            if expanded > p.states // SHARE or p.expanded > p.states:
                 p.truncated += 1
-                return self.beam(start, bound)
+                return self.beam(start)
             for step, successor in self.successors(state):
                 total = cost + step.option.cost
                 if total < best.get(successor, math.inf):
                     best[successor] = total
                     ticket += 1
                     p.generated += 1
-                    entry = (total + bound(successor), highest(successor), ticket, total, successor, (trail, step))
+                    entry = (total + self.bound(successor), highest(successor), ticket, total, successor, (trail, step))
                     heapq.heappush(queue, entry)
         p.infeasible += 1
         return None
@@ -330,12 +524,12 @@ class KernelSearch:
         steps = tuple(_unroll(trail))
         if self.roles.split and not any(self.roles.split[0] in _closed(s) for s in steps):
             return None  # the split axis must be closed in this kernel
-        used = {s.entry[1] for s in steps if self.loop_of[s.entry[0]] is not None}
-        if len(used) < self.last:
+        used = {s.entry[1] for s in steps if self.open[s.entry[0]]}
+        if not used.issuperset(range(1, self.last + 1)):
             return None  # a loop without a body
         return Derivation(self.roots, self.roles, tuple(sorted(self.tiles.items())), steps, cost)
 
-    def beam(self, start: frozenset[Entry], bound: Callable[[frozenset[Entry]], float]) -> Derivation | None:
+    def beam(self, start: frozenset[Entry]) -> Derivation | None:
         """What A* does, a topological level at a time, keeping the BEAM most promising states of each level."""
         levels: dict[int, dict[frozenset[Entry], tuple[float, tuple[object, ...]]]] = {}
 
@@ -345,7 +539,7 @@ class KernelSearch:
         levels[level_of(start)] = {start: (0.0, ())}
         while levels and max(levels) >= 0:
             level = levels.pop(max(levels))
-            kept = sorted(level.items(), key=lambda item: item[1][0] + bound(item[0]))[:BEAM]
+            kept = sorted(level.items(), key=lambda item: item[1][0] + self.bound(item[0]))[:BEAM]
             for state, (cost, trail) in kept:
                 self.p.expanded += 1
                 for step, successor in self.successors(state):
@@ -361,27 +555,29 @@ class KernelSearch:
     def successors(self, state: frozenset[Entry]) -> Iterator[tuple[Step, frozenset[Entry]]]:
         c, at = entry = max(state, key=lambda e: (self.p.position[e[0]], e[1]))
         rest = state - {entry}
-        for option in self.options[c]:
+        for option in self.options(c):
             for children in self._placements(c, at, option):
-                yield Step(entry, option, children), _merged(rest, children, self.loop_of)
+                yield Step(entry, option, children), _merged(rest, children, self.open)
 
     def _placements(self, c: int, at: int, option: Option) -> Iterator[tuple[Entry, ...]]:
         """The passes in which the children may be computed."""
-        if self.loop_of[c] is not None:  # in the loop: open children in the same pass, others before it
-            children = tuple((x, at) for x in option.children)
-            if all(self.least[x] <= at for x in option.children):
-                yield children
-            return
-        if option.loop is None:
+        if self.open[c] or option.loop is None:  # open children in the same pass, others before it
             if all(self.least[x] <= at for x in option.children):
                 yield tuple((x, at) for x in option.children)
             return
-        for q in range(1, at):
-            if self.roles.passes[q - 1] != option.loop or any(self.least[x] > q for x in option.children):
+        for q, loop in enumerate(self.roles.passes[: at - 1], 1):
+            if set(loop) != set(option.loop) or any(self.least[x] > q for x in option.children):
                 continue
-            if self.roles.split and self.roles.split[0] == option.loop and q != self.last:
+            if self.roles.split and self.roles.split[0] in loop and q != self.last:
                 continue
             yield tuple((x, q) for x in option.children)
+
+
+def kernel_search(
+    problem: Problem, roots: tuple[int, ...], roles: Roles, tiles: Mapping[str, int], alone: bool = False
+) -> KernelSearch:
+    """The search for one assignment of roles.  `alone`: the kernel loads inputs only."""
+    return KernelSearch(Survey(problem, roots, [Assignment(roles, tiles)]).outcome(alone), 0)
 
 
 def undominated(options: list[Option]) -> list[Option]:
@@ -397,12 +593,19 @@ def _closed(step: Step) -> tuple[str, ...]:
     return step.option.edge.axes if step.option.edge else ()
 
 
-def _merged(rest: frozenset[Entry], children: tuple[Entry, ...], loop_of: Mapping[int, str | None]) -> frozenset[Entry]:
+def _bits(mask: int) -> Iterator[int]:
+    while mask:
+        low = mask & -mask
+        yield low.bit_length() - 1
+        mask ^= low
+
+
+def _merged(rest: frozenset[Entry], children: tuple[Entry, ...], opened: Mapping[int, int]) -> frozenset[Entry]:
     """Adds the children.  A value outside loops is needed once, before the earliest pass that asks for it."""
     earliest: dict[int, int] = {}
     looped: set[Entry] = set()
     for c, at in (*rest, *children):
-        if loop_of[c] is not None:
+        if opened[c]:
             looped.add((c, at))
         else:
             earliest[c] = min(at, earliest.get(c, INFEASIBLE))
@@ -441,19 +644,21 @@ def work_of(p: Problem, d: Derivation) -> Work:
         return max(1.0, SECTOR / run)
 
     written = sum(p.bytes(r) for r in d.roots)
-    writing = sum(p.bytes(r) * waste(r) for r in d.roots) / written if written else 1.0
+    wanted = sum(p.bytes(r) * waste(r) for r in d.roots)
     stage = resident = partial = vector = accumulators = 0.0
     reads: list[Read] = []
     products: list[Product] = []
-    depth, loaded = 1, set[int]()
+    depth = 1
     for s in d.steps:
-        c, _ = s.entry
+        c, at = s.entry
         axes = p.axes(c)
         looped = any(a in loops for a in axes)
         if s.option.edge is None:
-            cuts = (*(a in axes for a in grid), *([looped] if parts > 1 else []))
-            reads.append(Read(p.bytes(c), cuts, waste(c), c in loaded))
-            loaded.add(c)
+            combining = parts > 1 and at > len(d.roles.passes)  # the combine's own loads
+            cut = tuple((blocks_along(a), a in axes) for a in grid)
+            reads.append(
+                Read(-1 - c if combining else c, p.bytes(c), cut if combining else (*cut, (parts, looped)), waste(c))
+            )
             bytes_in_tile = tile_elements(axes) * p.dtypes.get(c, p.dtype).bits / 8
             if looped:
                 stage += bytes_in_tile
@@ -475,14 +680,24 @@ def work_of(p: Problem, d: Derivation) -> Work:
         if s.option.loop is not None:
             accumulators += tile_elements(axes)
             if d.roles.split:
-                partial += 2 * parts * p.elements(c) * 4
+                repeated = math.prod(p.sizes[a] for a in grid if a not in axes)  # each block stores its own copy
+                partial += 2 * parts * repeated * p.elements(c) * 4
         elif not looped:
             accumulators = max(accumulators, tile_elements(axes))
-    trips = sum(math.ceil(blocks_along(a) / parts) for a in d.roles.passes)
-    blocks = (*(blocks_along(a) for a in grid), *([parts] if parts > 1 else []))
     return Work(
-        blocks, trips, tuple(reads), written, writing, stage, resident, partial, tuple(products), vector, accumulators, depth
-    )  # fmt: skip
+        blocks=math.prod(blocks_along(a) for a in grid) * parts,
+        trips=sum(math.ceil(math.prod(blocks_along(a) for a in loop) / parts) for loop in d.roles.passes),
+        reads=tuple(reads),
+        written=written,
+        writing=wanted / written if written else 1.0,
+        stage=stage,
+        resident=resident,
+        partial=partial,
+        products=tuple(products),
+        vector=vector,
+        accumulators=accumulators,
+        depth=depth,
+    )
 
 
 def product_dtype(p: Problem, operands: Sequence[int]) -> DType:

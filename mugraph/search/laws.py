@@ -29,7 +29,7 @@ from mugraph.ir.ops import (
     Transpose,
 )  # fmt: skip
 from mugraph.search import values as v
-from mugraph.search.values import Call, Factor, Paren, Term, Value
+from mugraph.search.values import Call, Factor, Number, Paren, Term, Value
 
 IOTA = "#iota"  # the index along an axis: computed where it is used, not loaded
 
@@ -104,9 +104,9 @@ def _function(fn: str, attrs: Mapping[str, str | Fraction], args: list[Value]) -
     x = args[0]
     match fn:
         case "add":
-            return v.add(*args)
+            return hoisted(v.add(*args))
         case "sub":
-            return v.add(x, v.negate(args[1]))
+            return hoisted(v.add(x, v.negate(args[1])))
         case "mul":
             return v.multiply(*args)
         case "div":
@@ -125,6 +125,33 @@ def _function(fn: str, attrs: Mapping[str, str | Fraction], args: list[Value]) -
             return power if exponent > 0 else v.invert(power)
         case _:
             return v.call(fn, *args, attrs=tuple(sorted(attrs.items())))
+
+
+def hoisted(value: Value) -> Value:
+    """a·x + a·y as a·(x + y), where `a` lacks an axis of the sum: a row's statistic stays apart from what it scales,
+    so that products of such sums need not be multiplied out."""
+    if len(value) < 2:
+        return value
+    free = v.free_tokens(value)
+    rests = [list(t.factors) for t in value]
+    common: list[Factor] = []
+    for f in value[0].factors:
+        if isinstance(f, Number) or not v.factor_tokens(f) < free or v.factor_tokens(f) & value[0].bound:
+            continue
+        places = [_place(f, rest) for rest in rests]
+        if all(i is not None for i in places):
+            common.append(f)
+            for i, rest in zip(places, rests, strict=True):
+                del rest[i]  # type: ignore[arg-type]
+    if not common:
+        return value
+    inner = v.add(*((v.normal_term(t.bound, rest),) for t, rest in zip(value, rests, strict=True)))
+    return (v.normal_term((), (*common, Paren(inner))),)
+
+
+def _place(f: Factor, factors: list[Factor]) -> int | None:
+    wanted = v.key((Term(v.NOTHING, (f,)),))
+    return next((i for i, g in enumerate(factors) if v.key((Term(v.NOTHING, (g,)),)) == wanted), None)
 
 
 # -- named laws

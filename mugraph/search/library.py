@@ -10,14 +10,16 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from mugraph.ir.types import DType
 from mugraph.search.closure import Edge
-from mugraph.search.cost import Prediction, predict_attention, predict_library, predict_matmul
+from mugraph.search.cost import Device, Prediction, predict_attention, predict_library, predict_matmul
 from mugraph.search.extract import Problem, is_leaf_edge
 from mugraph.search.laws import IOTA
 
+ATTENTION = "scaled_dot_product_attention"
 MOST = 8  # ways to read one value as attention
 FUSED_DEPTH = 256  # the longest heads that the fastest attention kernels take
 SLOWER_SHARE = 0.5  # of their rate, where other kernels run: f32, an explicit mask, unequal or long heads
@@ -52,33 +54,41 @@ def operands(p: Problem, call: LibraryCall) -> tuple[int, ...]:
 def library_calls(p: Problem, c: int) -> list[tuple[LibraryCall, Prediction]]:
     """The library calls that compute a class, each with its predicted time, the operands' prices not counted."""
     found: list[tuple[LibraryCall, Prediction]] = []
+    if c in p.scaled:
+        return []
     for e in p.closure.classes[c].edges:
         if p.is_matmul(c, e) and readable(p, *e.children):
             moved = p.bytes(c) + sum(p.bytes(x) for x in set(e.children))
             left, right = (p.axes(x) for x in e.children)
-            found.append((e, contraction(p, left, right, p.axes(c), moved)))
+            found.append((e, contraction(p.sizes, left, right, p.axes(c), moved, p.dtype, p.device)))
     found += [(a, attention_seconds(p, c, a)) for a in attentions(p, c)]
     return found
 
 
 def readable(p: Problem, *classes: int) -> bool:
-    """Whether all lie in memory, or may be put there."""
-    return all(c in p.memory or c in p.bound for c in classes)
+    """Whether all lie in memory, or may be put there, as they are."""
+    return all(c not in p.scaled and (c in p.memory or c in p.bound) for c in classes)
 
 
 def contraction(
-    p: Problem, left: tuple[str, ...], right: tuple[str, ...], out: tuple[str, ...], moved: float
+    sizes: Mapping[str, int],
+    left: tuple[str, ...],
+    right: tuple[str, ...],
+    out: tuple[str, ...],
+    moved: float,
+    dtype: DType,
+    d: Device,
 ) -> Prediction:
     """The time of a library contraction of two tensors with these axes.  A side without an axis of its own makes it a
     product of vectors, which bandwidth bounds."""
 
     def size(axes: set[str]) -> int:
-        return math.prod(p.sizes[a] for a in axes)
+        return math.prod(sizes[a] for a in axes)
 
     a, b, c = set(left), set(right), set(out)
     if not (a - b and b - a and (a & b) - c):
-        return predict_library(moved, 2 * size(a | b), p.dtype, p.device)
-    return predict_matmul(size(a & b & c), size(a - b), size(b - a), size((a & b) - c), moved, p.dtype, p.device)
+        return predict_library(moved, 2 * size(a | b), dtype, d)
+    return predict_matmul(size(a & b & c), size(a - b), size(b - a), size((a & b) - c), moved, dtype, d)
 
 
 # -- attention
@@ -154,11 +164,11 @@ def _fits(p: Problem, c: int, a: Attention) -> bool:
         readable(p, *operands(p, a))
         and keys - {a.key, a.depth} <= rows
         and len(width) == 1
-        and a.depth not in values
         and len(rows - keys - values) >= 1
         and set(p.axes(c)) == rows | width
         and all(set(p.axes(x)) <= around for x in (a.bias, a.mask) if x is not None)
         and (a.bias is None or not made_of_indices(p, a.bias))
+        and (a.mask is None or a.mask in p.inputs or made_of_indices(p, a.mask))
     )
 
 
@@ -193,7 +203,7 @@ def attention_seconds(p: Problem, c: int, a: Attention) -> Prediction:
     query, keys, values = (set(p.axes(x)) for x in (a.query, a.keys, a.values))
     rows = query - keys - values - {a.depth}
     causal = is_causal(p, a)
-    depth, width = p.sizes[a.depth], size(values - query - {a.key})
+    depth, width = p.sizes[a.depth], size(values - (query - {a.depth}) - {a.key})
     plain = (causal or a.mask is None) and a.bias is None
     fused = plain and p.dtype.bits == 16 and depth == width <= FUSED_DEPTH
     moved = p.bytes(c) + sum(p.bytes(x) for x in set(operands(p, a)))

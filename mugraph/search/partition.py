@@ -10,17 +10,24 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from mugraph.search.cost import STAGES, Prediction, predict
+import numpy as np
+from numpy.typing import NDArray
+
+from mugraph.search.closure import Edge
+from mugraph.search.cost import STAGES, Prediction, beside, predict
 from mugraph.search.extract import (
     COMPUTED_TILE,
     LOADED_TILE,
+    Assignment,
     Derivation,
     KernelSearch,
+    Loop,
     Problem,
     Roles,
+    Survey,
     work_of,
 )  # fmt: skip
 from mugraph.search.library import LibraryCall, library_calls, operands
@@ -29,15 +36,19 @@ from mugraph.search.space import SearchSpace
 KEPT = 6  # derivations per kernel that the full model ranks
 WHOLE = 128  # a shorter axis is whole in the tile at first
 SPLIT_MARGIN = 1.15  # the model is no surer than this, so a split must promise more for its second launch
+MATMUL_TILE, ROW_TILE = 256, 4096  # the longest side of a tile, in a matmul and elsewhere
 SLACK = 2.0  # additive costs that far above the best are not ranked
+RUNS = 24  # assignments of roles that are extracted, cheapest bound first
+ATTEMPTS = ((WHOLE, (1, 4)), (1, (1, 4, 16, 64)))  # (shortest loop, divisors of the first tiles): until one works
 
 
 @dataclass(frozen=True)
 class Choice:
-    """One launch: a derivation, or a library call.  `needs` are classes that must be in memory first."""
+    """One launch: a derivation, several side by side, or a library call.  `needs` are classes that must be in
+    memory first."""
 
     roots: tuple[int, ...]
-    how: Derivation | LibraryCall
+    how: Derivation | tuple[Derivation, ...] | LibraryCall
     prediction: Prediction
     needs: tuple[int, ...]
 
@@ -46,7 +57,9 @@ class Partition:
     def __init__(self, problem: Problem, space: SearchSpace, stop: Callable[[], bool] = lambda: False) -> None:
         self.p, self.space, self.stop = problem, space, stop
         self.choices: dict[tuple[int, ...], list[Choice]] = {}
-        self._batch: dict[tuple[int, ...], frozenset[str]] = {}
+        self._batch: dict[tuple[int, ...], tuple[frozenset[str], frozenset[str]]] = {}
+        self._alone: dict[tuple[int, ...], list[Choice]] = {}
+        self._surveys: dict[tuple[tuple[int, ...], int], Survey] = {}
         self.configurations = self.entries = 0
         self.seconds = 0.0
 
@@ -74,11 +87,29 @@ class Partition:
 
     def rank(self, choice: Choice) -> float:
         split = isinstance(choice.how, Derivation) and choice.how.roles.split is not None
-        return self.total(choice) * (SPLIT_MARGIN if split else 1.0)
+        return choice.prediction.seconds * (SPLIT_MARGIN if split else 1.0) + self.before(choice.needs)
 
     def total(self, choice: Choice) -> float:
         """Seconds of the launch and of all that it needs."""
-        return choice.prediction.seconds + sum(self.p.memory.get(c, self.p.bound.get(c, 0.0)) for c in choice.needs)
+        return choice.prediction.seconds + self.before(choice.needs)
+
+    def cost(self, plan: Sequence[Choice]) -> float:
+        """Seconds of all launches of a plan; a split counts by its margin."""
+        return sum(self.rank(replace(c, needs=())) for c in plan)
+
+    def at_prices(self, memory: dict[int, float], roots: tuple[int, ...]) -> list[Choice]:
+        """The kernels for these roots where the classes of `memory`, and no others, may be loaded."""
+        p = self.p
+        known = p.memory, p.bound
+        p.memory, p.bound = memory, {}
+        try:
+            return self.kernels(roots)
+        finally:
+            p.memory, p.bound = known
+
+    def before(self, needs: tuple[int, ...]) -> float:
+        """Seconds until all of these are in memory, or a lower bound."""
+        return sum(self.p.memory.get(c, self.p.bound.get(c, 0.0)) for c in needs)
 
     def library(self, roots: tuple[int, ...]) -> list[Choice]:
         """What library calls compute of it, from values in memory."""
@@ -97,56 +128,136 @@ class Partition:
 
     def kernels(self, roots: tuple[int, ...]) -> list[Choice]:
         """The best derivations over all roles, ranked by the full model at their best tiles."""
-        alone = self.derivations(roots, alone=True)
-        found = [c for c in map(self.ranked, alone) if c is not None]
+        if roots not in self._alone:
+            self._alone[roots] = self.best(self.derivations(roots, alone=True))
+        found = list(self._alone[roots])
+        if found and min(map(self.rank, found)) <= self.least_seconds(roots):
+            return found
         if self.space.kernels > 1 or self.space.library:
-            found += [c for c in map(self.ranked, self.derivations(roots, alone=False)) if c is not None and c.needs]
+            found += self.best([d for d in self.derivations(roots, alone=False) if self.needs(d)])
         return found
 
+    def least_seconds(self, roots: tuple[int, ...]) -> float:
+        """No two launches that compute the roots take less."""
+        d = self.p.device
+        moved = max(self.p.least_bytes(r) for r in roots)
+        return 2 * (d.launch_seconds + d.fill_seconds) + moved / d.bandwidth
+
+    def best(self, derivations: list[Derivation]) -> list[Choice]:
+        """The few that the full model likes best, each at its best tiles."""
+        scored = sorted((self.fit(d)[1] + self.before(self.needs(d)), n) for n, d in enumerate(derivations))
+        return [c for c in (self.ranked(derivations[n]) for _, n in scored[:KEPT]) if c is not None]
+
+    def needs(self, d: Derivation) -> tuple[int, ...]:
+        """What the derivation loads beside inputs."""
+        return tuple(sorted({s.entry[0] for s in d.loads() if not self.is_input(s.entry[0])}))
+
     def derivations(self, roots: tuple[int, ...], alone: bool) -> list[Derivation]:
-        """The cheapest few derivations by additive cost."""
-        found: list[Derivation] = []
-        upper = math.inf
-        for shrink in (1, 4, 16, 64):
-            for roles in self.roles(roots, WHOLE if shrink == 1 else 1):
-                if self.stop() or self.entries >= self.space.entries:
+        """The derivations whose additive cost is within SLACK of the least, one for each assignment of roles."""
+        for least, shrinks in ATTEMPTS:
+            survey = self.survey(roots, least, shrinks)
+            if survey is None:
+                continue
+            found: list[Derivation] = []
+            upper = math.inf
+            outcome = survey.outcome(alone)
+            fixed = self.fixed_seconds(survey)
+            bounds = outcome.bounds + fixed
+            order = np.argsort(bounds, kind="stable")
+            self.p.infeasible += int(np.isinf(outcome.bounds).sum())
+            done: set[Roles] = set()
+            for rank, n in enumerate(order):
+                if math.isinf(bounds[n]) or self.stop() or len(done) >= RUNS:
                     break
-                self.configurations += 1
-                tiles = self.default_tiles(roots, roles, shrink)
-                kernel = KernelSearch(self.p, roots, roles, tiles, alone)
-                self.entries += len(kernel.order)
-                d = kernel.run(upper)
+                if found and self.p.expanded > self.p.states:
+                    self.p.truncated += 1
+                    break
+                if bounds[n] >= upper:
+                    self.p.bounded += int(np.isfinite(bounds[order[rank:]]).sum())
+                    break
+                if survey.assignments[n].roles in done:
+                    continue
+                done.add(survey.assignments[n].roles)
+                d = KernelSearch(outcome, int(n)).run(upper - float(fixed[n]))
                 if d is not None:
                     found.append(d)
-                    upper = min(upper, d.cost * SLACK)
+                    upper = min(upper, (d.cost + float(fixed[n])) * SLACK)
             if found or self.stop():
-                break
-        found.sort(key=lambda d: d.cost)
-        return found[:KEPT]
+                return found
+        return []
+
+    def fixed_seconds(self, survey: Survey) -> NDArray[np.float64]:
+        """What each assignment costs whatever is computed: its launch, and a second one for the combine of a split."""
+        d = self.p.device
+        launch = d.launch_seconds + d.fill_seconds
+        return np.where(survey.split != 0, launch + d.launch_seconds, launch)
+
+    def survey(self, roots: tuple[int, ...], least: int, shrinks: tuple[int, ...]) -> Survey | None:
+        """All assignments of roles, from several tile sizes; None beyond the budget."""
+        if (roots, least) not in self._surveys:
+            if self.entries >= self.space.entries:
+                return None
+            members = len(frozenset().union(*(self.p.below[r] for r in roots)))
+            most = max(1, (self.space.entries - self.entries) // members)
+            assignments = list(itertools.islice(self.assignments(roots, least, shrinks), most))
+            self.configurations += len(assignments)
+            self.entries += len(assignments) * members
+            self._surveys[roots, least] = Survey(self.p, roots, assignments)
+        return self._surveys[roots, least]
 
     def roles(self, roots: tuple[int, ...], least: int) -> Iterator[Roles]:
         """All assignments of roles, in a fixed order.  Axes no longer than `least` are not looped over."""
         p = self.p
         shared = set.intersection(*(set(p.axes(r)) for r in roots))
         free = [a for a in p.axes(roots[0]) if a in shared and p.limits[a] > 1]
-        below = frozenset().union(*(p.below[r] for r in roots))
-        closed = sorted({a for c in below for e in p.closure.classes[c].edges for a in e.axes if p.limits[a] > least})
-        sequences: list[tuple[str, ...]] = [()]
-        for n in range(1, self.space.passes + 1):
-            sequences += itertools.product(closed, repeat=n)
+        sequences = self.sequences(roots, least)
         for count in range(len(free), -1, -1):
             for grid in itertools.combinations(free, count):
+                if self.space.grid is not None and set(grid) != set(self.space.grid) & set(free):
+                    continue
                 for passes in sequences:
-                    if set(passes) & set(grid):
+                    if any(a in grid for loop in passes for a in loop):
                         continue
                     yield Roles(grid, passes)
-                    if self.space.split and len(passes) == 1:
-                        for parts in self.split_counts(roots, grid, passes[0]):
-                            yield Roles(grid, passes, (passes[0], parts))
+                    if self.space.split and len(passes) == 1 and len(passes[0]) == 1:
+                        for parts in self.split_counts(roots, grid, passes[0][0]):
+                            yield Roles(grid, passes, (passes[0][0], parts))
+
+    def sequences(self, roots: tuple[int, ...], least: int) -> list[tuple[Loop, ...]]:
+        """The loops that a kernel may run one after the other.  A loop over Y comes after one over X if something
+        over Y needs something closed over X; independent loops come in one order only."""
+        p = self.p
+        members = [c for c in p.closure.order if any(c in p.below[r] for r in roots)]
+        closed_below: dict[int, frozenset[str]] = {}
+        loops: set[Loop] = set()
+        for c in members:
+            closed = set[str]()
+            for w in p.ways[c]:
+                closed |= w.closed.union(*(closed_below[x] for x in w.edge.children))
+                long = sorted(a for a in w.closed if p.limits[a] > least and self.may_loop(a))
+                loops.update((a,) for a in long)
+                loops.update(pair for pair in itertools.combinations(long, 2) if all(p.limits[a] > WHOLE for a in pair))
+            closed_below[c] = frozenset(closed)
+        needs = {(frozenset(p.axes(c)), closed_below[c]) for c in members}
+
+        def follows(x: Loop, y: Loop) -> bool:
+            return any(axes.issuperset(y) and below.issuperset(x) for axes, below in needs)
+
+        singles = sorted(loops, key=lambda loop: (len(loop), loop))
+        after = {(x, y) for x in singles for y in singles if follows(x, y) or (x < y and not follows(y, x))}
+        found: list[tuple[Loop, ...]] = [()]
+        layer: list[tuple[Loop, ...]] = [()]
+        for _ in range(self.space.passes):
+            layer = [(*s, y) for s in layer for y in singles if all((x, y) in after for x in s)]
+            found += layer
+        return found
+
+    def may_loop(self, axis: str) -> bool:
+        return self.space.loops is None or axis in self.space.loops
 
     def split_counts(self, roots: tuple[int, ...], grid: tuple[str, ...], axis: str) -> list[int]:
         """Powers of two that bring the blocks near one or two per SM, with at least two tiles in each part."""
-        roles = Roles(grid, (axis,))
+        roles = Roles(grid, ((axis,),))
         tiles = self.default_tiles(roots, roles, 1)
         blocks = math.prod(math.ceil(self.p.sizes[a] / tiles[a]) for a in grid)
         most = self.p.sizes[axis] // (2 * tiles[axis])
@@ -154,26 +265,43 @@ class Partition:
         counts = {min(2 ** round(math.log2(w)), 2 ** int(math.log2(most))) for w in wanted if w >= 2 and most >= 2}
         return sorted(c for c in counts if c >= 2)
 
-    def default_tiles(self, roots: tuple[int, ...], roles: Roles, shrink: int) -> dict[str, int]:
-        """Where the extraction starts; the full model moves them."""
-        fixed, batch = dict(self.space.tiles), self.batch_axes(roots)
+    def assignments(self, roots: tuple[int, ...], least: int, shrinks: tuple[int, ...]) -> Iterator[Assignment]:
+        """All roles, each with the tiles that the extraction may start from.  An axis that one matmul has on both
+        sides and another on one side only starts as either."""
+        for roles in self.roles(roots, least):
+            starts: list[dict[str, int]] = []
+            for shrink in shrinks:
+                for single in (True, False):
+                    tiles = self.default_tiles(roots, roles, shrink, single)
+                    if tiles not in starts:
+                        starts.append(tiles)
+            for tiles in starts:
+                yield Assignment(roles, tiles)
+
+    def default_tiles(self, roots: tuple[int, ...], roles: Roles, shrink: int, single: bool = True) -> dict[str, int]:
+        """Where the extraction starts; the full model moves them.  `single`: an axis that some matmul keeps from both
+        sides is cut to single elements."""
+        fixed, (never, kept) = dict(self.space.tiles), self.batch_axes(roots)
         tiles = {}
-        for a in (*roles.grid, *roles.passes):
+        for a in (*roles.grid, *sorted(roles.loops)):
             whole = power_of_two(self.p.sizes[a])
-            size = min(64, whole) if a in roles.passes else 1 if a in batch else max(1, min(64, whole) // shrink)
+            one = a in never or (single and a in kept)
+            size = min(64, whole) if a in roles.loops else 1 if one else max(1, min(64, whole) // shrink)
             tiles[a] = min(fixed.get(a, size), whole)
         return tiles
 
-    def batch_axes(self, roots: tuple[int, ...]) -> frozenset[str]:
-        """Axes that no matmul below the roots has on one side only: their tile is 1."""
+    def batch_axes(self, roots: tuple[int, ...]) -> tuple[frozenset[str], frozenset[str]]:
+        """Axes below the roots that no matmul has on one side only, and axes that one has on both sides and keeps."""
         if roots not in self._batch:
             p = self.p
             below = frozenset().union(*(p.below[r] for r in roots))
-            one_sided: set[str] = set()
+            one_sided, kept = set[str](), set[str]()
             for way in (w for c in below for w in p.ways[c] if w.matmul):
                 a, b = (set(p.axes(x)) for x in way.edge.children)
                 one_sided |= a ^ b
-            self._batch[roots] = frozenset(a for c in below for a in p.axes(c) if a not in one_sided)
+                kept |= (a & b) - way.closed
+            never = frozenset(a for c in below for a in p.axes(c) if a not in one_sided)
+            self._batch[roots] = never, frozenset(kept)
         return self._batch[roots]
 
     # -- tiles
@@ -183,13 +311,20 @@ class Partition:
         fits the device."""
         fixed = {a for a, _ in self.space.tiles}
         best = dict(d.tiles)
+        multiplied = {
+            a
+            for s in d.steps
+            if s.option.edge and self.p.is_matmul(s.entry[0], s.option.edge)
+            for a in self.p.joined_axes(s.entry[0], s.option.children)
+        }
+        most = {a: MATMUL_TILE if a in multiplied else ROW_TILE for a in best}
         excess, seconds = self.fit(replace(d, tiles=tuple(sorted(best.items()))))
         improved = True
         while improved:
             improved = False
             for axis in sorted(best):
                 for tile in (best[axis] * 2, best[axis] // 2):
-                    if axis in fixed or not 1 <= tile <= min(256, power_of_two(self.p.sizes[axis])):
+                    if axis in fixed or not 1 <= tile <= min(most[axis], power_of_two(self.p.sizes[axis])):
                         continue
                     trial = {**best, axis: tile}
                     score = self.fit(replace(d, tiles=tuple(sorted(trial.items()))))
@@ -198,8 +333,7 @@ class Partition:
         if excess > 0:
             return None
         d = replace(d, tiles=tuple(sorted(best.items())))
-        needs = tuple(sorted({s.entry[0] for s in d.loads() if not self.is_input(s.entry[0])}))
-        return Choice(d.roots, d, predict(work_of(self.p, d), self.p.device), needs)
+        return Choice(d.roots, d, predict(work_of(self.p, d), self.p.device), self.needs(d))
 
     def fit(self, d: Derivation) -> tuple[float, float]:
         """(how far the tiles exceed the device, predicted seconds)."""
@@ -234,15 +368,18 @@ def partition(
 
 
 def _plans(run: Partition, groups: tuple[tuple[int, ...], ...]) -> list[list[Choice]]:
-    """The cheapest plan of every group together, then the second of those that have one, and so on."""
-
-    def cost(plan: list[Choice]) -> float:
-        return sum(run.rank(replace(c, needs=())) for c in _with_needs(run, plan))
-
-    ways = [sorted(_ways(run, targets), key=cost) for targets in groups]
+    """The cheapest plan of every group together, then the second of those that have one, and so on; and the cheapest
+    with launches joined."""
+    ways = [sorted((_with_needs(run, way) for way in _ways(run, targets)), key=run.cost) for targets in groups]
     most = max(map(len, ways), default=0) if all(ways) else 0
     plans = [[c for way in ways for c in way[min(n, len(way) - 1)]] for n in range(most)]
-    return sorted((_with_needs(run, plan) for plan in plans), key=cost)
+    if most:
+        joined = [joined_up(run, way[0], targets) for way, targets in zip(ways, groups, strict=True)]
+        if run.space.beside:
+            joined = [side_by_side(run, way) for way in joined]
+        plans.append([c for way in joined for c in way])
+    unique = dict.fromkeys(tuple(dict.fromkeys(plan)) for plan in plans)
+    return sorted(map(list, unique), key=run.cost)
 
 
 def _ways(run: Partition, targets: tuple[int, ...]) -> list[list[Choice]]:
@@ -255,15 +392,28 @@ def _ways(run: Partition, targets: tuple[int, ...]) -> list[list[Choice]]:
     return ways
 
 
-def _with_needs(run: Partition, plan: list[Choice]) -> list[Choice]:
-    """The plan with the launches that materialise what it needs, in order, each once."""
+class Circular(Exception):
+    """Two launches that each need the other."""
+
+
+def _with_needs(run: Partition, plan: Sequence[Choice]) -> list[Choice]:
+    """The plan with the launches that materialise what it needs, in order, each once.  Raises Circular."""
+    made = {r: choice for choice in plan for r in choice.roots}
     ordered: list[Choice] = []
+    under_way: list[Choice] = []
     done: set[int] = set()
 
     def visit(choice: Choice) -> None:
+        if choice in under_way:
+            raise Circular
+        under_way.append(choice)
         for c in choice.needs:
-            if c not in done and (options := run.choices.get((c,))):
+            if c in made:
+                if c not in done:
+                    visit(made[c])
+            elif c not in done and (options := run.choices.get((c,))):
                 visit(options[0])
+        under_way.pop()
         if choice not in ordered:
             ordered.append(choice)
             done.update(choice.roots)
@@ -271,3 +421,92 @@ def _with_needs(run: Partition, plan: list[Choice]) -> list[Choice]:
     for choice in plan:
         visit(choice)
     return ordered
+
+
+# -- joint kernels
+
+
+def joined_up(run: Partition, plan: list[Choice], targets: tuple[int, ...]) -> list[Choice]:
+    """The plan with two launches made one, as long as some pair makes it cheaper.  A price counts a value in full for
+    each of its users, and knows nothing of what two kernels both load or compute: this step does."""
+    improved = True
+    while improved and len(plan) > 1 and not run.stop():
+        improved = False
+        for a, b in itertools.combinations(plan, 2):
+            joint = _joint(run, plan, a, b)
+            if joint is None:
+                continue
+            try:
+                trial = _live(_with_needs(run, [c for c in plan if c not in (a, b)] + [joint]), targets)
+            except Circular:  # what the joint kernel needs is made from one of its results
+                continue
+            if run.cost(trial) < run.cost(plan) * (1 - 1e-6):
+                plan, improved = trial, True
+                break
+    return plan
+
+
+def _joint(run: Partition, plan: list[Choice], a: Choice, b: Choice) -> Choice | None:
+    """The cheapest kernel for the roots of both, which may load what the rest of the plan has in memory by then."""
+    roots = tuple(sorted(a.roots + b.roots))
+    after = _downstream(plan, set(roots))
+    if any(set(c.roots) & after and set(roots) & _downstream(plan, set(c.roots)) for c in plan if c not in (a, b)):
+        return None  # a launch needs one of them and is needed by the other
+    there = run.p.inputs | {r for c in plan if c not in (a, b) for r in c.roots}
+    prices = dict.fromkeys(sorted(there - after), 0.0)
+    found = run.at_prices(prices, roots)
+    return min(found, key=run.rank, default=None)
+
+
+def _downstream(plan: list[Choice], roots: set[int]) -> set[int]:
+    """What is computed from the roots, the roots excluded."""
+    reached = set(roots)
+    for c in plan:
+        if reached & set(c.needs):
+            reached |= set(c.roots)
+    return reached - roots
+
+
+def side_by_side(run: Partition, plan: list[Choice]) -> list[Choice]:
+    """The plan with independent kernels in one launch, as long as some pair makes it cheaper: one launch is saved, and
+    the blocks of both fill the device."""
+    improved = True
+    while improved:
+        improved = False
+        for a, b in itertools.combinations(plan, 2):
+            both = _beside(run, plan, a, b)
+            if both is None:
+                continue
+            trial = _with_needs(run, [both if c is a else c for c in plan if c is not b])
+            if run.cost(trial) < run.cost(plan) * (1 - 1e-6):
+                plan, improved = trial, True
+                break
+    return plan
+
+
+def _beside(run: Partition, plan: list[Choice], a: Choice, b: Choice) -> Choice | None:
+    """The two kernels as one launch; None if one needs the other, or if one is split or a library call."""
+    how: list[Derivation] = []
+    for choice in (a, b):
+        match choice.how:
+            case Derivation(roles=Roles(split=None)) as d:
+                how.append(d)
+            case tuple(several) if not isinstance(several, Edge):
+                how += several
+            case _:
+                return None
+    if set(b.roots) & _downstream(plan, set(a.roots)):
+        return None
+    prediction = predict(beside([work_of(run.p, d) for d in how]), run.p.device)
+    return Choice(a.roots + b.roots, tuple(how), prediction, tuple(sorted({*a.needs, *b.needs})))
+
+
+def _live(plan: list[Choice], targets: tuple[int, ...]) -> list[Choice]:
+    """Without launches that nothing needs."""
+    wanted = set(targets)
+    kept: list[Choice] = []
+    for c in reversed(plan):
+        if wanted & set(c.roots):
+            kept.append(c)
+            wanted |= set(c.needs)
+    return kept[::-1]

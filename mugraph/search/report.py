@@ -39,6 +39,22 @@ class CandidateReport:
 
 
 @dataclass(frozen=True)
+class StructureReport:
+    """The best structure from one size of the symbolic dimensions to another (None: without end), and its predicted
+    seconds at the size `at`."""
+
+    low: int
+    high: int | None
+    at: int
+    structure: str
+    seconds: float
+
+    def __str__(self) -> str:
+        sizes = f"{self.low} to {self.high}" if self.high is not None else f"{self.low} and more"
+        return f"sizes {sizes}: {self.structure} ({1e6 * self.seconds:.1f} µs at {self.at})"
+
+
+@dataclass(frozen=True)
 class SearchReport:
     """Counts and times of one search.
 
@@ -69,6 +85,7 @@ class SearchReport:
     predicted_seconds: float
     floor_seconds: float
     notes: tuple[str, ...] = ()
+    structures: tuple[StructureReport, ...] = ()
     seconds: Mapping[str, float] = field(default_factory=dict, compare=False)
 
     @property
@@ -96,5 +113,7 @@ class SearchReport:
         ]
         lines += [f"    {k.name}: {1e6 * k.seconds:.1f} µs, bound by {k.bound}" for k in self.kernels]
         lines += [f"  {c.verdict}: {1e6 * c.seconds:.1f} µs  {c.structure}" for c in self.candidates]
+        if len(self.structures) > 1:
+            lines += [f"  {s}" for s in self.structures]
         lines += [f"  note: {n}" for n in self.notes]
         return "\n".join(lines)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from mugraph.errors import SettingError
+from mugraph.search.abstraction import ABSTRACTIONS, AbstractionName
 from mugraph.search.laws import LAWS
 from mugraph.settings import Effort
 
@@ -18,24 +19,38 @@ class SearchSpace:
     library       contractions may be library calls
     kernels       the greatest number of kernels of our own (library calls apart)
     passes        the greatest number of loops in sequence in one kernel
+    beside        independent kernels may share a launch
     laws          the named laws that add seeds
     symbolic      the size that stands for each symbolic dimension when costs are compared
+    sizes         further sizes at which costs are compared; structures are found for ranges between them
+    grid          the axes that kernels are cut over (those that all roots of a kernel have); None: any
+    loops         the axes that passes may loop over; None: any
     tiles         fixed tile sizes, as (axis, tile)
+    inside        values that must not be materialised: they stay in a kernel
     nodes         budget of factors in the expressions of the closure
     entries       budget of classes looked at, over all assignments of roles of all kernels
-    states        budget of expanded states per kernel
+    states        budget of expanded states, over all kernels
+    candidates    budget of the enumerator, which widens the closure with identities found bottom-up; 0: it does not run
+    abstraction   what the enumerator is pruned by: "closure", "size" or "off"
     """
 
     split: bool = True
     library: bool = True
     kernels: int = 8
     passes: int = 2
+    beside: bool = True
     laws: tuple[str, ...] = tuple(LAWS)
     symbolic: int = 16
+    sizes: tuple[int, ...] = (1, 64, 256, 1024)
+    grid: tuple[str, ...] | None = None
+    loops: tuple[str, ...] | None = None
     tiles: tuple[tuple[str, int], ...] = ()
+    inside: tuple[str, ...] = ()
     nodes: int = 4_000
-    entries: int = 100_000
-    states: int = 300
+    entries: int = 1_000_000
+    states: int = 16_000
+    candidates: int = 0
+    abstraction: AbstractionName = "closure"
 
     def __post_init__(self) -> None:
         if unknown := set(self.laws) - set(LAWS):
@@ -43,6 +58,13 @@ class SearchSpace:
         for name in ("symbolic", "kernels", "nodes", "entries", "states"):
             if getattr(self, name) < 1:
                 raise SettingError(f"SearchSpace.{name} is {getattr(self, name)}", remedy="give at least 1")
+        if any(size < 1 for size in self.sizes):
+            raise SettingError(f"SearchSpace.sizes is {self.sizes}", remedy="give sizes of at least 1")
+        if self.candidates < 0:
+            raise SettingError(f"SearchSpace.candidates is {self.candidates}", remedy="give 0 or more")
+        if self.abstraction not in ABSTRACTIONS:
+            known = ", ".join(ABSTRACTIONS)
+            raise SettingError(f"SearchSpace.abstraction is {self.abstraction!r}", remedy=f"give one of {known}")
         if not 0 <= self.passes <= 2:
             raise SettingError(f"SearchSpace.passes is {self.passes}", remedy="give 0, 1 or 2")
         for axis, tile in self.tiles:
@@ -59,11 +81,11 @@ class SearchSpace:
 
 def space_of(effort: Effort) -> SearchSpace:
     """The space for an effort: `none` leaves the program as library calls, `quick` is the default space, `full` has
-    ten times its budgets."""
+    ten times its budgets and runs the enumerator."""
     match effort:
         case "none":
             return SearchSpace(split=False, laws=(), nodes=1, states=1)
         case "quick":
             return SearchSpace()
         case "full":
-            return SearchSpace(nodes=40_000, entries=1_000_000, states=3_000)
+            return SearchSpace(nodes=40_000, entries=10_000_000, states=160_000, candidates=20_000)

@@ -61,6 +61,7 @@ class Paren(NamedTuple):
 
 
 Factor = Load | Number | Call | Paren
+Print = tuple[tuple[str, ...], bytes]  # the free axes, sorted, and the value at the point: what identifies a class
 
 
 class Term(NamedTuple):
@@ -110,6 +111,22 @@ def weight(value: Value) -> int:
             case _:
                 total_weight += 1
     return total_weight
+
+
+def closed_axes(f: Factor) -> frozenset[str]:
+    """The axes that are summed or reduced over inside a factor."""
+    match f:
+        case Load() | Number():
+            return frozenset()
+        case Call(_, _, bound, args):
+            return frozenset(t[0] for t in bound).union(*(_closed_in(a) for a in args))
+        case Paren(value):
+            return _closed_in(value)
+
+
+@lru_cache(maxsize=1 << 16)
+def _closed_in(value: Value) -> frozenset[str]:
+    return frozenset(a for t in value for a, _ in t.bound).union(*(closed_axes(f) for t in value for f in t.factors))
 
 
 def rename_factor(f: Factor, names: Mapping[Token, Token]) -> Factor:
@@ -345,12 +362,8 @@ class Fingerprinter:
             self._weights[axis, modulus] = found
         return found
 
-    def fingerprint(self, value: Value) -> tuple[tuple[str, ...], bytes]:
-        """The free axes, sorted, and the value at the point: what identifies a class."""
-        point = self.value(value)
-        order = sorted(range(len(point.tokens)), key=lambda i: point.tokens[i])
-        axes = tuple(point.tokens[i][0] for i in order if point.tokens[i] != SAMPLE)
-        return axes, point.p.transpose(order).tobytes()
+    def fingerprint(self, value: Value) -> Print:
+        return print_of(self.value(value))
 
     def value(self, value: Value) -> Point:
         found = self.points.get(value)
@@ -453,6 +466,12 @@ class Fingerprinter:
             q = None if q is None else np.take_along_axis(q, best, axis=at).squeeze(at)
             tokens = tokens[:at] + tokens[at + 1 :]
         return Point(tokens, p, q)
+
+
+def print_of(point: Point) -> Print:
+    order = sorted(range(len(point.tokens)), key=lambda i: point.tokens[i])
+    axes = tuple(point.tokens[i][0] for i in order if point.tokens[i] != SAMPLE)
+    return axes, point.p.transpose(order).tobytes()
 
 
 def spread(point: Point, words: Words | None, tokens: tuple[Token, ...]) -> Words:

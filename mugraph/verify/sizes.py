@@ -83,15 +83,20 @@ class _Facts:
     literals: set[int] = field(default_factory=set)
 
 
-def draws(program: Program, graph: Program, count: int = 2, fixed: Mapping[str, int] | None = None) -> tuple[Draw, ...]:
-    """`count` draws of sizes for both graphs; `fixed` sizes stay as they are.  Raises VerificationError if no sizes
-    fit."""
+def draws(
+    program: Program, graph: Program, count: int = 2, fixed: Mapping[str, int] | None = None, small: bool = False
+) -> tuple[Draw, ...]:
+    """`count` draws of sizes for both graphs; `fixed` sizes stay as they are.  `small`: the least sizes that have a
+    tail in every tiled axis, whether or not two axes have the same.  Raises VerificationError if no sizes fit."""
     facts = _Facts()
     for g in (program, graph):
         _collect(g, facts)
+    # a single place that is cut out of an axis, or joined into one, has no other size
+    places = [op.out for _, op in facts.sliced] + [a for parts, _ in facts.joins for a in parts]
+    known = {a.name: 1 for a in places if a.size == 1} | dict(fixed or {})
     found: list[Draw] = []
     for i in range(count):
-        found.append(_draw(facts, found, i, dict(fixed or {})))
+        found.append(_draw(facts, [] if small else found, i, known, small))
     return tuple(found)
 
 
@@ -198,7 +203,7 @@ class _Classes:
         return axis
 
 
-def _draw(facts: _Facts, earlier: Sequence[Draw], number: int, fixed: dict[str, int]) -> Draw:
+def _draw(facts: _Facts, earlier: Sequence[Draw], number: int, fixed: dict[str, int], small: bool = False) -> Draw:
     same = _Classes(facts.ties)
     parts = {a: PARTS[number % len(PARTS)] for a in facts.splits}
     known = {same.of(a): s for a, s in fixed.items()}
@@ -216,6 +221,8 @@ def _draw(facts: _Facts, earlier: Sequence[Draw], number: int, fixed: dict[str, 
     def candidates(v: str, taken: Mapping[str, int]) -> list[int]:
         wanted = TILED_SIZES if v in tiled else (1, 2) if v in segments else WHOLE_SIZES
         sizes = range(1, 17) if v in bound_up else wanted
+        if small:
+            return sorted(sizes, key=lambda s: (s not in wanted, s))
         if not earlier:
             # a loop takes two full tiles and a tail where the grid does with one
             return sorted(sizes, key=lambda s: (s not in wanted, v in looped and s == wanted[0], s))

@@ -39,7 +39,24 @@ def test_without_json_it_is_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert err == "rmsnorm ...\n"
 
 
-@pytest.mark.parametrize("wrong", [["--program", "nothing"], ["--repeats", "0"]])
+def test_the_ablation_has_a_row_for_each_abstraction(capsys: pytest.CaptureFixture[str]) -> None:
+    assert search.main(["--ablation", "--program", "gated_mlp", "--limit", "600", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert [r["abstraction"] for r in rows] == ["closure", "size", "off"]
+    assert all(KEYS - {"verify_seconds"} <= set(r) and r["met"] <= r["wanted"] for r in rows)
+    closure, size, off = rows
+    assert closure["to_outputs"] <= closure["to_plan"] < size["to_plan"] <= 600
+    assert (closure["stop_reason"], off["stop_reason"]) == ("Found", "NodeLimit")
+    assert off["to_outputs"] is None
+    assert off["pruned"] == 0 < closure["pruned"]
+
+
+def test_the_ablation_without_json_is_a_table(capsys: pytest.CaptureFixture[str]) -> None:
+    assert search.main(["--ablation", "--program", "softmax", "--limit", "100"]) == 0
+    assert "to_plan" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("wrong", [["--program", "nothing"], ["--repeats", "0"], ["--ablation", "--limit", "0"]])
 def test_bad_arguments_are_refused(wrong: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         search.main(wrong)

@@ -217,11 +217,22 @@ def test_a_denominator_that_is_zero_by_chance_is_drawn_again(monkeypatch):
 
 def test_too_many_terms_cut_the_exponential_and_the_certificate_says_so(monkeypatch):
     defaults = formal.FormalAlgebra.__init__.__kwdefaults__
-    monkeypatch.setitem(defaults, "max_terms", 8)
+    monkeypatch.setitem(defaults, "max_terms", 2)
     inputs, steps, _ = EQUAL["softmax-shift"]
     assert verify(*pair(inputs, steps, steps)).certificate.unused_laws == (EXP_CUT,)
     with pytest.raises(VerificationError, match="with exp opaque"):
         verify(*pair(*EQUAL["exp-of-sum"]))
+
+
+def test_sums_that_are_too_long_are_compared_at_smaller_sizes_first(monkeypatch):
+    inputs, steps, _ = EQUAL["softmax-shift"]
+    usual = verify(*pair(inputs, steps, steps)).certificate
+    monkeypatch.setitem(formal.FormalAlgebra.__init__.__kwdefaults__, "max_terms", 24)
+    small = verify(*pair(inputs, steps, steps)).certificate
+    assert EXP_CUT not in small.unused_laws
+    assert equivalence.LEAST_SIZES in small.assumptions
+    assert equivalence.LEAST_SIZES not in usual.assumptions
+    assert max(s for d in small.draws for _, s in d.sizes) < max(s for d in usual.draws for _, s in d.sizes)
 
 
 def test_nested_exponentials_and_functions_of_exponentials_are_recorded():
