@@ -36,7 +36,7 @@ Bools = NDArray[np.bool_]
 INFEASIBLE = 99
 LOADED_TILE = 65_536  # elements of a tile that is only loaded: 128 KiB of f16 in shared memory
 COMPUTED_TILE = 32_768  # elements of a computed tile: 128 KiB of f32 in registers
-SHARE = 8  # one extraction may use that part of the budget of states
+SHARE = 16  # one extraction may use that part of the budget of states
 BEAM = 8  # states kept per topological level when A* exceeds its budget
 SECTOR = 64  # bytes side by side below which reads and writes waste bandwidth
 
@@ -253,6 +253,7 @@ class Survey:
         }
         self._copies: dict[int, Floats] = {}
         self._elements: dict[tuple[str, ...], Floats] = {}
+        self._costs: dict[tuple[int, Edge], Floats] = {}
         self._seconds: dict[tuple[frozenset[str], bool], Floats] = {}
         self._passes: dict[tuple[tuple[str, ...], int, int], Ints] = {}
         self.blocks = self.replication(()) * self.parts
@@ -295,6 +296,11 @@ class Survey:
 
     def seconds(self, c: int, way: Way) -> Floats:
         """Seconds of computing the class that way, in each assignment."""
+        if (c, way.edge) not in self._costs:
+            self._costs[c, way.edge] = self._cost(c, way)
+        return self._costs[c, way.edge]
+
+    def _cost(self, c: int, way: Way) -> Floats:
         if not way.edge.children:
             return np.full(len(self.assignments), 1e-12)
         key = (frozenset(way.axes), way.matmul)

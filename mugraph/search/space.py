@@ -50,7 +50,7 @@ class SearchSpace:
     inside: tuple[str, ...] = ()
     nodes: int = 4_000
     entries: int = 1_000_000
-    states: int = 16_000
+    states: int = 32_000
     candidates: int = 0
     abstraction: AbstractionName = "closure"
 
@@ -90,4 +90,4 @@ def space_of(effort: Effort) -> SearchSpace:
         case "quick":
             return SearchSpace()
         case "full":
-            return SearchSpace(nodes=40_000, entries=10_000_000, states=160_000, candidates=20_000)
+            return SearchSpace(nodes=40_000, entries=10_000_000, states=320_000, candidates=20_000)
