@@ -19,6 +19,7 @@ from mugraph.codegen.passes import Names, Observer, names_of, prepare, refuse
 from mugraph.codegen.plan import (
     Accumulate,
     Action,
+    Beside,
     Buffer,
     Compute,
     Extent,
@@ -112,7 +113,7 @@ def _plan(graph: KernelGraph, options: Options, observer: Observer | None) -> Pl
     resolved = _only_loaded(graph, views)
     equations = [e for e in graph.equations if e.targets[0].name not in resolved]
     everything = graph.tensors()
-    calls: list[Launch | Torch] = []
+    calls: list[Launch | Beside | Torch] = []
     for equation in equations:
         for t in equation.targets:
             buffers[t.name] = Buffer(t, "output" if t.name in outputs else "global")

@@ -533,11 +533,12 @@ def launch_equation(context: Context, choice: Choice, targets: Mapping[int, Sequ
         args = tuple(source_name(context, x) for x in choice.how.children)
         op = Contract(context.axis_names(choice.how.axes))
         return library_equation(Equation(out, op, args), context.tensors)
-    block = tidied(BlockBuilder(context, choice.how, targets).build())
-    partial = {s.target for s in block.stores if s.kind == "partial"}
-    loads = block.all_loads() + (block.combine.all_loads() if block.combine else ())
+    several = (choice.how,) if isinstance(choice.how, Derivation) else choice.how
+    blocks = tuple(tidied(BlockBuilder(context, d, {r: targets[r] for r in d.roots}).build()) for d in several)
+    partial = {s.target for b in blocks for s in b.stores if s.kind == "partial"}
+    loads = [ld for b in blocks for ld in b.all_loads() + (b.combine.all_loads() if b.combine else ())]
     args = tuple(dict.fromkeys(ld.source for ld in loads if ld.source not in partial))
-    return Equation(out, Kernel((block,)), args)
+    return Equation(out, Kernel(blocks), args)
 
 
 def source_name(context: Context, c: int) -> str:

@@ -20,7 +20,7 @@ from mugraph.search.canonical import Canonical, canonical
 from mugraph.search.closure import Closure, Edge, close
 from mugraph.search.cost import Device, device, floor_seconds, predict_library
 from mugraph.search.enumerate import widen
-from mugraph.search.extract import Problem, is_leaf_edge
+from mugraph.search.extract import Derivation, Problem, Roles, is_leaf_edge
 from mugraph.search.laws import LAWS, Meaning, meaning
 from mugraph.search.partition import Choice, Partition
 from mugraph.search.pieces import is_free, pieces
@@ -579,17 +579,22 @@ def structure(plan: Sequence[Choice], axes: Mapping[str, Axis], fixed: Fixed | N
     def named(chosen: tuple[str, ...]) -> str:
         return ",".join(axes[a].name for a in chosen)
 
-    for c in plan:
-        if isinstance(c.how, Edge):
-            texts.append(f"library contraction over {named(c.how.axes)}")
-            continue
-        roles = c.how.roles
+    def kernel(roles: Roles) -> str:
         text = f"kernel grid({named(roles.grid)})"
         if roles.passes:
             text += f" loop({','.join('·'.join(axes[a].name for a in loop) for loop in roles.passes)})"
         if roles.split:
             text += f" split({named(roles.split[:1])}/{roles.split[1]})"
-        texts.append(text)
+        return text
+
+    for c in plan:
+        match c.how:
+            case Edge():
+                texts.append(f"library contraction over {named(c.how.axes)}")
+            case Derivation(roles=roles):
+                texts.append(kernel(roles))
+            case several:
+                texts.append(" beside ".join(kernel(d.roles) for d in several))
     return "; ".join(texts)
 
 

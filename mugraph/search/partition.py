@@ -7,6 +7,7 @@ its lower bound, and is solved only if the cheapest derivation wants it.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 import time
@@ -43,10 +44,11 @@ ATTEMPTS = ((WHOLE, (1, 4)), (1, (1, 4, 16, 64)))  # (shortest loop, divisors of
 
 @dataclass(frozen=True)
 class Choice:
-    """One launch: a derivation, or a library contraction.  `needs` are classes that must be in memory first."""
+    """One launch: a derivation, several side by side, or a library contraction.  `needs` are classes that must be in
+    memory first."""
 
     roots: tuple[int, ...]
-    how: Derivation | Edge
+    how: Derivation | tuple[Derivation, ...] | Edge
     prediction: Prediction
     needs: tuple[int, ...]
 
@@ -382,6 +384,8 @@ def _plans(run: Partition, groups: tuple[tuple[int, ...], ...]) -> list[list[Cho
     plans = [[c for way in ways for c in way[min(n, len(way) - 1)]] for n in range(most)]
     if most:
         joined = [joined_up(run, way[0], targets) for way, targets in zip(ways, groups, strict=True)]
+        if run.space.beside:
+            joined = [side_by_side(run, way) for way in joined]
         plans.append([c for way in joined for c in way])
     unique = dict.fromkeys(tuple(dict.fromkeys(plan)) for plan in plans)
     return sorted(map(list, unique), key=run.cost)
@@ -470,6 +474,46 @@ def _downstream(plan: list[Choice], roots: set[int]) -> set[int]:
         if reached & set(c.needs):
             reached |= set(c.roots)
     return reached - roots
+
+
+SUMMED = ("blocks", "unique", "traffic", "partial", "tensor_flops", "vector_flops")
+
+
+def side_by_side(run: Partition, plan: list[Choice]) -> list[Choice]:
+    """The plan with independent kernels in one launch, as long as some pair makes it cheaper: one launch is saved, and
+    the blocks of both fill the device."""
+    improved = True
+    while improved:
+        improved = False
+        for a, b in itertools.combinations(plan, 2):
+            both = _beside(run, plan, a, b)
+            if both is None:
+                continue
+            trial = _with_needs(run, [both if c is a else c for c in plan if c is not b])
+            if run.cost(trial) < run.cost(plan) * (1 - 1e-6):
+                plan, improved = trial, True
+                break
+    return plan
+
+
+def _beside(run: Partition, plan: list[Choice], a: Choice, b: Choice) -> Choice | None:
+    """The two kernels as one launch; None if one needs the other, or if one is split or a library call."""
+    how: list[Derivation] = []
+    for choice in (a, b):
+        match choice.how:
+            case Derivation(roles=Roles(split=None)) as d:
+                how.append(d)
+            case tuple(several) if not isinstance(several, Edge):
+                how += several
+            case _:
+                return None
+    if set(b.roots) & _downstream(plan, set(a.roots)):
+        return None
+    works = [work_of(run.p, d) for d in how]
+    names = [f.name for f in dataclasses.fields(works[0]) if f.name != "dtype"]
+    total = {n: (sum if n in SUMMED else max)(getattr(w, n) for w in works) for n in names}
+    prediction = predict(replace(works[0], **total), run.p.device)
+    return Choice(a.roots + b.roots, tuple(how), prediction, tuple(sorted({*a.needs, *b.needs})))
 
 
 def _live(plan: list[Choice], targets: tuple[int, ...]) -> list[Choice]:

@@ -19,6 +19,7 @@ class SearchSpace:
     library       contractions may be library calls
     kernels       the greatest number of kernels of our own (library calls apart)
     passes        the greatest number of loops in sequence in one kernel
+    beside        independent kernels may share a launch
     laws          the named laws that add seeds
     symbolic      the size that stands for each symbolic dimension when costs are compared
     sizes         further sizes at which costs are compared; structures are found for ranges between them
@@ -38,6 +39,7 @@ class SearchSpace:
     library: bool = True
     kernels: int = 8
     passes: int = 2
+    beside: bool = True
     laws: tuple[str, ...] = tuple(LAWS)
     symbolic: int = 16
     sizes: tuple[int, ...] = (1, 64, 256, 1024)

@@ -39,7 +39,9 @@ ONE_SIZE = SearchSpace(sizes=())
 
 def found(p: Program, space: SearchSpace = ONE_SIZE) -> Found:
     """What the search finds; every μGraph that it chooses is verified."""
-    return search(p, accept=lambda graph: verify(p if space.ahead else p.without_constants(), finished(graph)), space=space)
+    return search(
+        p, accept=lambda graph: verify(p if space.ahead else p.without_constants(), finished(graph)), space=space
+    )
 
 
 def work(graph: KernelGraph) -> tuple[list[Equation], list[Equation]]:
@@ -103,7 +105,9 @@ def test_a_plan_without_ahead_work_wins_a_tie() -> None:
     result = found(p)
     assert work(result.graph)[0] == []
     assert result.report.ahead == ()
-    assert any("less than the model is sure of" in c.verdict and "ahead" in c.structure for c in result.report.candidates)
+    assert any(
+        "less than the model is sure of" in c.verdict and "ahead" in c.structure for c in result.report.candidates
+    )
 
 
 @pytest.mark.parametrize("constants", ["", "0", "1", "2"])

@@ -223,7 +223,9 @@ KEPT_IMPORTS = ["import threading", "import weakref", "from collections.abc impo
 
 def folded(dtype: DType = DType.f32, mutated: bool = False) -> KernelGraph:
     """x @ (w + a @ c), with the sum ahead; `mutated` uses w where the sum belongs."""
-    x, w, a, c = (tensor(name, axes, dtype) for name, axes in (("x", (b, k)), ("w", (k, n)), ("a", (k, d)), ("c", (d, n))))
+    x, w, a, c = (
+        tensor(name, axes, dtype) for name, axes in (("x", (b, k)), ("w", (k, n)), ("a", (k, d)), ("c", (d, n)))
+    )
     tiles = {t.name: tensor(f"{t.name}_tile", t.axes, t.dtype) for t in (w, a, c)}
     product, total = tensor("product", (k, n), DType.f32), tensor("total", (k, n), DType.f32)
     block = BlockGraph(
@@ -258,7 +260,9 @@ def test_the_emitted_file_imports_torch_and_the_standard_library_alone() -> None
     for source in (torch_code.emit(folded()), triton_code.emit(plan_graph(folded(DType.f16)))):
         lines = [line for line in source.splitlines() if line.startswith(("import", "from ")) and ":" not in line]
         assert [line for line in lines if "triton" not in line] == [*KEPT_IMPORTS, "import torch"]
-    assert "Kept" not in torch_code.emit(replace(folded(), inputs=tuple(replace(i, constant=False) for i in folded().inputs)))
+    assert "Kept" not in torch_code.emit(
+        replace(folded(), inputs=tuple(replace(i, constant=False) for i in folded().inputs))
+    )
 
 
 def test_the_emitted_file_follows_its_constants() -> None:
@@ -298,7 +302,9 @@ def test_a_result_is_never_what_is_kept() -> None:
     assert isinstance(copy.op, Library)
     both = replace(graph, equations=(first, matmul), outputs=(*graph.outputs, Output("rest", Storage(DType.f32))))
     assert both.divided() is None
-    with_copy = replace(graph, equations=(first, matmul, copy), outputs=(*graph.outputs, Output("again", Storage(DType.f32))))
+    with_copy = replace(
+        graph, equations=(first, matmul, copy), outputs=(*graph.outputs, Output("again", Storage(DType.f32)))
+    )
     module = load_module(torch_code.emit(with_copy), "copied")
     args = arguments()
     wanted = [t.clone() for t in module.run(*args)]
