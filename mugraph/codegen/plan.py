@@ -136,14 +136,17 @@ class Accumulate:
 
 @dataclass(frozen=True)
 class Write:
-    """Stores the value to the axes of `target` that bear its names; a partial value into the slab of its part."""
+    """Stores the value to the axes of `target` that bear its names; a partial value into the slab of its part.
+    `index`: the place along each axis of a target of which the value is a part."""
 
     value: Tensor
     target: str
     kind: Literal["write", "partial", "atomic"]
+    index: tuple[Index, ...] = ()
 
     def __str__(self) -> str:
-        return f"{self.kind} {self.value.name} -> {self.target}"
+        at = f"[{', '.join(map(str, self.index))}]" if self.index else ""
+        return f"{self.kind} {self.value.name} -> {self.target}{at}"
 
 
 Action = Read | Compute | Accumulate | Write

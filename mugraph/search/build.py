@@ -45,7 +45,7 @@ from mugraph.search.closure import Closure, Edge
 from mugraph.search.extract import Derivation, Entry, is_leaf_edge
 from mugraph.search.extract import Step as Chosen
 from mugraph.search.partition import Choice
-from mugraph.search.pieces import is_free
+from mugraph.search.pieces import is_free, joints
 from mugraph.search.values import Number
 
 COMBINE_TILE = 4096  # elements of a partial result, all parts together, in one block of the combine
@@ -490,11 +490,14 @@ def build(context: Context, plan: Sequence[Choice], roots: Mapping[int, Sequence
     ready = {i.name for i in program.inputs}
     equations: list[Equation] = []
     waiting = list(context.boundaries)
+    made = {t for c in plan if not isinstance(c.how, Edge) for r in c.roots for t in roots.get(r, ())}
+    joined = joints(context.boundaries, made, (o.value for o in program.outputs))
 
     def run_boundaries() -> None:
         for b in list(waiting):
             if all(a in ready for a in b.args):
-                equations.append(b if is_free(b) else library_equation(b, context.tensors))
+                free = is_free(b) or b.targets[0].name in joined
+                equations.append(b if free else library_equation(b, context.tensors))
                 ready.update(t.name for t in b.targets)
                 waiting.remove(b)
 

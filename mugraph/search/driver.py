@@ -23,7 +23,7 @@ from mugraph.search.enumerate import widen
 from mugraph.search.extract import Derivation, Problem, Roles, is_leaf_edge
 from mugraph.search.laws import LAWS, Meaning, meaning
 from mugraph.search.partition import Choice, Partition
-from mugraph.search.pieces import is_free, pieces
+from mugraph.search.pieces import is_free, joints, pieces
 from mugraph.search.report import CandidateReport, KernelCost, SearchReport, StopReason, StructureReport
 from mugraph.search.space import SearchSpace
 
@@ -123,8 +123,7 @@ def search(
         watch.lap("verification")
     notes = widened + [
         f"{e.targets[0].name} is outside the calculus and runs as a library call"
-        for e in task.boundaries
-        if not is_free(e)
+        for e in (task.called(best.plan) if best.plan else ())
     ]
     if not best.plan:
         notes.append("nothing beats the program as it stands: it runs as library calls")
@@ -144,7 +143,6 @@ class _Solved:
     fixed: Fixed
     plans: list[list[Choice]]
     base_seconds: float
-    outside_seconds: float
     fits: bool
 
 
@@ -184,6 +182,13 @@ class _Task:
         outside = {self.here.names[e.targets[0].name] for e in self.known.boundaries}
         return tuple(e for e in self.cut.equations if e.targets[0].name in outside)
 
+    def called(self, plan: Sequence[Choice]) -> list[Equation]:
+        """What runs as library calls beside the plan's launches."""
+        _, wanted = _targets(self.here, self.known, self.seeds)
+        made = {t for c in plan if not isinstance(c.how, Edge) for r in c.roots for t in wanted.get(r, ())}
+        joined = joints(self.boundaries, made, (o.value for o in self.program.outputs))
+        return [e for e in self.boundaries if not is_free(e) and e.targets[0].name not in joined]
+
     def solve(self, symbolic: int) -> _Solved:
         """All plans where every symbolic dimension has this size, clipped to its range."""
         space = self.space.but(symbolic=symbolic)
@@ -198,7 +203,6 @@ class _Task:
             fixed,
             plans,
             _equations_seconds(self.program.equations, self.program, symbolic, problem),
-            _equations_seconds([e for e in self.boundaries if not self.is_fixed(e)], self.cut, symbolic, problem),
             all(may_be_materialised(problem, self.seeds[n]) for n in _computed(self.here.program, self.known)),
         )
 
@@ -237,7 +241,9 @@ class _Task:
         best: _Chosen | None = None
         refused = 0
         for plan in at.plans:
-            seconds = at.outside_seconds + sum(c.prediction.seconds for c in at.fixed.calls(plan))
+            seconds = sum(c.prediction.seconds for c in at.fixed.calls(plan))
+            called = [e for e in self.called(plan) if not self.is_fixed(e)]
+            seconds += _equations_seconds(called, self.cut, at.symbolic, at.problem)
             text = structure(plan, self.here.axes, at.fixed)
             kernels = sum(not isinstance(c.how, Edge) for c in at.fixed.calls(plan))
             if kernels > self.space.kernels:

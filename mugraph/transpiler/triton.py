@@ -674,7 +674,8 @@ class _Kernel:
         own = self.axes_of(w.value)
         want = self.lanes_of(own)
         axes = [a.name for a in buffer.axes]
-        index = [(a, Index(a)) for a in axes if w.kind != "partial" or a != axes[0]]
+        places = w.index or tuple(map(Index, axes))
+        index = [(a, i) for a, i in zip(axes, places, strict=True) if w.kind != "partial" or a != axes[0]]
         fixed, moving = self.terms(w.target, index, want)
         if w.kind == "partial":
             moving.append(f"part * {self.stride(w.target, axes[0])}")
