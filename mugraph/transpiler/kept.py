@@ -36,8 +36,7 @@ class Kept:
         entry = self.entries.get(key)
         if entry is not None and entry[0] == writes:
             return entry[1]
-        on_gpu = constants[0].is_cuda
-        if on_gpu and torch.cuda.is_current_stream_capturing():
+        if self.capturing(constants):
             return self.compute(*constants)
         with self.lock:
             entry = self.entries.get(key)
@@ -49,10 +48,15 @@ class Kept:
                     for old, new in zip(self.tensors(entry[1]), self.tensors(found), strict=True):
                         old.copy_(new)
                     found = entry[1]
-            if on_gpu:  # streams that find it need not wait for this one
+            if constants[0].is_cuda:  # streams that find it need not wait for this one
                 torch.cuda.current_stream(constants[0].device).synchronize()
             self.entries[key] = writes, found, self.watched(constants, key)
         return found
+
+    @staticmethod
+    def capturing(constants: tuple[torch.Tensor, ...]) -> bool:
+        """Whether what is computed now becomes part of a CUDA graph and has no values yet."""
+        return constants[0].is_cuda and torch.cuda.is_current_stream_capturing()
 
     @staticmethod
     def place(t: torch.Tensor) -> tuple[object, ...]:
