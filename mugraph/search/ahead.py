@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from mugraph.ir.axes import Axis, Dim, dims_of
 from mugraph.ir.types import Tensor
 from mugraph.search.closure import Edge
-from mugraph.search.extract import Derivation, Problem, is_leaf_edge
+from mugraph.search.extract import Problem, is_leaf_edge
 from mugraph.search.partition import Choice, Partition, partition
 from mugraph.search.space import SearchSpace
 from mugraph.search.values import Load, Number
@@ -167,13 +167,8 @@ def loaded(plan: Sequence[Choice]) -> set[int]:
     """The classes that the launches of a plan load."""
     found = set[int]()
     for c in plan:
-        match c.how:
-            case Edge():
-                found.update(c.how.children)
-            case Derivation():
-                found.update(s.entry[0] for s in c.how.loads())
-            case several:
-                found.update(s.entry[0] for d in several for s in d.loads())
+        found |= set(c.how.children) if isinstance(c.how, Edge) else set[int]()
+        found |= {s.entry[0] for d in c.derivations for s in d.loads()}
     return found
 
 

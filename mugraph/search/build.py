@@ -536,8 +536,9 @@ def launch_equation(context: Context, choice: Choice, targets: Mapping[int, Sequ
         args = tuple(source_name(context, x) for x in choice.how.children)
         op = Contract(context.axis_names(choice.how.axes))
         return library_equation(Equation(out, op, args), context.tensors)
-    several = (choice.how,) if isinstance(choice.how, Derivation) else choice.how
-    blocks = tuple(tidied(BlockBuilder(context, d, {r: targets[r] for r in d.roots}).build()) for d in several)
+    blocks = tuple(
+        tidied(BlockBuilder(context, d, {r: targets[r] for r in d.roots}).build()) for d in choice.derivations
+    )
     partial = {s.target for b in blocks for s in b.stores if s.kind == "partial"}
     loads = [ld for b in blocks for ld in b.all_loads() + (b.combine.all_loads() if b.combine else ())]
     args = tuple(dict.fromkeys(ld.source for ld in loads if ld.source not in partial))

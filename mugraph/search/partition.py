@@ -52,6 +52,17 @@ class Choice:
     prediction: Prediction
     needs: tuple[int, ...]
 
+    @property
+    def derivations(self) -> tuple[Derivation, ...]:
+        """Those of our own kernels."""
+        match self.how:
+            case Edge():
+                return ()
+            case Derivation():
+                return (self.how,)
+            case several:
+                return several
+
 
 class Partition:
     def __init__(self, problem: Problem, space: SearchSpace, stop: Callable[[], bool] = lambda: False) -> None:

@@ -52,8 +52,7 @@ from mugraph.ir.ops import (
 )  # fmt: skip
 from mugraph.ir.types import DType, Input, Output, Storage, Tensor
 from mugraph.transpiler import torch as torch_code
-from mugraph.transpiler.divided import OWN_NAMES, WIDTH, divided_text, kept_text
-from mugraph.transpiler.divided import call_lines as _call
+from mugraph.transpiler.divided import OWN_NAMES, WIDTH, call_lines, divided_text, kept_text
 from mugraph.transpiler.signature import bindings, size_text
 
 TL = {
@@ -139,10 +138,13 @@ def emit(plan: Plan) -> str:
         kernels |= own
         groups |= together
     if plan.ahead:
-        given, kept = ([_python(n) for n in names] for names in (plan.ahead.inputs, plan.ahead.outputs))
-        runs += divided_text("run", [_python(n) for n in plan.parameters], given, kept)
+        runs += divided_text("run", [_python(n) for n in plan.parameters], *_names_of(plan.ahead))
     parts = [_header(plan, texts), *texts, *runs, _signatures(kernels, groups)]
     return "\n\n\n".join(p for p in parts if p) + "\n"
+
+
+def _names_of(plan: Plan) -> tuple[list[str], list[str]]:
+    return [_python(n) for n in plan.inputs], [_python(n) for n in plan.outputs]
 
 
 def _header(plan: Plan, functions: list[str]) -> str:
@@ -372,7 +374,7 @@ class _Kernel:
         self.lines.append(line + (f"  # {note}" if note else ""))
 
     def put_call(self, head: str, args: Sequence[str], tail: str = "", note: str = "") -> None:
-        lines = _call(head, args, tail, self.indent)
+        lines = call_lines(head, args, tail, self.indent)
         if len(lines) == 1:
             self.put(lines[0].strip(), note)
         else:
@@ -960,7 +962,7 @@ class _Kernel:
     def text(self) -> str:
         fixed = ", ".join(f'"{n}"' for n in self.symbolic())
         lines = [f"@triton.jit(do_not_specialize=[{fixed}])" if fixed else "@triton.jit"]
-        lines += _call(f"def {self.fn}", [*(["pid"] if self.beside else []), *self.parameters()], ":", "")
+        lines += call_lines(f"def {self.fn}", [*(["pid"] if self.beside else []), *self.parameters()], ":", "")
         lines.append(f'    """{self.summary()}"""')
         body = "\n".join(self.lines).strip("\n").splitlines()
         return "\n".join(lines + (body if body else ["    pass"]))
@@ -1053,7 +1055,7 @@ class _Group:
         lines = [f"@triton.jit(do_not_specialize=[{fixed}])"]
         names = [f"{n}{note}" for n, (note, _, _) in self.parameters.items() if not note]
         names += self.counts[:-1] + [f"{n}{note}" for n, (note, _, _) in self.parameters.items() if note]
-        lines += _call(f"def {self.fn}", names, ":", "")
+        lines += call_lines(f"def {self.fn}", names, ":", "")
         lines += [f'    """The blocks of {", ".join(k.fn for k in self.kernels)}, one after the other."""']
         lines += ["    pid = tl.program_id(0)"]
         for i, k in enumerate(self.kernels):
@@ -1062,7 +1064,7 @@ class _Group:
             last = i == len(self.kernels) - 1
             lines.append("    else:" if last else f"    {'if' if i == 0 else 'elif'} pid < {here}:")
             start = f"pid - {_paren(before)}" if before else "pid"
-            lines += _call(k.fn, [start, *self.calls[i]], "", "        ")
+            lines += call_lines(k.fn, [start, *self.calls[i]], "", "        ")
         return "\n".join(lines)
 
     def grid(self) -> str:
@@ -1073,7 +1075,7 @@ class _Group:
         args = [a for note, a, _ in self.parameters.values() if not note] + self.counts[:-1]
         args += [f"{n}={a}" for n, (note, a, _) in self.parameters.items() if note]
         args += [f"num_warps={self.num_warps}", f"num_stages={self.num_stages}"]
-        return lines + _call(f"{self.fn}[({self.grid()},)]", args, "", "    ")
+        return lines + call_lines(f"{self.fn}[({self.grid()},)]", args, "", "    ")
 
     def signature(self) -> list[tuple[str, str]]:
         plain = [(n, t) for n, (note, _, t) in self.parameters.items() if not note]
@@ -1132,15 +1134,11 @@ def _size_text(size: Size) -> str:
 
 
 def _run(
-    plan: Plan,
-    kernels: Mapping[str, _Kernel],
-    groups: Mapping[str, _Group],
-    functions: Mapping[str, str],
-    name: str,
+    plan: Plan, kernels: Mapping[str, _Kernel], groups: Mapping[str, _Group], functions: Mapping[str, str], name: str
 ) -> str:
     inputs = [_python(n) for n in plan.inputs]
     result = ", ".join(map(_python, plan.outputs))
-    lines = _call(f"def {name}", [*inputs, "*", "out=None"], ":", "")
+    lines = call_lines(f"def {name}", [*inputs, "*", "out=None"], ":", "")
     what = result if len(plan.outputs) == 1 else "The outputs in order"
     lines.append(f'    """{what}, written into `out` if given."""')
     lines += _sizes(plan)
@@ -1149,13 +1147,13 @@ def _run(
         match call:
             case Launch(name):
                 k = kernels[name]
-                lines += _call(f"{k.fn}[({k.grid()},)]", k.arguments(), "", "    ")
+                lines += call_lines(f"{k.fn}[({k.grid()},)]", k.arguments(), "", "    ")
             case Beside(name):
                 lines += groups[name].launch()
             case Torch(equation):
                 targets = ", ".join(_python(t.name) for t in equation.targets)
                 args = [_python(a) for a in equation.args]
-                lines += _call(f"{targets} = {functions[equation.target.name]}", args, "", "    ")
+                lines += call_lines(f"{targets} = {functions[equation.target.name]}", args, "", "    ")
     made = _made_by_torch(plan)
     for i, name in enumerate(plan.outputs):
         if name in made:
@@ -1173,7 +1171,7 @@ def _allocations(plan: Plan) -> list[str]:
 
     def allocated(b: Buffer, indent: str) -> list[str]:
         args = [_shape(b.tensor), f"dtype={TORCH[b.tensor.dtype]}", f"device={device}"]
-        return _call(f"{_python(b.tensor.name)} = torch.empty", args, "", indent)
+        return call_lines(f"{_python(b.tensor.name)} = torch.empty", args, "", indent)
 
     outputs = [plan.buffer(name) for name in plan.outputs]
     fresh = [(i, b) for i, b in enumerate(outputs) if b.tensor.name not in made]
