@@ -283,7 +283,7 @@ def optimize(
     store = cache or Cache()
     key = key_of(
         f"{canonical_text(program)}\n{program}",
-        {"space": str(space), "delta": delta, "seed": number, "device": _device_name(chosen)},
+        {"space": str(space), "delta": delta, "seed": number, "device": device(_device_name(chosen)).digest},
         str(chosen),
         dict(_versions()),
     )
@@ -398,7 +398,7 @@ def unsearched(program: Program, target: Target, why: str) -> SearchReport:
     is predicted for it (0)."""
     return SearchReport(
         program=program.name,
-        device=device(_device_name(target)).name,
+        device=device(_device_name(target)).label,
         space="none",
         stop=StopReason("Unsearchable"),
         classes=0,

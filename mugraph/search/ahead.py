@@ -16,6 +16,7 @@ from mugraph.ir.axes import Axis, Dim, dims_of
 from mugraph.ir.types import Tensor
 from mugraph.search.closure import Edge
 from mugraph.search.extract import Problem, is_leaf_edge
+from mugraph.search.library import Attention, operands
 from mugraph.search.partition import Choice, Partition, partition
 from mugraph.search.space import SearchSpace
 from mugraph.search.values import Load, Number
@@ -133,7 +134,7 @@ def partition_with_ahead(
     first = Partition(once, space, stop)
     others, folding = partition(second, space, groups, stop)
     for plan in others:
-        used, cost = sorted(fixed.foldable & loaded(plan)), folding.cost(fixed.calls(plan))
+        used, cost = sorted(fixed.foldable & loaded(p, plan)), folding.cost(fixed.calls(plan))
         if used and cost < least and (before := _made(first, used)) is not None:
             ranked.append((cost * MARGIN, before + plan))
     for other in (first, folding):
@@ -163,11 +164,12 @@ def _with_inputs(p: Problem, classes: Classes) -> Problem:
     return found
 
 
-def loaded(plan: Sequence[Choice]) -> set[int]:
+def loaded(p: Problem, plan: Sequence[Choice]) -> set[int]:
     """The classes that the launches of a plan load."""
     found = set[int]()
     for c in plan:
-        found |= set(c.how.children) if isinstance(c.how, Edge) else set[int]()
+        if isinstance(c.how, Edge | Attention):
+            found |= set(operands(p, c.how))
         found |= {s.entry[0] for d in c.derivations for s in d.loads()}
     return found
 

@@ -22,6 +22,7 @@ from mugraph.search.cost import Device, device, floor_seconds, predict_library
 from mugraph.search.enumerate import widen
 from mugraph.search.extract import Derivation, Problem, Roles, is_leaf_edge
 from mugraph.search.laws import LAWS, Meaning, meaning
+from mugraph.search.library import Attention, contraction
 from mugraph.search.partition import Choice, Partition
 from mugraph.search.pieces import is_free, joints, pieces
 from mugraph.search.report import CandidateReport, KernelCost, SearchReport, StopReason, StructureReport
@@ -185,7 +186,7 @@ class _Task:
     def called(self, plan: Sequence[Choice]) -> list[Equation]:
         """What runs as library calls beside the plan's launches."""
         _, wanted = _targets(self.here, self.known, self.seeds)
-        made = {t for c in plan if not isinstance(c.how, Edge) for r in c.roots for t in wanted.get(r, ())}
+        made = {t for c in plan if c.derivations for r in c.roots for t in wanted.get(r, ())}
         joined = joints(self.boundaries, made, (o.value for o in self.program.outputs))
         return [e for e in self.boundaries if not is_free(e) and e.targets[0].name not in joined]
 
@@ -245,7 +246,7 @@ class _Task:
             called = [e for e in self.called(plan) if not self.is_fixed(e)]
             seconds += _equations_seconds(called, self.cut, at.symbolic, at.problem)
             text = structure(plan, self.here.axes, at.fixed)
-            kernels = sum(not isinstance(c.how, Edge) for c in at.fixed.calls(plan))
+            kernels = sum(bool(c.derivations) for c in at.fixed.calls(plan))
             if kernels > self.space.kernels:
                 tried.append(CandidateReport(text, seconds, f"has {kernels} kernels"))
             elif best is not None or (at.fits and seconds > at.base_seconds):
@@ -554,7 +555,12 @@ def _equations_seconds(equations: Sequence[Equation], program: Program, symbolic
         axes = {a.name for t in involved for a in t.axes}
         if axes:
             moved = _bytes(sizes, involved)
-            seconds += predict_library(moved, _operations(sizes, e.op, axes), p.dtype, p.device).seconds
+            if isinstance(e.op, Contract) and len(e.args) == 2:
+                left, right = (tuple(a.name for a in tensors[x].axes) for x in e.args)
+                out = tuple(a.name for a in e.target.axes)
+                seconds += contraction(sizes, left, right, out, moved, p.dtype, p.device).seconds
+            else:
+                seconds += predict_library(moved, _operations(sizes, e.op, axes), p.dtype, p.device).seconds
     return seconds
 
 
@@ -567,13 +573,16 @@ def _floor(program: Program, plan: list[Choice], p: Problem, fixed: Fixed) -> fl
     kept = 0.0
     if len(calls) < len(plan):
         moved = [t for t in moved if not program.fixed().get(t.name)]
-        kept = sum(p.bytes(c) for c in loaded(calls) & fixed.known)
+        kept = sum(p.bytes(c) for c in loaded(p, calls) & fixed.known)
     source = 0.0
     for e in program.equations:
         if isinstance(e.op, Contract):
             source += _operations(p.sizes, e.op, {a.name for n in (*e.args, e.target.name) for a in tensors[n].axes})
     planned = sum(c.prediction.flops for c in calls) if plan else source
-    return floor_seconds(_bytes(p.sizes, moved) + kept, min(source, planned), p.dtype, p.device)
+    # an 8-bit input may be multiplied at the rate of 8 bits
+    dtypes = [p.dtype] + [i.tensor.dtype for i in program.inputs if i.tensor.dtype.is_float or i.tensor.dtype.bits == 8]
+    fastest = max(dtypes, key=p.device.matmul_rate)
+    return floor_seconds(_bytes(p.sizes, moved) + kept, min(source, planned), fastest, p.device)
 
 
 def structure(plan: Sequence[Choice], axes: Mapping[str, Axis], fixed: Fixed | None = None) -> str:
@@ -597,6 +606,8 @@ def structure(plan: Sequence[Choice], axes: Mapping[str, Axis], fixed: Fixed | N
         match c.how:
             case Edge():
                 texts.append(f"library contraction over {named(c.how.axes)}")
+            case Attention():
+                texts.append(f"library attention over {named((c.how.key,))}")
             case Derivation(roles=roles):
                 texts.append(kernel(roles))
             case several:
@@ -634,7 +645,7 @@ def _report(
     fixed = solved[0].fixed
     return SearchReport(
         program=task.program.name,
-        device=task.on.name,
+        device=task.on.label,
         space=str(space),
         stop=stop,
         classes=len(closure.order),

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from mugraph.ir.types import DType
 from mugraph.search.closure import Closure, Edge
-from mugraph.search.cost import Device, Work
+from mugraph.search.cost import VECTOR_WEIGHT, Device, Product, Read, Work
 from mugraph.search.laws import IOTA
 
 Entry = tuple[int, int]
@@ -39,7 +39,6 @@ COMPUTED_TILE = 32_768  # elements of a computed tile: 128 KiB of f32 in registe
 SHARE = 8  # one extraction may use that part of the budget of states
 BEAM = 8  # states kept per topological level when A* exceeds its budget
 SECTOR = 64  # bytes side by side below which reads and writes waste bandwidth
-VECTOR_WEIGHT = 4  # operations that one elementwise step is counted as
 
 
 @dataclass(frozen=True)
@@ -622,20 +621,21 @@ def _unroll(trail: tuple[object, ...]) -> list[Step]:
 
 
 def work_of(p: Problem, d: Derivation) -> Work:
-    """The traffic and operations of a kernel, for the cost model."""
+    """The loads, products and other operations of a kernel, for the cost model."""
     tiles = dict(d.tiles)
-    grid, loops = set(d.roles.grid), d.roles.loops
+    grid, loops = d.roles.grid, d.roles.loops
+    parts = d.roles.split[1] if d.roles.split else 1
 
     def blocks_along(a: str) -> int:
         return math.ceil(p.sizes[a] / tiles[a])
 
-    def tile_elements(axes: Sequence[str]) -> int:
+    def tile_elements(axes: Iterable[str]) -> int:
         return math.prod(min(tiles.get(a, p.sizes[a]), p.sizes[a]) for a in axes)
 
     def replication(axes: Sequence[str]) -> int:
         return math.prod(blocks_along(a) for a in grid if a not in axes)
 
-    def sectors(c: int) -> float:
+    def waste(c: int) -> float:
         """Bytes that move for each byte that is wanted: short runs waste the rest of a sector."""
         axis = p.innermost.get(c)
         if axis is None or tiles.get(axis, p.sizes[axis]) >= p.sizes[axis]:
@@ -643,23 +643,22 @@ def work_of(p: Problem, d: Derivation) -> Work:
         run = tiles[axis] * p.dtypes.get(c, p.dtype).bits / 8
         return max(1.0, SECTOR / run)
 
-    blocks = math.prod(blocks_along(a) for a in d.roles.grid)
-    parts = d.roles.split[1] if d.roles.split else 1
-    unique = sum(p.bytes(r) for r in d.roots)
-    traffic = sum(p.bytes(r) * sectors(r) for r in d.roots)
-    stage = resident = partial = tensor = vector = accumulators = 0.0
-    depth, loaded = 1, set[int]()
+    written = sum(p.bytes(r) for r in d.roots)
+    wanted = sum(p.bytes(r) * waste(r) for r in d.roots)
+    stage = resident = partial = vector = accumulators = 0.0
+    reads: list[Read] = []
+    products: list[Product] = []
+    depth = 1
     for s in d.steps:
-        c, _ = s.entry
+        c, at = s.entry
         axes = p.axes(c)
         looped = any(a in loops for a in axes)
         if s.option.edge is None:
-            size = p.bytes(c)
-            again = d.roles.split is not None and s.entry[1] > len(d.roles.passes)  # the combine's own loads
-            unique += 0 if c in loaded and not again else size
-            loaded.add(c)
-            copies = replication(axes) * (1 if looped else parts)
-            traffic += size * copies * sectors(c)
+            combining = parts > 1 and at > len(d.roles.passes)  # the combine's own loads
+            cut = tuple((blocks_along(a), a in axes) for a in grid)
+            reads.append(
+                Read(-1 - c if combining else c, p.bytes(c), cut if combining else (*cut, (parts, looped)), waste(c))
+            )
             bytes_in_tile = tile_elements(axes) * p.dtypes.get(c, p.dtype).bits / 8
             if looped:
                 stage += bytes_in_tile
@@ -673,9 +672,8 @@ def work_of(p: Problem, d: Derivation) -> Work:
         volume = float(padded * replication(joined))
         if p.is_matmul(c, s.option.edge):
             left, right = (set(p.axes(x)) for x in s.option.children)
-            for side in (left - right, right - left):  # tensor cores work on at least 16 rows and columns
-                volume *= max(1.0, 16 / tile_elements(tuple(side)))
-            tensor += 2 * volume
+            dtype = product_dtype(p, s.option.children)
+            products.append(Product(volume, tile_elements(left - right), tile_elements(right - left), dtype))
             depth += max(1, tile_elements(s.option.edge.axes) // 16)
         else:
             vector += VECTOR_WEIGHT * volume
@@ -686,7 +684,24 @@ def work_of(p: Problem, d: Derivation) -> Work:
                 partial += 2 * parts * repeated * p.elements(c) * 4
         elif not looped:
             accumulators = max(accumulators, tile_elements(axes))
-    trips = sum(math.ceil(math.prod(blocks_along(a) for a in loop) / parts) for loop in d.roles.passes)
     return Work(
-        blocks * parts, trips, unique, traffic, stage, resident, partial, tensor, vector, accumulators, depth, p.dtype
+        blocks=math.prod(blocks_along(a) for a in grid) * parts,
+        trips=sum(math.ceil(math.prod(blocks_along(a) for a in loop) / parts) for loop in d.roles.passes),
+        reads=tuple(reads),
+        written=written,
+        writing=wanted / written if written else 1.0,
+        stage=stage,
+        resident=resident,
+        partial=partial,
+        products=tuple(products),
+        vector=vector,
+        accumulators=accumulators,
+        depth=depth,
     )
+
+
+def product_dtype(p: Problem, operands: Sequence[int]) -> DType:
+    """The type that a product multiplies in: the widest of its floating operands, 16 bits at least."""
+    types = [p.dtypes.get(x, p.dtype) for x in operands]
+    wide = [t for t in types if t.is_float and t.bits >= 16]
+    return max(wide, key=lambda t: t.bits) if wide else DType.f16

@@ -7,7 +7,6 @@ its lower bound, and is solved only if the cheapest derivation wants it.
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import math
 import time
@@ -18,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mugraph.search.closure import Edge
-from mugraph.search.cost import STAGES, Prediction, predict, predict_library
+from mugraph.search.cost import STAGES, Prediction, beside, predict
 from mugraph.search.extract import (
     COMPUTED_TILE,
     LOADED_TILE,
@@ -31,6 +30,7 @@ from mugraph.search.extract import (
     Survey,
     work_of,
 )  # fmt: skip
+from mugraph.search.library import Attention, LibraryCall, library_calls, operands
 from mugraph.search.space import SearchSpace
 
 KEPT = 6  # derivations per kernel that the full model ranks
@@ -44,11 +44,11 @@ ATTEMPTS = ((WHOLE, (1, 4)), (1, (1, 4, 16, 64)))  # (shortest loop, divisors of
 
 @dataclass(frozen=True)
 class Choice:
-    """One launch: a derivation, several side by side, or a library contraction.  `needs` are classes that must be in
+    """One launch: a derivation, several side by side, or a library call.  `needs` are classes that must be in
     memory first."""
 
     roots: tuple[int, ...]
-    how: Derivation | tuple[Derivation, ...] | Edge
+    how: Derivation | tuple[Derivation, ...] | LibraryCall
     prediction: Prediction
     needs: tuple[int, ...]
 
@@ -56,7 +56,7 @@ class Choice:
     def derivations(self) -> tuple[Derivation, ...]:
         """Those of our own kernels."""
         match self.how:
-            case Edge():
+            case Edge() | Attention():
                 return ()
             case Derivation():
                 return (self.how,)
@@ -123,22 +123,13 @@ class Partition:
         return sum(self.p.memory.get(c, self.p.bound.get(c, 0.0)) for c in needs)
 
     def library(self, roots: tuple[int, ...]) -> list[Choice]:
-        """Contractions of two values in memory, as library calls."""
+        """What library calls compute of it, from values in memory."""
         if not self.space.library or len(roots) > 1:
             return []
-        (c,) = roots
         found = []
-        if c in self.p.scaled:
-            return []
-        for e in self.p.closure.classes[c].edges:
-            there = (x not in self.p.scaled and (x in self.p.memory or x in self.p.bound) for x in e.children)
-            if not self.p.is_matmul(c, e) or not all(there):
-                continue
-            volume = math.prod(self.p.sizes[a] for a in self.p.joined_axes(c, e.children))
-            moved = self.p.bytes(c) + sum(self.p.bytes(x) for x in set(e.children))
-            prediction = predict_library(moved, 2 * volume, self.p.dtype, self.p.device)
-            needs = tuple(sorted(x for x in set(e.children) if not self.is_input(x)))
-            found.append(Choice(roots, e, prediction, needs))
+        for call, prediction in library_calls(self.p, roots[0]):
+            needs = tuple(sorted(x for x in set(operands(self.p, call)) if not self.is_input(x)))
+            found.append(Choice(roots, call, prediction, needs))
         return found
 
     def is_input(self, c: int) -> bool:
@@ -487,9 +478,6 @@ def _downstream(plan: list[Choice], roots: set[int]) -> set[int]:
     return reached - roots
 
 
-SUMMED = ("blocks", "unique", "traffic", "partial", "tensor_flops", "vector_flops")
-
-
 def side_by_side(run: Partition, plan: list[Choice]) -> list[Choice]:
     """The plan with independent kernels in one launch, as long as some pair makes it cheaper: one launch is saved, and
     the blocks of both fill the device."""
@@ -520,10 +508,7 @@ def _beside(run: Partition, plan: list[Choice], a: Choice, b: Choice) -> Choice 
                 return None
     if set(b.roots) & _downstream(plan, set(a.roots)):
         return None
-    works = [work_of(run.p, d) for d in how]
-    names = [f.name for f in dataclasses.fields(works[0]) if f.name != "dtype"]
-    total = {n: (sum if n in SUMMED else max)(getattr(w, n) for w in works) for n in names}
-    prediction = predict(replace(works[0], **total), run.p.device)
+    prediction = predict(beside([work_of(run.p, d) for d in how]), run.p.device)
     return Choice(a.roots + b.roots, tuple(how), prediction, tuple(sorted({*a.needs, *b.needs})))
 
 

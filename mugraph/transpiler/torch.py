@@ -59,6 +59,7 @@ from mugraph.ir.ops import (
 )  # fmt: skip
 from mugraph.ir.printer import program_lines
 from mugraph.ir.types import DType, Input, Tensor, promote
+from mugraph.transpiler.attention import ATTENTION, AttentionParts, attention_of
 from mugraph.transpiler.divided import OWN_NAMES, divided_text, kept_text
 from mugraph.transpiler.signature import bindings, shapes_text, size_text
 
@@ -398,13 +399,70 @@ class _Emitter:
         kept = self.sizes
         self.sizes = {a.name: a.size for a in inner.axes().values()}
         self.sizes |= {f: kept[a] for f, a in names.items()}
-        self.equations(inner.equations, values, inner.tensors())
+        parts = attention_of(inner) if op.name == ATTENTION else None
+        if parts is None or not self.attended(parts, values, inner):
+            self.equations(inner.equations, values, inner.tensors())
         self.sizes = kept
         found = [values[o.value] for o in inner.outputs]
         return [
             replace(self.cast(v, t.dtype, t), axes=tuple(names.get(a, a) for a in v.axes))
             for v, t in zip(found, targets, strict=True)
         ]
+
+    def attended(self, parts: AttentionParts, values: dict[str, Value], inner: Program) -> bool:
+        """Attention as PyTorch's own call, if that computes the same; False, with nothing written, if it may not."""
+        tensors = inner.tensors()
+        out, q, k, v = (tensors[n] for n in (parts.result, parts.query, parts.keys, parts.values))
+        dtype = reduce(promote, [t.dtype for t in (q, k, v)])
+        if not dtype.is_float or dtype.bits < 16 or (parts.bias and tensors[parts.bias].dtype is not dtype):
+            return False
+        count = len(self.lines)
+        self.equations(parts.before, values, tensors)
+        scale = values[parts.scale] if parts.scale else _literal(Fraction(1), DType.f32)
+        if not scale.literal:
+            del self.lines[count:]
+            return False
+        names = {n: tuple(a.name for a in t.axes) for n, t in tensors.items()}
+        left = [a for a in names[parts.query] if a != parts.depth]
+        (width,) = (a for a in names[parts.values] if a not in left and a != parts.key)
+        batch = [a for a in left if a in {*names[parts.keys], *names[parts.values]}]
+        rows = [a for a in left if a not in batch]
+        masked = parts.mask or parts.bias
+        heads = [a for a in rows if masked and a not in names[masked]]  # queries that share keys and a mask
+        rows = [a for a in rows if a not in heads]
+        if masked and not rows:
+            heads, rows = [], heads
+
+        def spread(name: str, layout: Sequence[str], *groups: Sequence[str]) -> str:
+            """The value as a tensor with a dimension for each group."""
+            value = values[name] if name == parts.mask else self.cast(values[name], dtype, tensors[name])
+            value = self.spread(value, tuple(layout), tensors[name])
+            return f"{value.text}.reshape({', '.join(self.product_text(g) for g in groups)})"
+
+        depth, key = [parts.depth], [parts.key]
+        args = [
+            spread(parts.query, [*batch, *heads, *rows, *depth], batch, heads, rows, depth),
+            spread(parts.keys, [*batch, *key, *depth], batch, [], key, depth),
+            spread(parts.values, [*batch, *key, width], batch, [], key, [width]),
+        ]
+        if heads:
+            args[1:] = [f"{a}.expand(-1, {self.product_text(heads)}, -1, -1)" for a in args[1:]]
+        if parts.causal and len(rows) == 1:
+            args.append("is_causal=True")
+        elif masked:
+            own = batch if any(a in names[masked] for a in batch) else []
+            held = rows if any(a in names[masked] for a in rows) else []
+            args.append(f"attn_mask={spread(masked, [*own, *held, *key], own, [], held, key)}")
+        args.append(f"scale={scale.text}")
+        text = f"torch.nn.functional.scaled_dot_product_attention({', '.join(args)})"
+        layout = (*batch, *heads, *rows, width)
+        found = self.let(out.name, f"{text}.reshape{self.shape(layout)}")
+        values[parts.result] = Value(found, layout, dtype, dtype)
+        return True
+
+    def product_text(self, axes: Sequence[str]) -> str:
+        """The product of the axes' sizes."""
+        return " * ".join(_paren_sum(self.size(a)) for a in axes) or "1"
 
     def kernel(
         self,
@@ -1015,3 +1073,8 @@ def _folded(fn: str, attrs: Mapping[str, str | Fraction], args: Sequence[Value])
 def _integer_range(dtype: DType) -> tuple[int, int]:
     signed = not dtype.value.startswith("u")
     return (-(2 ** (dtype.bits - 1)), 2 ** (dtype.bits - 1) - 1) if signed else (0, 2**dtype.bits - 1)
+
+
+def _paren_sum(text: str) -> str:
+    """A factor of a product of sizes."""
+    return text if re.fullmatch(r"\w+", text) else f"({text})"
