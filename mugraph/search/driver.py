@@ -192,7 +192,8 @@ class _Task:
 
     def solve(self, symbolic: int) -> _Solved:
         """All plans where every symbolic dimension has this size, clipped to its range."""
-        space = self.space.but(symbolic=symbolic)
+        states = self.space.states if symbolic == self.space.symbolic else max(1, self.space.states // OTHERS)
+        space = self.space.but(symbolic=symbolic, states=states)
         problem = _problem(self.here.program, self.closure, self.seeds, space, self.on)
         targets, _ = _targets(self.here, self.known, self.seeds)
         fixed = self.fixed(problem, targets)
@@ -294,6 +295,7 @@ def _kept(graph: KernelGraph) -> list[str]:
 
 
 LIBRARY = "the program as library calls"
+OTHERS = 2  # a further size gets that part of the budget of states
 
 
 def _other_sizes(program: Program, space: SearchSpace) -> list[int]:

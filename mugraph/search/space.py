@@ -42,7 +42,7 @@ class SearchSpace:
     beside: bool = True
     laws: tuple[str, ...] = tuple(LAWS)
     symbolic: int = 16
-    sizes: tuple[int, ...] = (1, 64, 256, 1024)
+    sizes: tuple[int, ...] = (1, 64, 256)
     grid: tuple[str, ...] | None = None
     loops: tuple[str, ...] | None = None
     tiles: tuple[tuple[str, int], ...] = ()
