@@ -20,7 +20,7 @@ from typing import Literal, Self
 
 from mugraph.errors import Location
 from mugraph.ir.axes import Axis, Dim, Size, dims_of
-from mugraph.ir.ops import Contract, Kernel, Op, Reduce, View
+from mugraph.ir.ops import Broadcast, Contract, Kernel, Op, Reduce, Rename, Reshape, Slice, Transpose
 from mugraph.ir.types import Input, Output, Storage, Tensor
 
 
@@ -243,9 +243,11 @@ class Program:
         return found
 
     def ahead(self) -> tuple[Equation, ...]:
-        """The equations that compute on constant inputs alone: their work can be done once, ahead of the calls."""
+        """The equations that compute on constant inputs alone, views of them apart: their work can be done once, ahead
+        of the calls."""
         fixed = self.fixed()
-        return tuple(e for e in self.equations if fixed.get(e.targets[0].name) and not isinstance(e.op, View))
+        views = Reshape | Transpose | Broadcast | Slice | Rename
+        return tuple(e for e in self.equations if fixed.get(e.targets[0].name) and not isinstance(e.op, views))
 
     def __str__(self) -> str:
         from mugraph.ir.printer import program_text

@@ -1,7 +1,7 @@
 """Work done once, on constant inputs alone, while they stay as they are.
 
-A *fixed* class is computed from constant inputs whatever edge is taken.  A plan of today's kind keeps fixed values
-inside its kernels.  The foldable ones may lie in memory from the start instead: they are inputs of a second problem,
+A *fixed* class is computed from constant inputs whatever edge is taken.  `partition` keeps fixed values inside the
+kernels that use them.  The foldable ones may lie in memory from the start instead: they are inputs of a second problem,
 and a plan for it has the launches that make what it loads of them in front.  These run once, so their cost is counted
 apart, and a plan without them wins where it is as cheap; costlier ones are not looked at.
 """

@@ -18,26 +18,33 @@ class Kept:
     mode (which count no writes), while a CUDA graph is captured, or under torch.compile and functorch.
     """
 
+    plain = (torch.Tensor, torch.nn.Parameter)
+
     def __init__(self, compute: Callable[..., Any]) -> None:
         self.compute = compute
         self.entries: dict[tuple[object, ...], tuple[list[int], Any, list[object]]] = {}
         self.lock = threading.RLock()
 
     def __call__(self, *constants: torch.Tensor) -> Any:
-        if torch.compiler.is_compiling() or any(type(t) not in (torch.Tensor, torch.nn.Parameter) for t in constants):
+        if torch.compiler.is_compiling():
             return self.compute(*constants)
-        if torch.is_grad_enabled() and any(t.requires_grad for t in constants):
-            return self.compute(*constants)
+        place: list[object] = []
+        writes: list[int] = []
+        wanted = torch.is_grad_enabled()
         try:
-            writes = [t._version for t in constants]
-            key = tuple(self.place(t) for t in constants)
+            for t in constants:
+                if type(t) not in self.plain or (wanted and t.requires_grad):
+                    return self.compute(*constants)
+                owner = t if t._base is None else t._base
+                place += (id(owner), id(t.untyped_storage()), t.data_ptr(), t.shape, t.stride(), t.dtype)
+                writes.append(t._version)
         except RuntimeError:  # made in inference mode, or under a transform
             return self.compute(*constants)
+        key = tuple(place)
         entry = self.entries.get(key)
         if entry is not None and entry[0] == writes:
             return entry[1]
-        on_gpu = constants[0].is_cuda
-        if on_gpu and torch.cuda.is_current_stream_capturing():
+        if self.capturing(constants):
             return self.compute(*constants)
         with self.lock:
             entry = self.entries.get(key)
@@ -49,15 +56,15 @@ class Kept:
                     for old, new in zip(self.tensors(entry[1]), self.tensors(found), strict=True):
                         old.copy_(new)
                     found = entry[1]
-            if on_gpu:  # streams that find it need not wait for this one
+            if constants[0].is_cuda:  # streams that find it need not wait for this one
                 torch.cuda.current_stream(constants[0].device).synchronize()
             self.entries[key] = writes, found, self.watched(constants, key)
         return found
 
     @staticmethod
-    def place(t: torch.Tensor) -> tuple[object, ...]:
-        owner = t if t._base is None else t._base
-        return id(owner), id(t.untyped_storage()), t.data_ptr(), t.shape, t.stride(), t.dtype, t.device
+    def capturing(constants: tuple[torch.Tensor, ...]) -> bool:
+        """Whether what is computed now becomes part of a CUDA graph and has no values yet."""
+        return constants[0].is_cuda and torch.cuda.is_current_stream_capturing()
 
     @staticmethod
     def tensors(found: Any) -> tuple[torch.Tensor, ...]:

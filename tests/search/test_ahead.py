@@ -4,6 +4,8 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
+import torch
+from hypothesis import given, settings
 
 import mugraph as mg
 from mugraph.dsl.tensor import Tensor
@@ -14,9 +16,12 @@ from mugraph.ir.ops import Library
 from mugraph.ir.parser import parse_program
 from mugraph.ir.types import DType
 from mugraph.pipeline import DELTA, finished
+from mugraph.runtime.load import load_module
 from mugraph.search.driver import Found, search
 from mugraph.search.space import SearchSpace
+from mugraph.transpiler.torch import emit
 from mugraph.verify.equivalence import verify
+from tests.search.random_programs import programs as random_programs
 
 B = Dim("B", 1, 4096)
 Spec = TensorSpec
@@ -209,3 +214,43 @@ def test_the_pipeline_accepts_what_is_folded(tmp_path, monkeypatch) -> None:  # 
     assert any("is computed once from w, a, b" in n for n in result.notes)
     plain = mg.superoptimize(p, target="torch", space=SearchSpace(ahead=False))
     assert "Kept" not in plain.source
+
+
+# -- any program
+
+
+def constant_but_x(p: Program) -> Program:
+    return replace(p, inputs=tuple(replace(i, constant=i.name != "x") for i in p.inputs))
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(random_programs())
+def test_random_programs_with_constants_follow_them(p: Program) -> None:
+    follows(constant_but_x(p))
+
+
+@pytest.mark.full
+@settings(max_examples=1000, deadline=None, derandomize=True)
+@given(random_programs(depth=4))
+def test_many_random_programs_with_constants_follow_them(p: Program) -> None:
+    follows(constant_but_x(p))
+
+
+def follows(p: Program) -> None:
+    """The result is verified, no costlier than the source, and computes the source before and after an update."""
+    result = found(p)
+    *_, source = result.report.candidates
+    assert result.report.predicted_seconds <= source.seconds * (1 + 1e-9)
+    graph = result.accepted.graph  # type: ignore[attr-defined]
+    if not graph.ahead():
+        return
+    run, wanted = load_module(emit(graph), "folded").run, load_module(emit(p), "source").run
+    generator = torch.Generator().manual_seed(0)
+    args = [
+        torch.randn([s if isinstance(s, int) else 4 for s in i.tensor.shape], generator=generator) for i in p.inputs
+    ]
+    for _ in range(3):
+        results, expected = run(*args), wanted(*args)
+        torch.testing.assert_close(results, expected, rtol=5e-3, atol=5e-3, equal_nan=True)
+        for t in args[1:]:
+            t.mul_(0.5)

@@ -200,6 +200,26 @@ def test_threads_find_one_result() -> None:
     assert all(r is results[0] for r in results)
 
 
+def test_the_capture_of_a_graph_uses_what_is_kept_and_keeps_nothing(counted: Counted) -> None:
+    class Capturing(Kept):
+        now = False
+
+        def capturing(self, constants: tuple[torch.Tensor, ...]) -> bool:  # type: ignore[override]
+            return self.now
+
+    keep, (w, g) = Capturing(counted), weights()
+    keep.now = True
+    assert keep(w, g) is not keep(w, g)
+    assert keep.entries == {}
+    keep.now = False
+    kept = keep(w, g)
+    keep.now = True
+    assert keep(w, g) is kept
+    w.add_(1)
+    assert torch.equal(keep(w, g), w * g)
+    assert not torch.equal(kept, w * g)
+
+
 def test_an_error_is_not_kept() -> None:
     broken = [True]
 
