@@ -3,8 +3,12 @@
     python -m benchmarks.search [--program NAME ...] [--repeats 5] [--json]
     python -m benchmarks.search --ablation [--limit 20000] [--program NAME ...] [--json]
 
-The search alone is timed, with candidates accepted unverified; the verification of what it finds is a column of its
-own.  Memory is that of Python objects and arrays, from one more run.
+A row is a program with all its variants, each searched once for all its numbers of rows.  The search alone is timed,
+with candidates accepted unverified; the verification of what it finds is a column of its own.  Seconds and counts are
+sums over the variants; `kernels` and `launches` are the most that any of them takes at the size that stands for its
+rows; `stop_reason` is the first that is not Saturated.  `seconds_to_first` is the time until each variant has its first
+complete μGraph.  `peak_mb` is the resident memory (10^6 bytes) of a fresh process that searches all variants once,
+Python and libraries included.
 
 The ablation shows what each abstraction is worth on the same space: the enumerator builds values bottom-up from the
 same leaves with the same operators, under one limit of candidates, until it has the outputs and every value of the
@@ -16,14 +20,16 @@ from __future__ import annotations
 
 import argparse
 import gc
+import resource
 import statistics
+import subprocess
 import sys
 import time
-import tracemalloc
 from collections.abc import Sequence
+from pathlib import Path
 
 from benchmarks.environment import Row, document, print_document, print_table
-from benchmarks.programs import PROGRAMS
+from benchmarks.programs import FAMILIES, PROGRAMS, Family
 from mugraph.ir.axes import representative
 from mugraph.ir.graph import KernelGraph, Program
 from mugraph.ir.ops import Kernel, Library
@@ -40,8 +46,8 @@ from mugraph.search.space import SearchSpace
 from mugraph.verify.equivalence import verify
 
 COLUMNS = (
-    "program", "seconds_median", "seconds_min", "seconds_max", "states", "classes", "derivations", "pruned",
-    "deduplicated", "structures", "kernels", "launches", "peak_mb", "verify_seconds", "stop_reason",
+    "program", "variants", "seconds_median", "seconds_min", "seconds_max", "seconds_to_first", "states", "classes",
+    "derivations", "pruned", "structures", "kernels", "launches", "peak_mb", "verify_seconds", "stop_reason",
 )  # fmt: skip
 
 ABLATION_COLUMNS = (
@@ -49,43 +55,58 @@ ABLATION_COLUMNS = (
     "wanted", "to_outputs", "to_plan", "stop_reason",
 )  # fmt: skip
 LIMIT = 20_000
+ROOT = Path(__file__).parent.parent
 
 
-def measured(program: Program, repeats: int) -> Row:
-    """One row.  The counts are the same in every run; `seconds_to_first` is null where nothing is compiled."""
+def measured(name: str, repeats: int) -> Row:
+    """One row.  The counts are the same in every run."""
+    family = FAMILIES[name]
     samples: list[float] = []
+    firsts: list[float] = []
     for _ in range(repeats):
         gc.collect()
         start = time.perf_counter()
-        found = run(program)
+        runs = [run(program, family) for program in family.variants.values()]
         samples.append(time.perf_counter() - start)
-    report, graph = found.report, found.graph
+        firsts.append(sum(first for _, first in runs))
+    found = [f for f, _ in runs]
     start = time.perf_counter()
-    verify(program, finished(graph))
+    for program, f in zip(family.variants.values(), found, strict=True):
+        verify(program, finished(f.graph))
     verify_seconds = time.perf_counter() - start
+    reports = [f.report for f in found]
+    stops = [str(r.stop) for r in reports]
     return {
-        "program": program.name,
+        "program": name,
+        "variants": len(found),
         "abstraction": "closure",
         "seconds_median": statistics.median(samples),
         "seconds_min": min(samples),
         "seconds_max": max(samples),
-        "states": report.states,
-        "classes": report.classes,
-        "derivations": sum(report.edges.values()),
-        "pruned": sum(report.pruned.values()),
-        "deduplicated": report.deduplicated,
-        "structures": len(report.candidates),
-        "kernels": len(graph.kernels()),
-        "launches": launches(graph),
-        "peak_mb": peak_mb(program),
-        "stop_reason": str(report.stop),
-        "seconds_to_first": None,
+        "states": sum(r.states for r in reports),
+        "classes": sum(r.classes for r in reports),
+        "derivations": sum(sum(r.edges.values()) for r in reports),
+        "pruned": sum(sum(r.pruned.values()) for r in reports),
+        "deduplicated": sum(r.deduplicated for r in reports),
+        "structures": sum(len(f.structures) for f in found),
+        "kernels": max(len(f.graph.kernels()) for f in found),
+        "launches": max(launches(f.graph) for f in found),
+        "peak_mb": peak_mb(name),
+        "stop_reason": next((s for s in stops if s != "Saturated"), "Saturated"),
+        "seconds_to_first": statistics.median(firsts),
         "verify_seconds": verify_seconds,
     }
 
 
-def run(program: Program) -> Found:
-    return search(program, accept=lambda graph: graph)
+def run(program: Program, family: Family) -> tuple[Found, float]:
+    """What is found, and the seconds until the first complete μGraph."""
+    start, first = time.perf_counter(), []
+
+    def accept(graph: KernelGraph) -> KernelGraph:
+        first.append(time.perf_counter() - start)
+        return graph
+
+    return search(program, accept=accept, space=family.space()), first[0]
 
 
 def launches(graph: KernelGraph) -> int:
@@ -95,14 +116,29 @@ def launches(graph: KernelGraph) -> int:
     return len(graph.kernels()) + sum(b.combine is not None for b in blocks) + calls
 
 
-def peak_mb(program: Program) -> float:
-    """Megabytes (10^6) at the peak of one more run."""
-    tracemalloc.start()
-    try:
-        run(program)
-        return tracemalloc.get_traced_memory()[1] / 1e6
-    finally:
-        tracemalloc.stop()
+def peak_mb(name: str) -> float:
+    """Megabytes (10^6) at the peak of a fresh process that searches all variants once."""
+    command = [sys.executable, "-c", f"from benchmarks.search import report_peak; report_peak({name!r})"]
+    text = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    return float(text) / 1e6
+
+
+def report_peak(name: str) -> None:
+    """Searches all variants of a program and prints the most bytes that this process has held."""
+    family = FAMILIES[name]
+    for program in family.variants.values():
+        run(program, family)
+    print(peak_bytes())
+
+
+def peak_bytes() -> int:
+    """The most resident memory of this process; on Linux without that of the process it was forked from."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def ablation(program: Program, limit: int, repeats: int) -> list[Row]:
@@ -200,7 +236,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.ablation:
             rows += ablation(PROGRAMS[name], options.limit, repeats)
         else:
-            rows.append(measured(PROGRAMS[name], repeats))
+            rows.append(measured(name, repeats))
     if options.json:
         print_document(document("search", rows))
     elif options.ablation:

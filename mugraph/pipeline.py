@@ -277,6 +277,7 @@ def optimize(
     check(program)
     chosen = parse_target(target)
     space = space or space_of(settings.effort.get())
+    program = program if space.ahead else program.without_constants()
     budget = settings.budget_seconds.get(budget_seconds)
     number = settings.seed.get(seed)
     store = cache or Cache()

@@ -10,6 +10,7 @@ beyond a tensor must be made neutral.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial, reduce
@@ -37,7 +38,7 @@ from mugraph.codegen.plan import (
 )  # fmt: skip
 from mugraph.errors import UnsupportedOpError
 from mugraph.ir.axes import Axis, Monomial, Size, representative
-from mugraph.ir.graph import Accumulator, BlockGraph, Equation, KernelGraph, Load, Monoid, Step
+from mugraph.ir.graph import Accumulator, BlockGraph, Equation, KernelGraph, Load, Monoid, Step, Store
 from mugraph.ir.ops import (
     Broadcast,
     Cast,
@@ -91,6 +92,13 @@ def lower(verified: Verified, options: Options | None = None, observer: Observer
 def plan_graph(graph: KernelGraph, options: Options | None = None, observer: Observer | None = None) -> Plan:
     """The plan of a μGraph.  What calls this answers for the graph's being right; `lower` takes verified ones only."""
     options = options or Options()
+    if parts := graph.divided():
+        first, rest = (_plan(part, options, observer) for part in parts)
+        return replace(rest, ahead=first)
+    return _plan(graph, options, observer)
+
+
+def _plan(graph: KernelGraph, options: Options, observer: Observer | None) -> Plan:
     inputs = tuple(i.name for i in graph.inputs)
     outputs = tuple(o.value for o in graph.outputs)
     for i in graph.inputs:
@@ -102,14 +110,16 @@ def plan_graph(graph: KernelGraph, options: Options | None = None, observer: Obs
                 f"output {o.value} overwrites {o.alias_of}", op="store", remedy="copy it after the call"
             )
     buffers = {i.name: Buffer(i.tensor, "input") for i in graph.inputs}
-    views = kernel_level_views(graph)
-    resolved = _only_loaded(graph, views)
-    equations = [e for e in graph.equations if e.targets[0].name not in resolved]
     everything = graph.tensors()
+    joints, parts = kernel_level_joints(graph)
+    views = kernel_level_views(graph, parts)
+    resolved = joints | _only_loaded(graph, views, joints) - set(parts)
+    equations = [e for e in graph.equations if e.targets[0].name not in resolved]
     calls: list[Launch | Beside | Torch] = []
-    for equation in equations:
-        for t in equation.targets:
+    for t in (everything[name] for e in graph.equations for name in (t.name for t in e.targets)):
+        if t.name not in parts and (t.name not in resolved or t.name in joints):
             buffers[t.name] = Buffer(t, "output" if t.name in outputs else "global")
+    for equation in equations:
         if not isinstance(equation.op, Kernel):
             calls.append(Torch(equation))
             continue
@@ -122,7 +132,8 @@ def plan_graph(graph: KernelGraph, options: Options | None = None, observer: Obs
                     slab = Tensor(store.target, ((block.split.part,), *value.dims), DType.f32)
                     buffers[store.target] = Buffer(slab, "workspace")
                 elif store.kind == "atomic":
-                    buffers[store.target] = replace(buffers[store.target], space="zeroed")
+                    whole = parts[store.target][0] if store.target in parts else store.target
+                    buffers[whole] = replace(buffers[whole], space="zeroed")
             tensors = everything | {n: b.tensor for n, b in buffers.items()}
             calls.append(_Planner(prepare(block, observer), name, tensors, options, views).plan())
             if block.combine:
@@ -139,9 +150,37 @@ def _stored(block: BlockGraph, value: str) -> Tensor:
 Views = dict[str, tuple[str, "tuple[Index, ...]"]]
 
 
-def kernel_level_views(graph: KernelGraph) -> Views:
-    """Equations of the graph that are index maps: a load of such a view is a load of the tensor below it."""
-    tensors, found = graph.tensors(), Views()
+def kernel_level_joints(graph: KernelGraph) -> tuple[set[str], Views]:
+    """Concatenations of what kernels store, and the operands as views of the results: each kernel stores its part in
+    place, so that nothing is copied."""
+    tensors = graph.tensors()
+    outputs = {o.value for o in graph.outputs}
+    outside = Counter(a for e in graph.equations if not isinstance(e.op, Kernel) for a in e.args)
+    stored: set[str] = set()
+    joints: set[str] = set()
+    for e in graph.equations:
+        if isinstance(e.op, Kernel):
+            stored.update(t.name for t in e.targets)
+        elif isinstance(e.op, Concat) and all(
+            a in stored and a not in outputs and outside[a] == 1 and tensors[a].dtype is e.target.dtype for a in e.args
+        ):
+            stored.add(e.target.name)
+            joints.add(e.target.name)
+    parts: Views = {}
+    for e in reversed(graph.equations):
+        if isinstance(e.op, Concat) and e.target.name in joints:
+            whole, index = parts.get(e.target.name) or (e.target.name, tuple(Index(a.name) for a in e.target.axes))
+            low = 0
+            for arg, axis in zip(e.args, e.op.axes, strict=True):
+                parts[arg] = whole, tuple(_composed(i, {e.op.out.name: Index(axis, low)}) for i in index)
+                low += representative(next(a.size for a in tensors[arg].axes if a.name == axis))
+    return joints, parts
+
+
+def kernel_level_views(graph: KernelGraph, parts: Views) -> Views:
+    """Equations of the graph that are index maps: a load of such a view is a load of the tensor below it.  `parts`
+    are views that kernels store to."""
+    tensors, found = graph.tensors(), dict(parts)
     for e in graph.equations:
         moved: dict[str, Index] | None = None
         match e.op:
@@ -170,10 +209,12 @@ def _one_to_one(before: Sequence[Axis], after: Sequence[Axis]) -> dict[str, Inde
     return gone | {a.name: Index(b.name) for a, b in zip(left, right, strict=True)}
 
 
-def _only_loaded(graph: KernelGraph, views: Views) -> set[str]:
+def _only_loaded(graph: KernelGraph, views: Views, joints: set[str]) -> set[str]:
     """Views that kernels load and nothing else reads: no tensor need be made of them."""
     made = {o.value for o in graph.outputs}
     for e in reversed(graph.equations):
+        if e.targets[0].name in joints:
+            continue
         if not isinstance(e.op, Kernel) and (e.targets[0].name not in views or e.targets[0].name in made):
             made.update(e.args)
     return set(views) - made
@@ -225,14 +266,14 @@ class _Resolver:
                 dying = {t.name for s in p.body if isinstance(s, Equation) for t in s.targets}
                 early = [s for s in stores if s.value in dying]
                 stores = [s for s in stores if s not in early]
-                raw.items += [Write(self.values[inside[s.value]], s.target, s.kind) for s in early]
+                raw.items += [self.write(inside[s.value], s) for s in early]
             else:
                 self.alive = inside
         raw = self.open(None)
         self.loads(block.loads, self.alive)
         for step in block.epilogue:
             self.step(step, self.alive)
-        raw.items += [Write(self.values[self.alive[s.value]], s.target, s.kind) for s in stores]
+        raw.items += [self.write(self.alive[s.value], s) for s in stores]
         self.sweep()
         return self.scopes
 
@@ -253,6 +294,10 @@ class _Resolver:
                 source, below = self.views[source]
                 index = tuple(_composed(i, moved) for i in below)
             env[load.value.name] = self.define(load.value, partial(Read, pieces=(Piece(source, index),)))
+
+    def write(self, value: str, store: Store) -> Write:
+        whole, index = self.views.get(store.target, (store.target, ()))
+        return Write(self.values[value], whole, store.kind, index)
 
     def define(self, wish: Tensor, make: Callable[[Tensor], Read | Equation | Accumulator]) -> str:
         """Puts an item into the open scope under a unique name."""

@@ -136,14 +136,17 @@ class Accumulate:
 
 @dataclass(frozen=True)
 class Write:
-    """Stores the value to the axes of `target` that bear its names; a partial value into the slab of its part."""
+    """Stores the value to the axes of `target` that bear its names; a partial value into the slab of its part.
+    `index`: the place along each axis of a target of which the value is a part."""
 
     value: Tensor
     target: str
     kind: Literal["write", "partial", "atomic"]
+    index: tuple[Index, ...] = ()
 
     def __str__(self) -> str:
-        return f"{self.kind} {self.value.name} -> {self.target}"
+        at = f"[{', '.join(map(str, self.index))}]" if self.index else ""
+        return f"{self.kind} {self.value.name} -> {self.target}{at}"
 
 
 Action = Read | Compute | Accumulate | Write
@@ -239,13 +242,20 @@ class Buffer:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that a call of the program does, in order."""
+    """Everything that a call of the program does, in order.  `ahead`: what is done once, on constant inputs alone; its
+    outputs are the last inputs of this plan."""
 
     name: str
     buffers: tuple[Buffer, ...]
     calls: tuple[Launch | Beside | Torch, ...]
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
+    ahead: Plan | None = None
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """What the caller gives."""
+        return self.inputs[: len(self.inputs) - len(self.ahead.outputs)] if self.ahead else self.inputs
 
     def buffer(self, name: str) -> Buffer:
         return next(b for b in self.buffers if b.tensor.name == name)
@@ -264,7 +274,8 @@ class Plan:
         return tuple(found)
 
     def __str__(self) -> str:
-        lines = [f"plan {self.name}({', '.join(self.inputs)}) -> {', '.join(self.outputs)}"]
+        lines = [f"ahead {self.ahead}"] if self.ahead else []
+        lines += [f"plan {self.name}({', '.join(self.inputs)}) -> {', '.join(self.outputs)}"]
         lines += [f"  {b}" for b in self.buffers]
         lines += [f"  {line}" for c in self.calls for line in str(c).splitlines()]
         return "\n".join(lines)

@@ -92,8 +92,8 @@ class BySize:
     def __init__(self, targets: Iterable[Value], sizes: Mapping[str, int]) -> None:
         self.expressions = Expressions(sizes)
         self._known: dict[Expression, bool] = {}
-        self.contexts: list[Expression] | None = None  # None: too large, and nothing is pruned
-        with suppress(TooLarge):
+        self.contexts: list[Expression] | None = None
+        with suppress(TooLarge):  # then nothing is pruned
             self.contexts = self.expressions.contexts([self.expressions.of_value(t) for t in targets])
         self.largest = max(map(len, self.contexts), default=0) if self.contexts is not None else LARGEST
 

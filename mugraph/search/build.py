@@ -47,7 +47,7 @@ from mugraph.search.extract import Derivation, Entry, is_leaf_edge
 from mugraph.search.extract import Step as Chosen
 from mugraph.search.library import ATTENTION, Attention
 from mugraph.search.partition import Choice
-from mugraph.search.pieces import is_free
+from mugraph.search.pieces import is_free, joints
 from mugraph.search.values import Number
 
 COMBINE_TILE = 4096  # elements of a partial result, all parts together, in one block of the combine
@@ -492,11 +492,14 @@ def build(context: Context, plan: Sequence[Choice], roots: Mapping[int, Sequence
     ready = {i.name for i in program.inputs}
     equations: list[Equation] = []
     waiting = list(context.boundaries)
+    made = {t for c in plan if c.derivations for r in c.roots for t in roots.get(r, ())}
+    joined = joints(context.boundaries, made, (o.value for o in program.outputs))
 
     def run_boundaries() -> None:
         for b in list(waiting):
             if all(a in ready for a in b.args):
-                equations.append(b if is_free(b) else library_equation(b, context.tensors))
+                free = is_free(b) or b.targets[0].name in joined
+                equations.append(b if free else library_equation(b, context.tensors))
                 ready.update(t.name for t in b.targets)
                 waiting.remove(b)
 
@@ -537,8 +540,9 @@ def launch_equation(context: Context, choice: Choice, targets: Mapping[int, Sequ
         return library_equation(Equation(out, op, args), context.tensors)
     if isinstance(choice.how, Attention):
         return attention_equation(context, choice.how, out)
-    several = (choice.how,) if isinstance(choice.how, Derivation) else choice.how
-    blocks = tuple(tidied(BlockBuilder(context, d, {r: targets[r] for r in d.roots}).build()) for d in several)
+    blocks = tuple(
+        tidied(BlockBuilder(context, d, {r: targets[r] for r in d.roots}).build()) for d in choice.derivations
+    )
     partial = {s.target for b in blocks for s in b.stores if s.kind == "partial"}
     loads = [ld for b in blocks for ld in b.all_loads() + (b.combine.all_loads() if b.combine else ())]
     args = tuple(dict.fromkeys(ld.source for ld in loads if ld.source not in partial))

@@ -14,6 +14,7 @@ from mugraph.ir.graph import Equation, KernelGraph, Program
 from mugraph.ir.ops import Const, Contract, Elementwise, Gather, Op, Reduce, Slice
 from mugraph.ir.types import DType, Tensor
 from mugraph.search import values as v
+from mugraph.search.ahead import Fixed, fixed_classes, loaded, partition_with_ahead
 from mugraph.search.build import Context, Unbuildable, baseline, build
 from mugraph.search.canonical import Canonical, canonical
 from mugraph.search.closure import Closure, Edge, close
@@ -22,8 +23,8 @@ from mugraph.search.enumerate import widen
 from mugraph.search.extract import Derivation, Problem, Roles, is_leaf_edge
 from mugraph.search.laws import LAWS, Meaning, meaning
 from mugraph.search.library import Attention, contraction
-from mugraph.search.partition import Choice, Partition, partition
-from mugraph.search.pieces import is_free, pieces
+from mugraph.search.partition import Choice, Partition
+from mugraph.search.pieces import is_free, joints, pieces
 from mugraph.search.report import CandidateReport, KernelCost, SearchReport, StopReason, StructureReport
 from mugraph.search.space import SearchSpace
 
@@ -91,6 +92,7 @@ def search(
     beats them by the model, they are it.  Same program, same space, same result, whatever names are used.
     """
     space, on = space or SearchSpace(), on or device()
+    program = program if space.ahead else program.without_constants()
     watch = Watch(budget_seconds)
 
     def stop() -> bool:
@@ -122,11 +124,11 @@ def search(
         watch.lap("verification")
     notes = widened + [
         f"{e.targets[0].name} is outside the calculus and runs as a library call"
-        for e in task.boundaries
-        if not is_free(e)
+        for e in (task.called(best.plan) if best.plan else ())
     ]
     if not best.plan:
         notes.append("nothing beats the program as it stands: it runs as library calls")
+    notes += _kept(best.graph)
     ranges = _ranges(structures)
     report = _report(task, space, solved, watch, best, ranges, notes)
     return Found(best.graph, best.accepted, report, ranges)
@@ -139,9 +141,9 @@ class _Solved:
     symbolic: int
     problem: Problem
     run: Partition
+    fixed: Fixed
     plans: list[list[Choice]]
     base_seconds: float
-    outside_seconds: float
     fits: bool
 
 
@@ -181,21 +183,46 @@ class _Task:
         outside = {self.here.names[e.targets[0].name] for e in self.known.boundaries}
         return tuple(e for e in self.cut.equations if e.targets[0].name in outside)
 
+    def called(self, plan: Sequence[Choice]) -> list[Equation]:
+        """What runs as library calls beside the plan's launches."""
+        _, wanted = _targets(self.here, self.known, self.seeds)
+        made = {t for c in plan if c.derivations for r in c.roots for t in wanted.get(r, ())}
+        joined = joints(self.boundaries, made, (o.value for o in self.program.outputs))
+        return [e for e in self.boundaries if not is_free(e) and e.targets[0].name not in joined]
+
     def solve(self, symbolic: int) -> _Solved:
         """All plans where every symbolic dimension has this size, clipped to its range."""
-        space = self.space.but(symbolic=symbolic)
+        states = self.space.states if symbolic == self.space.symbolic else max(1, self.space.states // OTHERS)
+        space = self.space.but(symbolic=symbolic, states=states)
         problem = _problem(self.here.program, self.closure, self.seeds, space, self.on)
         targets, _ = _targets(self.here, self.known, self.seeds)
-        plans, run = partition(problem, space, targets, self.stop)
+        fixed = self.fixed(problem, targets)
+        plans, run = partition_with_ahead(problem, fixed, space, targets, self.stop)
         return _Solved(
             symbolic,
             problem,
             run,
+            fixed,
             plans,
             _equations_seconds(self.program.equations, self.program, symbolic, problem),
-            _equations_seconds(self.boundaries, self.cut, symbolic, problem),
             all(may_be_materialised(problem, self.seeds[n]) for n in _computed(self.here.program, self.known)),
         )
+
+    def is_fixed(self, e: Equation) -> bool:
+        """Whether the equation works on constant inputs alone."""
+        return bool(self.cut.fixed().get(e.targets[0].name))
+
+    def fixed(self, problem: Problem, targets: tuple[tuple[int, ...], ...]) -> Fixed:
+        """What depends on constant inputs alone; what must be in memory anyway is not folded."""
+        program, forced = self.here.program, {t for group in targets for t in group}
+        lasting, inside = self.cut.fixed(), {self.seeds[n] for n in self.space.inside}
+        constants = {n: t for n, t in program.tensors().items() if lasting.get(self.here.names[n])}
+        outputs = {self.seeds[o.value] for o in program.outputs}
+
+        def foldable(c: int) -> bool:
+            return c not in forced | inside and c not in problem.scaled and may_be_materialised(problem, c)
+
+        return fixed_classes(problem, constants, program.axes(), outputs, foldable)
 
     def choose(self, at: _Solved, known: Sequence[Structure] = ()) -> _Chosen:
         """The cheapest plan that `accept` takes; one of a structure in `known` is that one."""
@@ -216,9 +243,11 @@ class _Task:
         best: _Chosen | None = None
         refused = 0
         for plan in at.plans:
-            seconds = at.outside_seconds + sum(c.prediction.seconds for c in plan)
-            text = structure(plan, self.here.axes)
-            kernels = sum(not isinstance(c.how, Edge | Attention) for c in plan)
+            seconds = sum(c.prediction.seconds for c in at.fixed.calls(plan))
+            called = [e for e in self.called(plan) if not self.is_fixed(e)]
+            seconds += _equations_seconds(called, self.cut, at.symbolic, at.problem)
+            text = structure(plan, self.here.axes, at.fixed)
+            kernels = sum(bool(c.derivations) for c in at.fixed.calls(plan))
             if kernels > self.space.kernels:
                 tried.append(CandidateReport(text, seconds, f"has {kernels} kernels"))
             elif best is not None or (at.fits and seconds > at.base_seconds):
@@ -252,7 +281,21 @@ class _Task:
         return best
 
 
+def _kept(graph: KernelGraph) -> list[str]:
+    """What the user should know of values that are kept between calls."""
+    parts = graph.divided()
+    if parts is None:
+        return []
+    first, _ = parts
+    made, read = " and ".join(o.value for o in first.outputs), ", ".join(i.name for i in first.inputs)
+    return [
+        f"{made} is computed once from {read} and kept: again after a write that PyTorch counts, not after one through "
+        ".data; SearchSpace(ahead=False) keeps nothing"
+    ]
+
+
 LIBRARY = "the program as library calls"
+OTHERS = 2  # a further size gets that part of the budget of states
 
 
 def _other_sizes(program: Program, space: SearchSpace) -> list[int]:
@@ -525,17 +568,22 @@ def _equations_seconds(equations: Sequence[Equation], program: Program, symbolic
     return seconds
 
 
-def _floor(program: Program, plan: list[Choice], p: Problem) -> float:
+def _floor(program: Program, plan: list[Choice], p: Problem, fixed: Fixed) -> float:
     """Inputs (of those that are only sliced or looked up, what is taken) and outputs moved once, or the contractions'
-    operations (the source's or the plan's, whichever are fewer) at the sheet rate."""
+    operations (the source's or the plan's, whichever are fewer) at the sheet rate.  Where work is done ahead, what
+    each call reads of the constants and their results."""
     tensors = program.tensors()
+    calls = fixed.calls(plan)
     moved = _bytes(p.sizes, [tensors[o.value] for o in program.outputs])
-    moved += sum(_least_read(program, i.name, tensors, p.sizes) for i in program.inputs)
+    constant = program.fixed() if len(calls) < len(plan) else {}
+    moved += sum(_least_read(program, i.name, tensors, p.sizes) for i in program.inputs if not constant.get(i.name))
+    if len(calls) < len(plan):
+        moved += sum(p.bytes(c) for c in loaded(p, calls) & fixed.known)
     source = 0.0
     for e in program.equations:
         if isinstance(e.op, Contract):
             source += _operations(p.sizes, e.op, {a.name for n in (*e.args, e.target.name) for a in tensors[n].axes})
-    planned = sum(c.prediction.flops for c in plan) if plan else source
+    planned = sum(c.prediction.flops for c in calls) if plan else source
     # an 8-bit input may be multiplied at the rate of 8 bits
     dtypes = [p.dtype] + [i.tensor.dtype for i in program.inputs if i.tensor.dtype.is_float or i.tensor.dtype.bits == 8]
     fastest = max(dtypes, key=p.device.matmul_rate)
@@ -555,8 +603,10 @@ def _least_read(program: Program, name: str, tensors: Mapping[str, Tensor], size
     return min(parts, whole)
 
 
-def structure(plan: list[Choice], axes: Mapping[str, Axis]) -> str:
-    """One line: what each launch computes and how it is cut."""
+def structure(plan: Sequence[Choice], axes: Mapping[str, Axis], fixed: Fixed | None = None) -> str:
+    """One line: what each launch computes and how it is cut; what is done ahead comes first."""
+    if fixed and (before := fixed.launches(plan)):
+        return f"ahead: {structure(before, axes)}; each call: {structure(fixed.calls(plan), axes)}"
     texts = []
 
     def named(chosen: tuple[str, ...]) -> str:
@@ -603,10 +653,14 @@ def _report(
         stop = StopReason("EntryLimit", space.entries)
     elif any(at.problem.truncated for at in solved):
         stop = StopReason("StateLimit", space.states)
-    kernels = tuple(
-        KernelCost(structure([c], axes), c.prediction.seconds, c.prediction.bound, dict(c.prediction.terms))
-        for c in best.plan
-    )
+
+    def costs(plan: Sequence[Choice]) -> tuple[KernelCost, ...]:
+        return tuple(
+            KernelCost(structure([c], axes), c.prediction.seconds, c.prediction.bound, dict(c.prediction.terms))
+            for c in plan
+        )
+
+    fixed = solved[0].fixed
     return SearchReport(
         program=task.program.name,
         device=task.on.label,
@@ -624,11 +678,12 @@ def _report(
         verified=len(ranges),
         refused=best.refused,
         seeds=("source", *space.laws),
-        kernels=kernels,
+        kernels=costs(fixed.calls(best.plan)),
+        ahead=costs(fixed.launches(best.plan)),
         candidates=tuple(best.tried),
         structures=tuple(StructureReport(s.low, s.high, s.at, s.text, s.seconds) for s in ranges),
         predicted_seconds=best.seconds,
-        floor_seconds=_floor(task.here.program, best.plan, problem),
+        floor_seconds=_floor(task.here.program, best.plan, problem, fixed),
         notes=tuple(notes),
         seconds=watch.phases,
     )

@@ -30,10 +30,10 @@ from mugraph.search.extract import (
     Survey,
     work_of,
 )  # fmt: skip
-from mugraph.search.library import LibraryCall, library_calls, operands
+from mugraph.search.library import Attention, LibraryCall, library_calls, operands
 from mugraph.search.space import SearchSpace
 
-KEPT = 6  # derivations per kernel that the full model ranks
+KEPT = 4  # derivations per kernel that the full model ranks
 WHOLE = 128  # a shorter axis is whole in the tile at first
 SPLIT_MARGIN = 1.15  # the model is no surer than this, so a split must promise more for its second launch
 MATMUL_TILE, ROW_TILE = 256, 4096  # the longest side of a tile, in a matmul and elsewhere
@@ -52,6 +52,17 @@ class Choice:
     prediction: Prediction
     needs: tuple[int, ...]
 
+    @property
+    def derivations(self) -> tuple[Derivation, ...]:
+        """Those of our own kernels."""
+        match self.how:
+            case Edge() | Attention():
+                return ()
+            case Derivation():
+                return (self.how,)
+            case several:
+                return several
+
 
 class Partition:
     def __init__(self, problem: Problem, space: SearchSpace, stop: Callable[[], bool] = lambda: False) -> None:
@@ -65,18 +76,21 @@ class Partition:
 
     # -- prices
 
-    def solve(self, roots: tuple[int, ...]) -> list[Choice]:
+    def solve(self, roots: tuple[int, ...], required: bool = False) -> list[Choice]:
         """The kernels for these roots, cheapest first (all that they need included in the order).  A single root gets
-        its price.  Empty if no kernel computes them."""
+        its price.  Empty if no kernel computes them, or if the budget is spent and they are not `required`."""
         if roots in self.choices:
             return self.choices[roots]
+        if self.spent() and not required:
+            self.p.truncated += 1
+            return []
         while True:
             found = self.library(roots) + self.kernels(roots)
             found.sort(key=self.rank)
             unpriced = [c for c in found[0].needs if c not in self.p.memory] if found else []
             for c in unpriced:
                 self.solve((c,))
-            if not unpriced or self.stop():
+            if not unpriced or self.stop() or self.spent():
                 break
         found = [f for f in found if all(self.p.memory.get(c, math.inf) < math.inf for c in f.needs)]
         self.choices[roots] = found
@@ -84,6 +98,10 @@ class Partition:
             self.p.memory[roots[0]] = self.total(found[0]) if found else math.inf
             self.p.bound.pop(roots[0], None)
         return found
+
+    def spent(self) -> bool:
+        """Whether the budget of states is used up: what is not priced by now stays inside kernels."""
+        return self.p.expanded > self.p.states
 
     def rank(self, choice: Choice) -> float:
         split = isinstance(choice.how, Derivation) and choice.how.roles.split is not None
@@ -131,7 +149,7 @@ class Partition:
         if roots not in self._alone:
             self._alone[roots] = self.best(self.derivations(roots, alone=True))
         found = list(self._alone[roots])
-        if found and min(map(self.rank, found)) <= self.least_seconds(roots):
+        if found and (self.spent() or min(map(self.rank, found)) <= self.least_seconds(roots)):
             return found
         if self.space.kernels > 1 or self.space.library:
             found += self.best([d for d in self.derivations(roots, alone=False) if self.needs(d)])
@@ -169,7 +187,7 @@ class Partition:
             for rank, n in enumerate(order):
                 if math.isinf(bounds[n]) or self.stop() or len(done) >= RUNS:
                     break
-                if found and self.p.expanded > self.p.states:
+                if found and self.spent():
                     self.p.truncated += 1
                     break
                 if bounds[n] >= upper:
@@ -384,9 +402,9 @@ def _plans(run: Partition, groups: tuple[tuple[int, ...], ...]) -> list[list[Cho
 
 def _ways(run: Partition, targets: tuple[int, ...]) -> list[list[Choice]]:
     """One kernel for all of them, or one launch for each."""
-    ways = [[c] for c in run.solve(targets)]
+    ways = [[c] for c in run.solve(targets, required=True)]
     if len(targets) > 1:
-        single = [run.solve((t,)) for t in targets]
+        single = [run.solve((t,), required=True) for t in targets]
         if all(single):
             ways.append([options[0] for options in single])
     return ways
@@ -430,7 +448,7 @@ def joined_up(run: Partition, plan: list[Choice], targets: tuple[int, ...]) -> l
     """The plan with two launches made one, as long as some pair makes it cheaper.  A price counts a value in full for
     each of its users, and knows nothing of what two kernels both load or compute: this step does."""
     improved = True
-    while improved and len(plan) > 1 and not run.stop():
+    while improved and len(plan) > 1 and not run.stop() and not run.spent():
         improved = False
         for a, b in itertools.combinations(plan, 2):
             joint = _joint(run, plan, a, b)

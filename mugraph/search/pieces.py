@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -100,6 +101,17 @@ def pieces(program: Program) -> Program:
 def is_free(e: Equation) -> bool:
     """Whether the equation only gives memory another shape, offset or strides."""
     return isinstance(e.op, Slice | Reshape | Rename | Transpose | Broadcast)
+
+
+def joints(equations: Sequence[Equation], made: Iterable[str], outputs: Iterable[str]) -> set[str]:
+    """Results of concatenations whose parts kernels make (`made`), for nothing else: the parts are stored in place."""
+    stored, results, found = set(made), set(outputs), set[str]()
+    uses = Counter(a for e in equations for a in e.args)
+    for e in equations:
+        if isinstance(e.op, Concat) and all(a in stored and a not in results and uses[a] == 1 for a in e.args):
+            found.add(e.target.name)
+            stored.add(e.target.name)
+    return found
 
 
 def _is_view(e: Equation, tensors: Mapping[str, Tensor]) -> bool:

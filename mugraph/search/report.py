@@ -64,7 +64,8 @@ class SearchReport:
     states              entry sets that the extraction expanded
     pruned              configurations and extractions cut, by reason
     seconds             wall time by phase (does not count in equality)
-    predicted_seconds   of the chosen plan, on the device named; floor_seconds: no kernel is faster
+    predicted_seconds   of each call of the chosen plan, on the device named; floor_seconds: no kernel is faster
+    ahead               what is done once, on constant inputs alone, and not counted in predicted_seconds
     """
 
     program: str
@@ -86,6 +87,7 @@ class SearchReport:
     floor_seconds: float
     notes: tuple[str, ...] = ()
     structures: tuple[StructureReport, ...] = ()
+    ahead: tuple[KernelCost, ...] = ()
     seconds: Mapping[str, float] = field(default_factory=dict, compare=False)
 
     @property
@@ -93,11 +95,21 @@ class SearchReport:
         return 100 * self.floor_seconds / self.predicted_seconds if self.predicted_seconds else 100.0
 
     @property
+    def ahead_seconds(self) -> float:
+        """What the work done ahead costs, once for each state of the constant inputs."""
+        return sum(k.seconds for k in self.ahead)
+
+    @property
     def total_seconds(self) -> float:
         return sum(self.seconds.values())
 
     def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "stop": str(self.stop), "percent_of_floor": self.percent_of_floor}
+        return {
+            **asdict(self),
+            "stop": str(self.stop),
+            "percent_of_floor": self.percent_of_floor,
+            "ahead_seconds": self.ahead_seconds,
+        }
 
     def __str__(self) -> str:
         edges = ", ".join(f"{n} {rule}" for rule, n in sorted(self.edges.items()))
@@ -112,6 +124,9 @@ class SearchReport:
             f"{self.percent_of_floor:.0f} % of floor ({1e6 * self.floor_seconds:.1f} µs)",
         ]
         lines += [f"    {k.name}: {1e6 * k.seconds:.1f} µs, bound by {k.bound}" for k in self.kernels]
+        if self.ahead:
+            lines.append(f"  ahead, once while the constants stay as they are: {1e6 * self.ahead_seconds:.1f} µs")
+            lines += [f"    {k.name}: {1e6 * k.seconds:.1f} µs, bound by {k.bound}" for k in self.ahead]
         lines += [f"  {c.verdict}: {1e6 * c.seconds:.1f} µs  {c.structure}" for c in self.candidates]
         if len(self.structures) > 1:
             lines += [f"  {s}" for s in self.structures]

@@ -26,6 +26,7 @@ class SearchSpace:
     grid          the axes that kernels are cut over (those that all roots of a kernel have); None: any
     loops         the axes that passes may loop over; None: any
     tiles         fixed tile sizes, as (axis, tile)
+    ahead         what constant inputs alone determine may be computed once, ahead of the calls
     inside        values that must not be materialised: they stay in a kernel
     nodes         budget of factors in the expressions of the closure
     entries       budget of classes looked at, over all assignments of roles of all kernels
@@ -41,14 +42,15 @@ class SearchSpace:
     beside: bool = True
     laws: tuple[str, ...] = tuple(LAWS)
     symbolic: int = 16
-    sizes: tuple[int, ...] = (1, 64, 256, 1024)
+    sizes: tuple[int, ...] = (1, 64, 256)
     grid: tuple[str, ...] | None = None
     loops: tuple[str, ...] | None = None
     tiles: tuple[tuple[str, int], ...] = ()
+    ahead: bool = True
     inside: tuple[str, ...] = ()
     nodes: int = 4_000
     entries: int = 1_000_000
-    states: int = 16_000
+    states: int = 32_000
     candidates: int = 0
     abstraction: AbstractionName = "closure"
 
@@ -88,4 +90,4 @@ def space_of(effort: Effort) -> SearchSpace:
         case "quick":
             return SearchSpace()
         case "full":
-            return SearchSpace(nodes=40_000, entries=10_000_000, states=160_000, candidates=20_000)
+            return SearchSpace(nodes=40_000, entries=10_000_000, states=320_000, candidates=20_000)

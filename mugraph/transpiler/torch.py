@@ -60,6 +60,7 @@ from mugraph.ir.ops import (
 from mugraph.ir.printer import program_lines
 from mugraph.ir.types import DType, Input, Tensor, promote
 from mugraph.transpiler.attention import ATTENTION, AttentionParts, attention_of
+from mugraph.transpiler.divided import OWN_NAMES, divided_text, kept_text
 from mugraph.transpiler.signature import bindings, shapes_text, size_text
 
 Layout = tuple[str, ...]
@@ -88,12 +89,9 @@ _METHODS = {
 _KEEPS_INTEGERS = ("max", "min", "abs", "relu", "round")
 _WIDENS_INTEGERS = ("add", "sub", "mul", "neg", "square")
 
-_NARROW = '''
-
-def narrow(x, dtype):
+_NARROW = '''def narrow(x, dtype):
     """An operand of a product: 16 bits on a GPU, where products add up in f32; f32 elsewhere."""
-    return x.to(dtype) if x.is_cuda else x.float()
-'''
+    return x.to(dtype) if x.is_cuda else x.float()'''
 
 
 @dataclass(frozen=True)
@@ -118,9 +116,23 @@ def emit(graph: Program | KernelGraph, name: str = "run") -> str:
     It takes tensors in the order of `graph.inputs` and returns a tensor, or a tuple where the graph has several
     outputs.  `out` (a tensor, or a tuple of as many) receives the results.  Shapes are not checked.
 
+    Work that a μGraph does ahead is in a function `ahead` of its constant inputs, whose results are kept (`kept.py`).
+
     Raises UnsupportedOpError for an input with packed storage, GraphError where the inputs do not determine a size.
     """
-    return _Emitter(graph, name).file()
+    parts = graph.divided() if isinstance(graph, KernelGraph) else None
+    if parts is None:
+        emitters, wrapper, imports = [_Emitter(graph, name)], [], ""
+    else:
+        first, rest = emitters = [_Emitter(part, n) for part, n in zip(parts, ("ahead", "rest"), strict=True)]
+        given = [p for p, i in zip(rest.parameters.values(), parts[1].inputs, strict=True) if i in graph.inputs]
+        kept = list(rest.parameters.values())[len(given) :]
+        wrapper = divided_text(name, given, [rest.parameters[i] for i in first.parameters], kept)
+        imports = kept_text()[0] + "\n\n"
+    functions = [e.function() for e in emitters]
+    helper = [_NARROW] if any("narrow(" in f for f in functions) else []
+    head = f'"""{_plain(graph.name)} as a PyTorch function, emitted by mugraph."""\n\n{imports}import torch'
+    return "\n\n\n".join([head, *helper, *functions, *wrapper]) + "\n"
 
 
 class _Emitter:
@@ -134,6 +146,7 @@ class _Emitter:
         self.part: str | None = None  # in a combine, the axis that counts the parts: there is one, so no value has it
         self.lines: list[str] = []
         self.taken = {"torch", "out", "narrow", "results", name}
+        self.taken |= set(OWN_NAMES) if name in OWN_NAMES else set()
         self.parameters = {i.name: self.fresh(i.name) for i in graph.inputs}
         self.dims: dict[Dim, str] = {}
         self.sizes: dict[str, Size] = {a.name: a.size for a in graph.axes().values()}
@@ -143,9 +156,9 @@ class _Emitter:
         self.comments = {id(node): line.text.strip() for line in program_lines(graph) for node in line.nodes}
         self.device = f"{next(iter(self.parameters.values()))}.device" if graph.inputs else '"cpu"'
 
-    # -- the file ------------------------------------------------------------------------------------------------
+    # -- the function ---------------------------------------------------------------------------------------------
 
-    def file(self) -> str:
+    def function(self) -> str:
         values = {i.name: self.parameter(i) for i in self.graph.inputs}
         self.equations(self.graph.equations, values, self.graph.tensors())
         self.lines += self.returned(values)
@@ -158,12 +171,7 @@ class _Emitter:
             listed = "".join(f"    {p},\n" for p in [*self.parameters.values(), "*", "out=None"])
             signature = f"def {self.name}(\n{listed}):"
         text = "\n".join(f"    {line}".rstrip() for line in body)
-        helper = _NARROW if "narrow(" in text else ""
-        return (
-            f'"""{_plain(self.graph.name)} as a PyTorch function, emitted by mugraph."""\n\n'
-            f"import torch\n{helper}\n\n{signature}\n"
-            f'    """{inputs} -> {outputs}"""\n{text}\n'
-        )
+        return f'{signature}\n    """{inputs} -> {outputs}"""\n{text}'
 
     def parameter(self, i: Input) -> Value:
         """The input with one dimension per axis: size-1 dimensions squeezed, products of axes unflattened."""

@@ -52,9 +52,9 @@ from mugraph.ir.ops import (
 )  # fmt: skip
 from mugraph.ir.types import DType, Input, Output, Storage, Tensor
 from mugraph.transpiler import torch as torch_code
+from mugraph.transpiler.divided import OWN_NAMES, WIDTH, call_lines, divided_text, kept_text
 from mugraph.transpiler.signature import bindings, size_text
 
-WIDTH = 120
 TL = {
     DType.f64: "tl.float64", DType.f32: "tl.float32", DType.bf16: "tl.bfloat16", DType.f16: "tl.float16",
     DType.f8e4m3: "tl.float8e4nv", DType.f8e5m2: "tl.float8e5", DType.i64: "tl.int64", DType.i32: "tl.int32",
@@ -98,6 +98,7 @@ def round_even(x):
 }
 RESERVED = {
     *HELPERS,
+    *OWN_NAMES,
     "tl",
     "torch",
     "triton",
@@ -116,27 +117,43 @@ RESERVED = {
 
 def emit(plan: Plan) -> str:
     """The plan as a Python file.  Raises UnsupportedOpError, naming the operator, where there is no Triton for it."""
-    beside = {launch.name for c in plan.calls if isinstance(c, Beside) for launch in c.launches}
-    kernels = {launch.name: _Kernel(launch, plan, launch.name in beside) for launch in plan.launches()}
-    groups = {c.name: _Group(c, kernels) for c in plan.calls if isinstance(c, Beside)}
-    texts = [k.text() for k in kernels.values()] + [g.text() for g in groups.values()]
-    functions: dict[str, str] = {}
-    for call in plan.calls:
-        if isinstance(call, Torch):
-            name = f"{re.sub(r'[^0-9A-Za-z_]', '_', plan.name)}_torch_{len(functions)}"
-            functions[call.equation.target.name] = name
-            texts.append(_torch_function(call.equation, plan, name))
-    parts = [_header(plan, texts), *texts, _run(plan, kernels, groups, functions), _signatures(kernels, groups)]
+    kernels: dict[str, _Kernel] = {}
+    groups: dict[str, _Group] = {}
+    texts: list[str] = []
+    runs: list[str] = []
+    for part, name in ((plan.ahead, "ahead"), (plan, "rest" if plan.ahead else "run")):
+        if part is None:
+            continue
+        beside = {launch.name for c in part.calls if isinstance(c, Beside) for launch in c.launches}
+        own = {launch.name: _Kernel(launch, part, launch.name in beside) for launch in part.launches()}
+        together = {c.name: _Group(c, own) for c in part.calls if isinstance(c, Beside)}
+        texts += [k.text() for k in own.values()] + [g.text() for g in together.values()]
+        functions: dict[str, str] = {}
+        for call in part.calls:
+            if isinstance(call, Torch):
+                function = f"{re.sub(r'[^0-9A-Za-z_]', '_', part.name)}_torch_{len(functions)}"
+                functions[call.equation.target.name] = function
+                texts.append(_torch_function(call.equation, part, function))
+        runs.append(_run(part, own, together, functions, name))
+        kernels |= own
+        groups |= together
+    if plan.ahead:
+        runs += divided_text("run", [_python(n) for n in plan.parameters], *_names_of(plan.ahead))
+    parts = [_header(plan, texts), *texts, *runs, _signatures(kernels, groups)]
     return "\n\n\n".join(p for p in parts if p) + "\n"
+
+
+def _names_of(plan: Plan) -> tuple[list[str], list[str]]:
+    return [_python(n) for n in plan.inputs], [_python(n) for n in plan.outputs]
 
 
 def _header(plan: Plan, functions: list[str]) -> str:
     kernels = [f for f in functions if f.startswith("@triton.jit")]
     what = "with Triton kernels" if kernels else "with torch"
     lines = [f'"""{plan.name} {what}.', ""]
-    lines += [f"from {plan.buffer(n).tensor}" for n in plan.inputs]
+    lines += [f"from {plan.buffer(n).tensor}" for n in plan.parameters]
     lines += [f"to {plan.buffer(n).tensor}" for n in plan.outputs]
-    lines += ['"""', "", "import torch"]
+    lines += ['"""', "", *([kept_text()[0], ""] if plan.ahead else []), "import torch"]
     if kernels:
         lines += ["import triton", "import triton.language as tl"]
     if any(word in k for k in kernels for word in ("LOG2E", "tanh(", "gelu_tanh(")):
@@ -167,17 +184,6 @@ class _Namer:
             self.taken.add(name)
             self.names[key] = name
         return self.names[key]
-
-
-def _call(head: str, args: Sequence[str], tail: str, indent: str) -> list[str]:
-    """`head(args)tail`, broken over lines as formatters do."""
-    one = f"{indent}{head}({', '.join(args)}){tail}"
-    if len(one) <= WIDTH:
-        return [one]
-    inner = f"{indent}    {', '.join(args)}"
-    if len(inner) <= WIDTH:
-        return [f"{indent}{head}(", inner, f"{indent}){tail}"]
-    return [f"{indent}{head}(", *(f"{indent}    {a}," for a in args), f"{indent}){tail}"]
 
 
 def _literal(value: Fraction) -> str:
@@ -368,7 +374,7 @@ class _Kernel:
         self.lines.append(line + (f"  # {note}" if note else ""))
 
     def put_call(self, head: str, args: Sequence[str], tail: str = "", note: str = "") -> None:
-        lines = _call(head, args, tail, self.indent)
+        lines = call_lines(head, args, tail, self.indent)
         if len(lines) == 1:
             self.put(lines[0].strip(), note)
         else:
@@ -670,7 +676,8 @@ class _Kernel:
         own = self.axes_of(w.value)
         want = self.lanes_of(own)
         axes = [a.name for a in buffer.axes]
-        index = [(a, Index(a)) for a in axes if w.kind != "partial" or a != axes[0]]
+        places = w.index or tuple(map(Index, axes))
+        index = [(a, i) for a, i in zip(axes, places, strict=True) if w.kind != "partial" or a != axes[0]]
         fixed, moving = self.terms(w.target, index, want)
         if w.kind == "partial":
             moving.append(f"part * {self.stride(w.target, axes[0])}")
@@ -955,7 +962,7 @@ class _Kernel:
     def text(self) -> str:
         fixed = ", ".join(f'"{n}"' for n in self.symbolic())
         lines = [f"@triton.jit(do_not_specialize=[{fixed}])" if fixed else "@triton.jit"]
-        lines += _call(f"def {self.fn}", [*(["pid"] if self.beside else []), *self.parameters()], ":", "")
+        lines += call_lines(f"def {self.fn}", [*(["pid"] if self.beside else []), *self.parameters()], ":", "")
         lines.append(f'    """{self.summary()}"""')
         body = "\n".join(self.lines).strip("\n").splitlines()
         return "\n".join(lines + (body if body else ["    pass"]))
@@ -1048,7 +1055,7 @@ class _Group:
         lines = [f"@triton.jit(do_not_specialize=[{fixed}])"]
         names = [f"{n}{note}" for n, (note, _, _) in self.parameters.items() if not note]
         names += self.counts[:-1] + [f"{n}{note}" for n, (note, _, _) in self.parameters.items() if note]
-        lines += _call(f"def {self.fn}", names, ":", "")
+        lines += call_lines(f"def {self.fn}", names, ":", "")
         lines += [f'    """The blocks of {", ".join(k.fn for k in self.kernels)}, one after the other."""']
         lines += ["    pid = tl.program_id(0)"]
         for i, k in enumerate(self.kernels):
@@ -1057,7 +1064,7 @@ class _Group:
             last = i == len(self.kernels) - 1
             lines.append("    else:" if last else f"    {'if' if i == 0 else 'elif'} pid < {here}:")
             start = f"pid - {_paren(before)}" if before else "pid"
-            lines += _call(k.fn, [start, *self.calls[i]], "", "        ")
+            lines += call_lines(k.fn, [start, *self.calls[i]], "", "        ")
         return "\n".join(lines)
 
     def grid(self) -> str:
@@ -1068,7 +1075,7 @@ class _Group:
         args = [a for note, a, _ in self.parameters.values() if not note] + self.counts[:-1]
         args += [f"{n}={a}" for n, (note, a, _) in self.parameters.items() if note]
         args += [f"num_warps={self.num_warps}", f"num_stages={self.num_stages}"]
-        return lines + _call(f"{self.fn}[({self.grid()},)]", args, "", "    ")
+        return lines + call_lines(f"{self.fn}[({self.grid()},)]", args, "", "    ")
 
     def signature(self) -> list[tuple[str, str]]:
         plain = [(n, t) for n, (note, _, t) in self.parameters.items() if not note]
@@ -1126,10 +1133,12 @@ def _size_text(size: Size) -> str:
     return f"({text})" if " " in text else text
 
 
-def _run(plan: Plan, kernels: Mapping[str, _Kernel], groups: Mapping[str, _Group], functions: Mapping[str, str]) -> str:
+def _run(
+    plan: Plan, kernels: Mapping[str, _Kernel], groups: Mapping[str, _Group], functions: Mapping[str, str], name: str
+) -> str:
     inputs = [_python(n) for n in plan.inputs]
     result = ", ".join(map(_python, plan.outputs))
-    lines = _call("def run", [*inputs, "*", "out=None"], ":", "")
+    lines = call_lines(f"def {name}", [*inputs, "*", "out=None"], ":", "")
     what = result if len(plan.outputs) == 1 else "The outputs in order"
     lines.append(f'    """{what}, written into `out` if given."""')
     lines += _sizes(plan)
@@ -1138,13 +1147,13 @@ def _run(plan: Plan, kernels: Mapping[str, _Kernel], groups: Mapping[str, _Group
         match call:
             case Launch(name):
                 k = kernels[name]
-                lines += _call(f"{k.fn}[({k.grid()},)]", k.arguments(), "", "    ")
+                lines += call_lines(f"{k.fn}[({k.grid()},)]", k.arguments(), "", "    ")
             case Beside(name):
                 lines += groups[name].launch()
             case Torch(equation):
                 targets = ", ".join(_python(t.name) for t in equation.targets)
                 args = [_python(a) for a in equation.args]
-                lines += _call(f"{targets} = {functions[equation.target.name]}", args, "", "    ")
+                lines += call_lines(f"{targets} = {functions[equation.target.name]}", args, "", "    ")
     made = _made_by_torch(plan)
     for i, name in enumerate(plan.outputs):
         if name in made:
@@ -1162,7 +1171,7 @@ def _allocations(plan: Plan) -> list[str]:
 
     def allocated(b: Buffer, indent: str) -> list[str]:
         args = [_shape(b.tensor), f"dtype={TORCH[b.tensor.dtype]}", f"device={device}"]
-        return _call(f"{_python(b.tensor.name)} = torch.empty", args, "", indent)
+        return call_lines(f"{_python(b.tensor.name)} = torch.empty", args, "", indent)
 
     outputs = [plan.buffer(name) for name in plan.outputs]
     fresh = [(i, b) for i, b in enumerate(outputs) if b.tensor.name not in made]
