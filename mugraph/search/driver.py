@@ -139,9 +139,7 @@ def search(
         except Unbuildable as error:
             tried.append(CandidateReport(structure(plan, here.axes), seconds, f"passed over: {error}"))
     outsiders = [] if best is None else called(best[3])
-    notes = widened + [
-        f"{e.targets[0].name} is outside the calculus and runs as a library call" for e in outsiders
-    ]
+    notes = widened + [f"{e.targets[0].name} is outside the calculus and runs as a library call" for e in outsiders]
     if best is None:
         graph = baseline(program)
         best = (graph, accept(graph), base_seconds, [])

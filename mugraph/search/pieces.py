@@ -83,6 +83,12 @@ class Stuck(Exception):
         super().__init__()
         self.equation = equation
 
+    def result(self) -> str:
+        """The first result of the equation that is stuck."""
+        if self.equation is None:
+            raise self
+        return self.equation.targets[0].name
+
 
 def pieces(program: Program) -> Program:
     """The program over cells, with views of inputs only; the program itself where there is nothing to cut."""
@@ -93,8 +99,7 @@ def pieces(program: Program) -> Program:
         try:
             return _Pieces(program, frozenset(outside)).run()
         except Stuck as stuck:
-            assert stuck.equation is not None
-            outside.add(stuck.equation.targets[0].name)
+            outside.add(stuck.result())
 
 
 def is_free(e: Equation) -> bool:
@@ -354,7 +359,9 @@ class _Pieces:
         if not cut:
             found = self.piece(own.name, demand)
             if target is not None and found != target.name:
-                found = self.emit(e, Transpose(), [found], own.name, target)
+                last = next((x for x in self.equations if x.targets[0].name == found and is_free(x)), None)
+                op, args = (last.op, last.args) if last else (Transpose(), (found,))
+                found = self.emit(e, op, args, own.name, target)
             return found
         axis, parts, along = cut[0], list[str](), list[str]()
         for region in self.cells(axis, self.cuts[own.name][axis.name]):
