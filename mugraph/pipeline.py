@@ -277,12 +277,13 @@ def optimize(
     check(program)
     chosen = parse_target(target)
     space = space or space_of(settings.effort.get())
+    program = program if space.ahead else program.without_constants()
     budget = settings.budget_seconds.get(budget_seconds)
     number = settings.seed.get(seed)
     store = cache or Cache()
     key = key_of(
         f"{canonical_text(program)}\n{program}",
-        {"space": str(space), "delta": delta, "seed": number, "device": _device_name(chosen)},
+        {"space": str(space), "delta": delta, "seed": number, "device": device(_device_name(chosen)).digest},
         str(chosen),
         dict(_versions()),
     )
@@ -351,7 +352,7 @@ def _optimized(
             found = search(
                 program,
                 accept=accept,
-                space=space,
+                space=space.but(sizes=()),  # one structure serves all sizes: the one for `symbolic`
                 on=device(_device_name(target)),
                 budget_seconds=budget,
                 interrupted=interrupted,
@@ -397,7 +398,7 @@ def unsearched(program: Program, target: Target, why: str) -> SearchReport:
     is predicted for it (0)."""
     return SearchReport(
         program=program.name,
-        device=device(_device_name(target)).name,
+        device=device(_device_name(target)).label,
         space="none",
         stop=StopReason("Unsearchable"),
         classes=0,

@@ -163,6 +163,7 @@ debug_dir: Setting[Path | None] = Setting(
     "debug_dir", "MUGRAPH_DEBUG_DIR", lambda: None, _path, "a directory", "where every stage leaves its graph"
 )
 interpret = _switch("interpret", False, "run emitted kernels under the Triton interpreter")
+calibration = _switch("calibration", True, "predict with what `mugraph calibrate` measured, where it did")
 no_color: Setting[bool] = Setting(
     "no_color", "NO_COLOR", lambda: False, _presence, "any text", "write plain text on terminals"
 )
@@ -183,6 +184,7 @@ SETTINGS: tuple[Setting[object], ...] = cast(
         seed,
         debug_dir,
         interpret,
+        calibration,
         no_color,
     ),
 )

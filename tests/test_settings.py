@@ -45,6 +45,7 @@ GOOD = [
     (settings.seed, "7", 7),
     (settings.debug_dir, "debug", Path("debug")),
     (settings.interpret, "1", True),
+    (settings.calibration, "no", False),
     (settings.no_color, "0", True),
 ]
 

@@ -20,6 +20,7 @@ from mugraph.codegen.passes import Names, Observer, names_of, prepare, refuse
 from mugraph.codegen.plan import (
     Accumulate,
     Action,
+    Beside,
     Buffer,
     Compute,
     Extent,
@@ -91,6 +92,13 @@ def lower(verified: Verified, options: Options | None = None, observer: Observer
 def plan_graph(graph: KernelGraph, options: Options | None = None, observer: Observer | None = None) -> Plan:
     """The plan of a μGraph.  What calls this answers for the graph's being right; `lower` takes verified ones only."""
     options = options or Options()
+    if parts := graph.divided():
+        first, rest = (_plan(part, options, observer) for part in parts)
+        return replace(rest, ahead=first)
+    return _plan(graph, options, observer)
+
+
+def _plan(graph: KernelGraph, options: Options, observer: Observer | None) -> Plan:
     inputs = tuple(i.name for i in graph.inputs)
     outputs = tuple(o.value for o in graph.outputs)
     for i in graph.inputs:
@@ -107,7 +115,7 @@ def plan_graph(graph: KernelGraph, options: Options | None = None, observer: Obs
     views = kernel_level_views(graph, parts)
     resolved = joints | _only_loaded(graph, views, joints) - set(parts)
     equations = [e for e in graph.equations if e.targets[0].name not in resolved]
-    calls: list[Launch | Torch] = []
+    calls: list[Launch | Beside | Torch] = []
     for t in (everything[name] for e in graph.equations for name in (t.name for t in e.targets)):
         if t.name not in parts and (t.name not in resolved or t.name in joints):
             buffers[t.name] = Buffer(t, "output" if t.name in outputs else "global")

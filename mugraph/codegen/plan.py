@@ -206,6 +206,19 @@ class Launch:
 
 
 @dataclass(frozen=True)
+class Beside:
+    """Launches that do not depend on each other, run as one: the program ids of the first, then of the second, ..."""
+
+    name: str
+    launches: tuple[Launch, ...]
+
+    def __str__(self) -> str:
+        return "\n".join(
+            [f"one launch {self.name} of", *(f"  {line}" for x in self.launches for line in str(x).splitlines())]
+        )
+
+
+@dataclass(frozen=True)
 class Torch:
     """Kernel-level equations that run as calls of torch: a library call's semantics, or a plain equation."""
 
@@ -229,22 +242,40 @@ class Buffer:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that a call of the program does, in order."""
+    """Everything that a call of the program does, in order.  `ahead`: what is done once, on constant inputs alone; its
+    outputs are the last inputs of this plan."""
 
     name: str
     buffers: tuple[Buffer, ...]
-    calls: tuple[Launch | Torch, ...]
+    calls: tuple[Launch | Beside | Torch, ...]
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
+    ahead: Plan | None = None
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """What the caller gives."""
+        return self.inputs[: len(self.inputs) - len(self.ahead.outputs)] if self.ahead else self.inputs
 
     def buffer(self, name: str) -> Buffer:
         return next(b for b in self.buffers if b.tensor.name == name)
 
     def launches(self) -> tuple[Launch, ...]:
-        return tuple(c for c in self.calls if isinstance(c, Launch))
+        """All launches, also those that run beside others."""
+        found: list[Launch] = []
+        for c in self.calls:
+            match c:
+                case Launch():
+                    found.append(c)
+                case Beside(_, launches):
+                    found += launches
+                case Torch():
+                    pass
+        return tuple(found)
 
     def __str__(self) -> str:
-        lines = [f"plan {self.name}({', '.join(self.inputs)}) -> {', '.join(self.outputs)}"]
+        lines = [f"ahead {self.ahead}"] if self.ahead else []
+        lines += [f"plan {self.name}({', '.join(self.inputs)}) -> {', '.join(self.outputs)}"]
         lines += [f"  {b}" for b in self.buffers]
         lines += [f"  {line}" for c in self.calls for line in str(c).splitlines()]
         return "\n".join(lines)

@@ -86,7 +86,8 @@ bool_ = ElementType(DType.bool)
 
 
 def constant(spec: TensorSpec) -> TensorSpec:
-    """Marks an argument as a weight: it may be combined with other weights ahead of time."""
+    """Marks an argument as a weight: what weights alone determine may be computed once, ahead of the calls, and again
+    after a write that PyTorch counts (not one through `.data` or NumPy) or for another tensor."""
     return replace(_as_spec(spec, "constant"), constant=True)
 
 

@@ -14,14 +14,14 @@ maps of loads and stores (imap, fmap, omap) follow from the roles, so they are d
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from typing import Literal, Self
 
 from mugraph.errors import Location
 from mugraph.ir.axes import Axis, Dim, Size, dims_of
-from mugraph.ir.ops import Contract, Kernel, Op, Reduce
-from mugraph.ir.types import Input, Output, Tensor
+from mugraph.ir.ops import Broadcast, Contract, Kernel, Op, Reduce, Rename, Reshape, Slice, Transpose
+from mugraph.ir.types import Input, Output, Storage, Tensor
 
 
 @dataclass(frozen=True)
@@ -221,6 +221,34 @@ class Program:
     def kernels(self) -> tuple[Equation, ...]:
         return tuple(e for e in self.equations if isinstance(e.op, Kernel))
 
+    def without_constants(self) -> Self:
+        """The same with all inputs as arguments that may change from call to call."""
+        return replace(self, inputs=tuple(replace(i, constant=False) for i in self.inputs))
+
+    def fixed(self) -> dict[str, frozenset[str]]:
+        """Values that stay as they are while the constant inputs do, outputs excluded, with the constant inputs that
+        they are computed from (none, for literals and indices).  What has a symbolic size is fixed only if the shape of
+        such an input gives that size."""
+        overwritten = {o.alias_of for o in self.outputs}
+        constants = {i.name: i.tensor for i in self.inputs if i.constant and i.name not in overwritten}
+        results = {o.value for o in self.outputs}
+        found = {name: frozenset((name,)) for name in constants}
+        for e in self.equations if constants else ():
+            if any(a not in found for a in e.args) or any(t.name in results for t in e.targets):
+                continue
+            below = frozenset().union(*(found[a] for a in e.args))
+            given = {d for n in below for s in constants[n].shape for d in dims_of(s) if len(dims_of(s)) == 1}
+            if all(d in given for a in _axes_in((e.targets, e.op)) for d in dims_of(a.size)):
+                found |= dict.fromkeys((t.name for t in e.targets), below)
+        return found
+
+    def ahead(self) -> tuple[Equation, ...]:
+        """The equations that compute on constant inputs alone, views of them apart: their work can be done once, ahead
+        of the calls."""
+        fixed = self.fixed()
+        views = Reshape | Transpose | Broadcast | Slice | Rename
+        return tuple(e for e in self.equations if fixed.get(e.targets[0].name) and not isinstance(e.op, views))
+
     def __str__(self) -> str:
         from mugraph.ir.printer import program_text
 
@@ -235,6 +263,49 @@ class KernelGraph(Program):
     """A μGraph: kernel level here, block and thread level inside its `Kernel` operators."""
 
     __str__ = Program.__str__
+
+    def divided(self) -> tuple[KernelGraph, KernelGraph] | None:
+        """What is done ahead, as a graph of constant inputs, and the rest, which has the results of the first as its
+        last inputs.  None where there is nothing to do ahead."""
+        made = {t.name for e in self.ahead() for t in e.targets}
+        rest = _needed([e for e in self.equations if e.targets[0].name not in made], [o.value for o in self.outputs])
+        used = {a for e in rest for a in e.args}
+        tensors = self.tensors()
+        kept = [t for n, t in tensors.items() if n in made and n in used]
+        if not kept:
+            return None
+        first = _needed(self.equations, [t.name for t in kept])
+        read = {a for e in first for a in e.args}
+        inputs = tuple(i for i in self.inputs if i.name in read)
+        results = tuple(Output(t.name, Storage(t.dtype)) for t in kept)
+        given = tuple(Input(t, Storage(t.dtype)) for t in kept)
+        return (
+            KernelGraph(f"{self.name}_ahead", inputs, first, results),
+            KernelGraph(self.name, self.inputs + given, rest, self.outputs),
+        )
+
+
+def _needed(equations: Sequence[Equation], values: Iterable[str]) -> tuple[Equation, ...]:
+    """The equations that the values are computed by."""
+    wanted = set(values)
+    kept: list[Equation] = []
+    for e in reversed(equations):
+        if any(t.name in wanted for t in e.targets):
+            kept.append(e)
+            wanted.update(e.args)
+    return tuple(reversed(kept))
+
+
+def _axes_in(value: object) -> Iterator[Axis]:
+    """Every axis that is written in a part of a graph."""
+    if isinstance(value, Axis):
+        yield value
+    elif isinstance(value, tuple):
+        for x in value:
+            yield from _axes_in(x)
+    elif is_dataclass(value):
+        for f in fields(value):
+            yield from _axes_in(getattr(value, f.name))
 
 
 @dataclass(frozen=True)

@@ -273,6 +273,7 @@ class _Printer:
         self.put(f"{keyword} {self.names.program(program.name)}", program)
         scope = {a.name: a for a in reversed(list(kernel_level_axes(program)))}
         values = program.tensors()
+        ahead = {id(e) for e in program.ahead()} if isinstance(program, KernelGraph) else set()
         with self.indented():
             for d in {d.name: d for d in all_dims(program)}.values():
                 limits = "" if (d.min, d.max) == (1, MAX_SIZE) else f": {d.min}..{d.max}"
@@ -284,7 +285,7 @@ class _Printer:
                 words += [f"assume {json.dumps(a)}" for a in i.assumptions]
                 self.put(" ".join(words), i)
             for e in program.equations:
-                self.equation(e, scope)
+                self.equation(e, scope, "  # ahead" if id(e) in ahead else "")
             for o in program.outputs:
                 words = [f"output {self.names.value(o.value)}"]
                 words += self.storage(o.storage, values[o.value].dtype if o.value in values else None)
@@ -296,9 +297,9 @@ class _Printer:
             some = axes[start : start + _AXES_A_LINE]
             self.put("axes " + ", ".join(f"{self.names.axis(a.name)} = {self.size(a.size)}" for a in some), *some)
 
-    def equation(self, e: Equation, scope: Mapping[str, Axis]) -> None:
+    def equation(self, e: Equation, scope: Mapping[str, Axis], note: str = "") -> None:
         targets = ", ".join(map(self.typed, e.targets))
-        self.put(f"{targets} = {self.call(e)}", e)
+        self.put(f"{targets} = {self.call(e)}{note}", e)
         with self.indented():
             match e.op:
                 case Kernel(blocks):

@@ -113,8 +113,9 @@ def _distinct(args: tuple[Any, ...]) -> tuple[Any, ...]:
     def own(x: Any) -> Any:
         if not isinstance(x, torch.Tensor) or x.layout is not torch.strided:
             return x
-        fresh = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
-        return fresh.requires_grad_(x.requires_grad)
+        with torch.inference_mode(False):  # autograd, which torch.export runs, refuses tensors made in that mode
+            fresh = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
+            return fresh.requires_grad_(x.requires_grad)
 
     found: tuple[Any, ...] = pytree.tree_map(own, args)
     return found

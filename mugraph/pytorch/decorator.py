@@ -19,6 +19,7 @@ import types
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from mugraph import pipeline, settings
@@ -48,6 +49,7 @@ class Specialisation:
     """What runs for one signature: a captured program and its result, or the reason for a fallback.
 
     `live` gives for each weight of the program its place among the tensors that the guards list, or the tensor itself.
+    `folds` says that something is computed ahead from weights, which only pays while these stay as they are.
     """
 
     captured: Any
@@ -55,6 +57,10 @@ class Specialisation:
     reason: Exception | None
     live: tuple[Any, ...] = ()
     kept: list[object] = field(default_factory=list, repr=False)
+
+    @cached_property
+    def folds(self) -> bool:
+        return self.result is not None and bool(self.result.graph.ahead())
 
     @property
     def report(self) -> str:
@@ -190,6 +196,8 @@ class OptimizedFunction:
             return self.original(*args, **named)  # never slower: PyTorch's own way is what runs
         weights = [state.tensors[x] if isinstance(x, int) else x for x in chosen.live]
         inputs = [*(call.leaves[i] for i in chosen.captured.arguments), *weights]
+        if _wants_gradients(weights) and chosen.folds:
+            return self.original(*args, **named)  # the weights are about to change
         if _wants_gradients(inputs):
             if chosen.result.target.kind != "torch":
                 return self._outside("gradients through emitted kernels", _NO_GRAD, args, named)

@@ -26,6 +26,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import Literal, NamedTuple, Protocol, assert_never
 
 from mugraph.errors import SettingError
@@ -91,11 +92,9 @@ class BySize:
     def __init__(self, targets: Iterable[Value], sizes: Mapping[str, int]) -> None:
         self.expressions = Expressions(sizes)
         self._known: dict[Expression, bool] = {}
-        self.contexts: list[tuple[Monomial, ...]] | None = None
-        try:
+        self.contexts: list[Expression] | None = None
+        with suppress(TooLarge):  # then nothing is pruned
             self.contexts = self.expressions.contexts([self.expressions.of_value(t) for t in targets])
-        except TooLarge:
-            pass  # nothing is pruned
         self.largest = max(map(len, self.contexts), default=0) if self.contexts is not None else LARGEST
 
     def of(self, operator: Edge, operands: Sequence[Expression], axes: tuple[str, ...]) -> Expression | None:
@@ -177,10 +176,10 @@ class Expressions:
 
     def _inverse_of_atom(self, atom: int) -> Expression:
         match self.keys[atom]:
-            case ("inv", _, 1, (Expression_argument,)):
-                return Expression_argument  # type: ignore[return-value]
             case ("inv", _, int(size), ()):
                 return (Monomial(size, ()),)
+            case ("inv", _, _, (tuple(argument),)):
+                return argument
             case _:
                 return self._one(self.atom("inv", (), 1, (self._one(atom),)))
 

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
+from functools import reduce
 
 from mugraph.ir.axes import Axis, representative
 from mugraph.ir.graph import (
@@ -44,6 +45,7 @@ from mugraph.search import values as v
 from mugraph.search.closure import Closure, Edge
 from mugraph.search.extract import Derivation, Entry, is_leaf_edge
 from mugraph.search.extract import Step as Chosen
+from mugraph.search.library import ATTENTION, Attention
 from mugraph.search.partition import Choice
 from mugraph.search.pieces import is_free, joints
 from mugraph.search.values import Number
@@ -490,7 +492,7 @@ def build(context: Context, plan: Sequence[Choice], roots: Mapping[int, Sequence
     ready = {i.name for i in program.inputs}
     equations: list[Equation] = []
     waiting = list(context.boundaries)
-    made = {t for c in plan if not isinstance(c.how, Edge) for r in c.roots for t in roots.get(r, ())}
+    made = {t for c in plan if c.derivations for r in c.roots for t in roots.get(r, ())}
     joined = joints(context.boundaries, made, (o.value for o in program.outputs))
 
     def run_boundaries() -> None:
@@ -536,11 +538,15 @@ def launch_equation(context: Context, choice: Choice, targets: Mapping[int, Sequ
         args = tuple(source_name(context, x) for x in choice.how.children)
         op = Contract(context.axis_names(choice.how.axes))
         return library_equation(Equation(out, op, args), context.tensors)
-    block = tidied(BlockBuilder(context, choice.how, targets).build())
-    partial = {s.target for s in block.stores if s.kind == "partial"}
-    loads = block.all_loads() + (block.combine.all_loads() if block.combine else ())
+    if isinstance(choice.how, Attention):
+        return attention_equation(context, choice.how, out)
+    blocks = tuple(
+        tidied(BlockBuilder(context, d, {r: targets[r] for r in d.roots}).build()) for d in choice.derivations
+    )
+    partial = {s.target for b in blocks for s in b.stores if s.kind == "partial"}
+    loads = [ld for b in blocks for ld in b.all_loads() + (b.combine.all_loads() if b.combine else ())]
     args = tuple(dict.fromkeys(ld.source for ld in loads if ld.source not in partial))
-    return Equation(out, Kernel((block,)), args)
+    return Equation(out, Kernel(blocks), args)
 
 
 def source_name(context: Context, c: int) -> str:
@@ -550,6 +556,95 @@ def source_name(context: Context, c: int) -> str:
     if isinstance(leaf, v.Load):
         return context.alias(name, tuple(context.axes[a] for a, _ in leaf.tokens)).name
     return name
+
+
+def attention_equation(context: Context, a: Attention, out: tuple[Tensor, ...]) -> Equation:
+    """Attention as a library call.  Its meaning is a program in the form that `transpiler.attention` knows: what the
+    scale and the mask need, then scores, weights, their sum, their quotient, and the product with the values."""
+    writer = _Meaning(context)
+    scale = None if a.scale is None else writer.value(a.scale)
+    bias = None if a.bias is None else writer.operand(a.bias)
+    mask = None if a.mask is None else writer.value(a.mask)
+    query, keys, values = (writer.operand(x) for x in (a.query, a.keys, a.values))
+    (key, depth) = context.axis_names((a.key, a.depth))
+    scores = writer.emit(Contract((depth,)), query, keys)
+    if scale is not None:
+        scores = writer.emit(Elementwise("mul"), scores, scale)
+    if bias is not None:
+        scores = writer.emit(Elementwise("add"), scores, bias)
+    weights = writer.emit(MaskedExp(), scores, mask) if mask else writer.emit(Elementwise("exp"), scores)
+    total = writer.emit(Reduce("sum", (key,)), weights)
+    share = writer.emit(Elementwise("div"), weights, total)
+    result = writer.emit(Contract((key,)), share, values)
+    *equations, last = writer.equations
+    if writer.types[result].dtype is out[0].dtype:
+        equations.append(replace(last, targets=out[:1]))
+    else:
+        equations += [last, Equation(out[:1], Cast(out[0].dtype), (result,))]
+    inputs = tuple(Input(context.tensors[n], Storage(context.tensors[n].dtype)) for n in writer.inputs)
+    outputs = tuple(Output(out[0].name, Storage(t.dtype)) for t in out)
+    return Equation(
+        out, Library(ATTENTION, Program(ATTENTION, inputs, tuple(equations), outputs)), tuple(writer.inputs)
+    )
+
+
+class _Meaning:
+    """Equations of a library call's meaning, and the kernel-level tensors that it reads."""
+
+    def __init__(self, context: Context) -> None:
+        self.context = context
+        self.inputs: list[str] = []
+        self.equations: list[Equation] = []
+        self.types: dict[str, Tensor] = {}
+        self.order = context.axis_order()
+
+    def operand(self, c: int) -> str:
+        """A class that lies in memory."""
+        name = source_name(self.context, c)
+        if name not in self.inputs:
+            self.inputs.append(name)
+        self.types[name] = self.context.tensors[name]
+        return name
+
+    def value(self, c: int) -> str:
+        """A class as an operand, or computed from indices, sizes and numbers."""
+        edges = self.context.closure.classes[c].edges
+        if any(map(is_leaf_edge, edges)):
+            return self.operand(c)
+        edge = next(iter(edges))
+        if isinstance(edge.leaf, Number):
+            return self.number(edge.leaf)
+        if isinstance(edge.leaf, v.Load):
+            return self.emit(Iota(self.context.axes[edge.leaf.tokens[0][0]]))
+        args = [self.value(x) for x in edge.children]
+        axes = self.context.axis_names(edge.axes)
+        match edge.kind:
+            case "call":
+                return self.emit(call_op(edge), *args)
+            case "product" if axes:
+                return self.emit(Contract(axes), *args)
+            case "product" | "add":
+                fn = Elementwise("mul" if edge.kind == "product" else "add")
+                return reduce(lambda a, b: self.emit(fn, a, b), args)
+            case _:
+                return self.emit(Reduce("sum" if edge.kind == "sum" else edge.fn, axes), *args)  # type: ignore[arg-type]
+
+    def number(self, number: Number) -> str:
+        result = self.emit(Const(number.coefficient))
+        for axis, power in number.sizes:
+            fn = Elementwise("mul" if power > 0 else "div")
+            for _ in range(abs(power)):
+                result = self.emit(fn, result, self.emit(SizeOf(self.context.axes[axis])))
+        return result
+
+    def emit(self, op: Op, *args: str) -> str:
+        (t,) = infer(op, [type_of(self.types[a]) for a in args])
+        used = {*self.types, *self.context.tensors}
+        name = next(n for i in itertools.count() if (n := f"s{i}") not in used)
+        axes = tuple(sorted(t.axes, key=lambda a: self.order.get(a.name, len(self.order))))
+        self.types[name] = tensor(name, axes, t.dtype)
+        self.equations.append(Equation((self.types[name],), op, args))
+        return name
 
 
 def library_equation(e: Equation, tensors: Mapping[str, Tensor]) -> Equation:

@@ -1,25 +1,52 @@
-"""What a kernel costs: a roofline over a device description, with the fixed costs that decide small kernels.
+"""What a launch costs: the limits of a device that act on it, and the fixed costs that decide small kernels.
 
 Several limits act at once, so the time of the streaming part is the 4-norm of the single times: near a plain maximum
-when one limit dominates, above it when two are close.  Every figure is in seconds, bytes and operations.
+when one limit dominates, above it when two are close.  Figures are in seconds, bytes and operations.
+
+Blocks run in *waves*: as many at once as shared memory, registers and threads leave room for.  What only one SM does
+(arithmetic, shared memory, its share of the path to L2) ends when the SM with the most blocks ends, so it pays for
+ceil(blocks / SMs) rounds; what a block waits for (loads, loop iterations) it waits for in each wave.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import lru_cache
+import re
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from functools import cached_property, lru_cache
 from importlib.resources import files
+from pathlib import Path
+from typing import Any
 
-from mugraph.errors import UnknownTargetError
+from mugraph import settings
+from mugraph.errors import CacheWarning, UnknownTargetError
 from mugraph.ir.types import DType
+
+SCHEMA_VERSION = 2
+STAGES = 3  # loop iterations whose loads are in flight
+LEAST_SIDE = 16  # rows and columns that a matrix instruction works on at least
+L2_SHARE = 0.75  # of L2 that holds what the kernel reads again; the rest is streamed through
+DRAIN_SECONDS = 0.2e-6  # from the last store to the end of the launch
+BLOCK_SHARED = 1024  # bytes of shared memory that the system keeps for each block
+THREAD_REGISTERS = 32  # addresses and counters
+ACCUMULATOR_REGISTERS = 1.5  # an accumulator and its share of operands
+STREAMED = 2048  # bytes in flight of a block that loads nothing into tiles
 
 
 @dataclass(frozen=True)
 class Device:
-    """A GPU, from a data file beside this module.  `sources` says where each figure comes from."""
+    """A GPU, from a data file beside this module or from `mugraph calibrate`.  `sources` says where each figure comes
+    from.
+
+    tensor_rows         rows of a tile from which on matrix instructions reach their rate
+    small_tile_share    the share of it that a smaller tile reaches
+    attention_efficiency  the share of it that the library's attention reaches
+    base, calibrated    for a measured description: the data file that it refines, and the date
+    """
 
     name: str
     arch: int
@@ -27,68 +54,243 @@ class Device:
     clock_hz: float
     dram_bytes_per_second: float
     dram_efficiency: float
+    l2_bytes: float
     l2_bytes_per_second: float
     sm_bytes_per_second: float
+    shared_bytes_per_clock: float
     shared_bytes_per_block: int
     shared_bytes_per_sm: int
     registers_per_sm: int
+    threads_per_sm: int
+    blocks_per_sm: int
     tensor_flops: Mapping[str, float]
-    vector_flops: float
     tensor_efficiency: float
+    tensor_rows: int
+    small_tile_share: float
+    vector_flops: float
+    vector_efficiency: float
     library_efficiency: float
+    attention_efficiency: float
     launch_seconds: float
     fill_seconds: float
     block_seconds: float
     load_latency_seconds: float
     sources: Mapping[str, str]
+    base: str = ""
+    calibrated: str = ""
 
     @property
     def bandwidth(self) -> float:
         """Bytes per second that a streaming kernel reaches."""
         return self.dram_bytes_per_second * self.dram_efficiency
 
+    @property
+    def label(self) -> str:
+        """The name, and whether its figures were measured."""
+        return f"{self.name}, calibrated {self.calibrated}" if self.calibrated else f"{self.name}, not calibrated"
+
+    @cached_property
+    def digest(self) -> str:
+        """What tells one description from another, whatever their names."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+
     def matmul_rate(self, dtype: DType) -> float:
         """Dense multiply-add operations per second, as the data sheet counts them."""
         return self.tensor_flops.get(dtype.value, self.vector_flops)
 
+    def on_tensor_cores(self, dtype: DType) -> bool:
+        return self.matmul_rate(dtype) > self.vector_flops
+
+    def tile_share(self, rows: float, columns: float) -> float:
+        """The share of the tensor rate that a tile reaches: instructions of `tensor_rows` rows on the longer side
+        (operands may change places), or small ones."""
+        longer = max(rows, columns)
+        return 1.0 if longer >= self.tensor_rows else max(self.small_tile_share, longer / self.tensor_rows)
+
+
+# -- descriptions
+
+
+def device(name: str = "h100") -> Device:
+    """The description of a device, by file name ("h100") or architecture ("90"): a calibrated one first, unless the
+    setting `calibration` is off.  Raises UnknownTargetError."""
+    wanted = name.lower()
+    if settings.calibration.get():
+        for key, d in calibrated_devices().items():
+            if wanted in (key, d.base, str(d.arch)):
+                return d
+    known = sheet_devices()
+    for key, d in known.items():
+        if wanted in (key, str(d.arch)):
+            return d
+    raise UnknownTargetError(f"there is no device {name!r}", remedy=f"known: {', '.join(known)}")
+
 
 @lru_cache
-def device(name: str = "h100") -> Device:
-    """The description of a device, by file name ("h100") or architecture ("90").  Raises UnknownTargetError."""
+def sheet_devices() -> Mapping[str, Device]:
+    """The descriptions beside this module, by file name."""
+    place = files("mugraph.search").joinpath("devices")
+    paths = sorted((p for p in place.iterdir() if p.name.endswith(".json")), key=lambda p: p.name)
+    return {p.name.removesuffix(".json"): device_of(json.loads(p.read_text(encoding="utf-8"))) for p in paths}
+
+
+def calibration_directory() -> Path:
+    """Where `mugraph calibrate` keeps what it measured."""
+    return settings.cache_dir.get() / "devices"
+
+
+def calibrated_devices() -> dict[str, Device]:
+    """What `mugraph calibrate` stored, by file name.  A file that is no description is ignored with a CacheWarning."""
     found = {}
-    for path in sorted(files("mugraph.search").joinpath("devices").iterdir(), key=lambda p: p.name):
-        if path.name.endswith(".json"):
-            data = json.loads(path.read_text())
-            data.pop("schema_version")
-            found[path.name.removesuffix(".json")] = Device(**data)
-    for key, d in found.items():
-        if name.lower() in (key, str(d.arch)):
-            return d
-    raise UnknownTargetError(f"there is no device {name!r}", remedy=f"known: {', '.join(found)}")
+    for path in sorted(calibration_directory().glob("[!.]*.json")):
+        try:
+            found[path.stem] = device_of(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError) as error:
+            warnings.warn(
+                f"the calibrated device description {path} is ignored: {error}; "
+                "run `mugraph calibrate` again, or remove the file",
+                CacheWarning,
+                stacklevel=3,
+            )
+    return found
+
+
+_TEXTS = ("name", "base", "calibrated")
+
+
+def device_of(data: Any) -> Device:
+    """A description from JSON data.  Raises ValueError with what is wrong."""
+    if not isinstance(data, dict):
+        raise ValueError("it is no JSON object")
+    if data.get("schema_version") != SCHEMA_VERSION:
+        raise ValueError(f"its schema_version is {data.get('schema_version')!r}, not {SCHEMA_VERSION}")
+    values = {k: v for k, v in data.items() if k != "schema_version"}
+    known = {f.name for f in fields(Device)}
+    if odd := sorted(values.keys() - known) or sorted(known - {"base", "calibrated"} - values.keys()):
+        raise ValueError(f"{'it lacks' if odd[0] in known else 'there is no figure'} {odd[0]!r}")
+    for key in _TEXTS:
+        if not isinstance(values.get(key, ""), str):
+            raise ValueError(f"{key} is {values[key]!r}, not a text")
+    rates, sources = values["tensor_flops"], values["sources"]
+    if not isinstance(rates, dict) or not isinstance(sources, dict):
+        raise ValueError("tensor_flops and sources are objects")
+    figures = {k: v for k, v in values.items() if k not in (*_TEXTS, "tensor_flops", "sources")}
+    for key, value in (figures | rates).items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+            raise ValueError(f"{key} is {value!r}, not a positive number")
+    return Device(**values)
+
+
+def slug(name: str) -> str:
+    """A device's name as a file name.
+
+    >>> slug("NVIDIA H100 80GB HBM3")
+    'nvidia-h100-80gb-hbm3'
+    """
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "device"
+
+
+# -- what a launch does
+
+
+@dataclass(frozen=True)
+class Read:
+    """A load of the tensor `source`, `bytes` long.  `grid`: the blocks along each grid axis, the fastest first, and
+    whether they read different parts.  `waste`: bytes that move for each that is wanted."""
+
+    source: int
+    bytes: float
+    grid: tuple[tuple[int, bool], ...]
+    waste: float = 1.0
+
+    @property
+    def copies(self) -> int:
+        """How often blocks read each element."""
+        return math.prod(n for n, cut in self.grid if not cut)
+
+    def share(self, of_blocks: float) -> float:
+        """The share of the tensor that some of the blocks read together, if they are consecutive."""
+        left, share = of_blocks * math.prod(n for n, _ in self.grid), 1.0
+        for n, cut in self.grid:
+            if cut:
+                share *= min(n, left) / n
+            left = max(1.0, left / n)
+        return share
+
+
+@dataclass(frozen=True)
+class Product:
+    """A contraction on tiles of rows x columns: `volume` multiply-adds by all blocks together."""
+
+    volume: float
+    rows: float
+    columns: float
+    dtype: DType
+
+    @property
+    def padded(self) -> float:
+        """Multiply-adds of matrix instructions, whose sides have at least 16 elements."""
+        return self.volume * max(1.0, LEAST_SIDE / self.rows) * max(1.0, LEAST_SIDE / self.columns)
 
 
 @dataclass(frozen=True)
 class Work:
-    """What one launch does.  Bytes: `unique` counts each tensor once, `traffic` as often as blocks read it, `stage`
-    is one loop iteration of one block, `resident` what a block loads outside loops."""
+    """What one launch does.
+
+    trips         loop iterations of one block, all passes together
+    written       bytes of results, and `writing` the bytes that move for each
+    stage         bytes of one loop iteration of one block; `resident`: what it loads outside loops
+    partial       bytes of partial results, written and read
+    vector        elementwise operations by all blocks together
+    accumulators  elements that a block holds in registers
+    depth         matrix instructions in sequence in one iteration
+    """
 
     blocks: int
     trips: int
-    unique: float
-    traffic: float
+    reads: tuple[Read, ...]
+    written: float
+    writing: float
     stage: float
     resident: float
     partial: float
-    tensor_flops: float
-    vector_flops: float
+    products: tuple[Product, ...]
+    vector: float
     accumulators: float
     depth: int
-    dtype: DType
+
+    @property
+    def unique(self) -> float:
+        """Bytes that must move: each tensor once."""
+        return self.written + sum({r.source: r.bytes for r in self.reads}.values())
+
+    @property
+    def flops(self) -> float:
+        return self.vector + sum(2 * p.volume for p in self.products)
+
+
+def beside(works: Sequence[Work]) -> Work:
+    """Independent works in one launch, whose blocks fill the device together."""
+    written = sum(w.written for w in works)
+    return Work(
+        blocks=sum(w.blocks for w in works),
+        trips=max(w.trips for w in works),
+        reads=tuple(r for w in works for r in w.reads),
+        written=written,
+        writing=sum(w.written * w.writing for w in works) / written if written else 1.0,
+        stage=max(w.stage for w in works),
+        resident=max(w.resident for w in works),
+        partial=sum(w.partial for w in works),
+        products=tuple(p for w in works for p in w.products),
+        vector=sum(w.vector for w in works),
+        accumulators=max(w.accumulators for w in works),
+        depth=max(w.depth for w in works),
+    )
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """Seconds, and the terms that they come from."""
+    """Seconds, and the terms that they come from: limits that act at once, and what adds up."""
 
     seconds: float
     terms: tuple[tuple[str, float], ...]
@@ -100,48 +302,204 @@ class Prediction:
         """The term that binds."""
         return max(self.terms, key=lambda t: t[1])[0]
 
+    def explain(self, floor: float | None = None) -> str:
+        """One line: the time, which term binds, the others that matter, and the percentage of the floor."""
+        return explain([self], floor)
 
-STAGES = 3
+
+def explain(predictions: Sequence[Prediction], floor: float | None = None) -> str:
+    """One line for launches in sequence.
+
+    >>> explain([Prediction(4e-6, (("dram", 3e-6), ("l2", 2e-6), ("launch", 1e-6), ("chain", 1e-9)), 0, 0)], 3e-6)
+    '4.0 µs, bound by dram 3.0; l2 2.0, launch 1.0; 75 % of floor'
+    """
+    terms: dict[str, float] = {}
+    for p in predictions:
+        for name, seconds in p.terms:
+            terms[name] = terms.get(name, 0.0) + seconds
+    total = sum(p.seconds for p in predictions)
+    first, *rest = sorted(terms.items(), key=lambda t: -t[1]) or [("nothing", 0.0)]
+    text = f"{1e6 * total:.1f} µs, bound by {first[0]} {1e6 * first[1]:.1f}"
+    if others := [f"{name} {1e6 * t:.1f}" for name, t in rest if t >= 0.05 * total]:
+        text += f"; {', '.join(others)}"
+    return text if floor is None else text + f"; {100 * floor / total if total else 100:.0f} % of floor"
+
+
+def prediction(
+    limits: Sequence[tuple[str, float]], added: Sequence[tuple[str, float]], unique: float, flops: float
+) -> Prediction:
+    """The 4-norm of the limits, plus what adds up."""
+    stream: float = sum(t**4 for _, t in limits) ** 0.25
+    return Prediction(stream + sum(t for _, t in added), (*limits, *added), unique, flops)
+
+
+def blocks_at_once(work: Work, d: Device) -> int:
+    """How many blocks of the launch one SM holds."""
+    shared = STAGES * work.stage + work.resident + BLOCK_SHARED
+    threads = 128 if work.accumulators <= 8192 else 256
+    registers = ACCUMULATOR_REGISTERS * max(work.accumulators, 1.0) + THREAD_REGISTERS * threads
+    room = min(d.shared_bytes_per_sm // shared, d.registers_per_sm // registers, d.threads_per_sm // threads)
+    return max(1, min(d.blocks_per_sm, int(room)))
 
 
 def predict(work: Work, d: Device) -> Prediction:
     """The time of one launch (two when it has partial results, whose combine is counted here)."""
-    shared = max(STAGES * work.stage + work.resident, 1.0)
-    registers = max(work.accumulators, 1.0) * 1.5 + 32 * 128
-    per_sm = max(1, min(16, int(d.shared_bytes_per_sm // (shared + 1024)), int(d.registers_per_sm // registers)))
-    resident = min(work.blocks, d.sms * per_sm)
-    busy = min(1.0, work.blocks / d.sms)
-    waves = math.ceil(work.blocks / (d.sms * per_sm))
-    in_flight = resident * ((STAGES - 1.5) * work.stage if work.stage else work.resident)
-    terms = (
-        ("dram", work.unique / d.bandwidth),
-        ("latency", work.traffic * d.load_latency_seconds / max(in_flight, 1.0)),
-        ("l2", (work.traffic + work.partial) / d.l2_bytes_per_second),
-        ("sm", work.traffic / (min(d.sms, work.blocks) * d.sm_bytes_per_second)),
-        ("tensor", work.tensor_flops / (d.matmul_rate(work.dtype) * d.tensor_efficiency * busy)),
-        ("vector", work.vector_flops / (d.vector_flops * 0.5 * busy)),
-        ("chain", work.trips * (180 + 30 * work.depth) / d.clock_hz),
+    blocks, per_sm = work.blocks, blocks_at_once(work, d)
+    at_once = min(blocks, d.sms * per_sm)
+    waves = math.ceil(blocks / (d.sms * per_sm))
+    rounds = math.ceil(blocks / d.sms) * d.sms / blocks  # the fullest SM over the average
+    loaded = sum(r.bytes * r.copies * r.waste for r in work.reads)
+    traffic = loaded + work.written * work.writing
+    ahead = max((STAGES - 1.5) * work.stage if work.stage else work.resident, STREAMED)
+    tensor, vector, operands = _arithmetic(work, d)
+    limits = (
+        ("dram", dram_bytes(work, d, at_once, waves) / d.bandwidth),
+        ("latency", waves * loaded / blocks * d.load_latency_seconds / ahead),
+        ("l2", (traffic + work.partial) / d.l2_bytes_per_second),
+        ("sm", traffic * rounds / (d.sms * d.sm_bytes_per_second)),
+        ("tensor", tensor * rounds),
+        ("vector", vector * rounds),
+        ("shared", operands * rounds / (d.sms * d.shared_bytes_per_clock * d.clock_hz)),
+        ("chain", waves * work.trips * (180 + 30 * work.depth) / d.clock_hz),
     )
-    stream = sum(t**4 for _, t in terms) ** 0.25
-    started = work.blocks / d.sms * d.block_seconds
-    fixed = d.launch_seconds + d.fill_seconds + 0.2e-6 + (waves - 1) * 1.0e-6 + started
-    combine = d.launch_seconds + 0.5e-6 + work.partial / d.l2_bytes_per_second if work.partial else 0.0
-    return Prediction(
-        fixed + stream + combine,
-        (*terms, ("fixed", fixed), ("combine", combine)),
-        work.unique,
-        work.tensor_flops + work.vector_flops,
+    added = (
+        ("launch", d.launch_seconds + d.fill_seconds + DRAIN_SECONDS),
+        ("start", math.ceil(blocks / d.sms) * d.block_seconds),
+        ("tail", (waves - 1) * d.fill_seconds / per_sm),
+        ("combine", d.launch_seconds + 0.5e-6 + work.partial / d.l2_bytes_per_second if work.partial else 0.0),
     )
+    return prediction(limits, added, work.unique, work.flops)
+
+
+def dram_bytes(work: Work, d: Device, at_once: int, waves: int) -> float:
+    """Bytes between DRAM and L2.
+
+    Blocks of one wave that share a part find it in L2, if what they hold at once fits there.  A later wave (or pass)
+    finds it there if all that one wave reads fits: between two uses of a part lies at most that much.
+    """
+    room = L2_SHARE * d.l2_bytes
+    partial = work.partial if work.partial > room else 0.0
+    once = work.unique + partial
+    in_wave = [r.bytes * r.share(at_once / work.blocks) for r in work.reads]
+    if sum(in_wave) <= room:
+        return once
+    fits = at_once * (STAGES * work.stage + work.resident) <= room
+    moved = work.written + partial
+    for r, one in zip(work.reads, in_wave, strict=True):
+        all_copies = r.bytes * r.copies
+        moved += min(max(waves * one, r.bytes), all_copies) if fits else all_copies
+    return max(moved, once)
+
+
+def _arithmetic(work: Work, d: Device) -> tuple[float, float, float]:
+    """(seconds of tensor cores, seconds of vector units, operand bytes from shared memory), on all SMs.
+
+    A product whose tile has a single row or column is multiplied and summed on the vector units; so is a small one
+    where that takes less time.
+    """
+    vector_rate = d.vector_flops * d.vector_efficiency
+    tensor, vector, operands = 0.0, work.vector / vector_rate, 0.0
+    for p in work.products:
+        summed = VECTOR_WEIGHT * p.volume / vector_rate
+        if min(p.rows, p.columns) <= 1:
+            vector += summed
+            continue
+        rows, columns = max(p.rows, LEAST_SIDE), max(p.columns, LEAST_SIDE)
+        if d.on_tensor_cores(p.dtype):
+            rate = d.matmul_rate(p.dtype) * d.tensor_efficiency * d.tile_share(rows, columns)
+            multiplied = 2 * p.padded / rate
+            if multiplied <= summed:
+                tensor += multiplied
+                operands += p.padded * (1 / rows + 1 / columns) * p.dtype.bits / 8
+            else:
+                vector += summed
+        else:
+            vector += min(2 * p.padded / (d.matmul_rate(p.dtype) * d.tensor_efficiency), summed)
+            operands += p.padded * (1 / rows + 1 / columns) * p.dtype.bits / 8
+    return tensor, vector, operands
+
+
+VECTOR_WEIGHT = 4  # operations that one elementwise step is counted as
+
+
+# -- library calls
 
 
 def predict_library(unique: float, flops: float, dtype: DType, d: Device) -> Prediction:
-    """The time of a library matmul, einsum or elementwise call."""
-    terms = (
+    """The time of a library call that moves `unique` bytes: elementwise, a reduction, a view."""
+    limits = (("dram", unique / d.bandwidth), ("tensor", flops / (d.matmul_rate(dtype) * d.library_efficiency)))
+    return prediction(limits, (_library_launch(d),), unique, flops)
+
+
+def _library_launch(d: Device) -> tuple[str, float]:
+    return ("launch", d.launch_seconds + d.fill_seconds + DRAIN_SECONDS)
+
+
+LIBRARY_TILES = ((256, 128), (128, 256), (128, 128), (128, 64), (64, 128), (64, 64), (64, 32), (32, 64))
+LEAST_DEPTH = 256  # elements of the sum that a part of a split has at least
+
+
+def predict_matmul(batch: float, m: float, n: float, k: float, unique: float, dtype: DType, d: Device) -> Prediction:
+    """The time of a library matmul [batch, m, k] x [batch, k, n], at the best of the tiles that libraries have, the sum
+    split over blocks where there are fewer than SMs.  So small m is bound by bandwidth, and sizes that leave SMs idle
+    in the last round fall short of the rate."""
+    found = [p for tile in LIBRARY_TILES for p in _matmuls(batch, m, n, k, unique, dtype, d, tile)]
+    return min(found, key=lambda p: p.seconds)
+
+
+def _matmuls(
+    batch: float, m: float, n: float, k: float, unique: float, dtype: DType, d: Device, tile: tuple[int, int]
+) -> Iterator[Prediction]:
+    rows, columns = tile
+    tall, wide = math.ceil(m / rows), math.ceil(n / columns)
+    padded = batch * tall * rows * wide * columns * k
+    rate = d.matmul_rate(dtype) * d.library_efficiency * (d.tile_share(*tile) if d.on_tensor_cores(dtype) else 1.0)
+    width = dtype.bits / 8
+    traffic = batch * k * (m * wide + n * tall) * width
+    whole = batch * tall * wide
+    most = max(1, min(int(k // LEAST_DEPTH), math.ceil(d.sms / whole)))
+    for parts in dict.fromkeys((1, most)):
+        blocks = whole * parts
+        rounds = math.ceil(blocks / d.sms) * d.sms / blocks
+        slabs = 2 * parts * batch * m * n * 4 if parts > 1 else 0.0
+        limits = (
+            ("dram", unique / d.bandwidth),
+            ("l2", (traffic + slabs) / d.l2_bytes_per_second),
+            ("sm", traffic * rounds / (d.sms * d.sm_bytes_per_second)),
+            ("tensor", 2 * padded * rounds / rate),
+            (
+                "shared",
+                padded * (1 / rows + 1 / columns) * width * rounds / (d.sms * d.shared_bytes_per_clock * d.clock_hz),
+            ),
+        )
+        yield prediction(limits, (_library_launch(d),), unique, 2 * batch * m * n * k)
+
+
+ATTENTION_ROWS = 128  # queries of one block
+
+
+def predict_attention(
+    batch: float, rows: float, keys: float, depth: float, width: float, unique: float, dtype: DType, d: Device,
+    causal: bool = False, share: float = 1.0,
+) -> Prediction:  # fmt: skip
+    """The time of the library's attention: [batch, rows, depth] queries, [keys, depth] keys and [keys, width] values.
+
+    A block holds up to 128 queries and walks over all keys.  Few queries leave tensor cores and SMs idle: the library
+    is not counted on to split the keys.  `share`: the part of the usual rate that the kernel reaches.
+    """
+    blocks = batch * math.ceil(rows / ATTENTION_ROWS)
+    rounds = math.ceil(blocks / d.sms) * d.sms / blocks
+    seen = 0.5 if causal and rows > 1 else 1.0
+    block_rows = ATTENTION_ROWS if rows > 64 else 64
+    volume = batch * math.ceil(rows / block_rows) * block_rows * keys * (depth + width) * seen
+    traffic = blocks * keys * (depth + width) * dtype.bits / 8 * seen + unique
+    limits = (
         ("dram", unique / d.bandwidth),
-        ("tensor", flops / (d.matmul_rate(dtype) * d.library_efficiency)),
+        ("l2", traffic / d.l2_bytes_per_second),
+        ("sm", traffic * rounds / (d.sms * d.sm_bytes_per_second)),
+        ("tensor", 2 * volume * rounds / (d.matmul_rate(dtype) * d.attention_efficiency * share)),
     )
-    fixed = d.launch_seconds + d.fill_seconds + 0.2e-6
-    return Prediction(fixed + sum(t**4 for _, t in terms) ** 0.25, (*terms, ("fixed", fixed)), unique, flops)
+    return prediction(limits, (_library_launch(d),), unique, 2 * batch * rows * keys * (depth + width) * seen)
 
 
 def floor_seconds(io_bytes: float, flops: float, dtype: DType, d: Device) -> float:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 from mugraph.errors import GraphError, SettingError, ShapeError, VerificationError
 from mugraph.ir.axes import Axis, dims_of, representative, size_value
@@ -13,28 +14,46 @@ from mugraph.ir.graph import Equation, KernelGraph, Program
 from mugraph.ir.ops import Const, Contract, Elementwise, Gather, Op, Reduce
 from mugraph.ir.types import DType, Tensor
 from mugraph.search import values as v
+from mugraph.search.ahead import Fixed, fixed_classes, loaded, partition_with_ahead
 from mugraph.search.build import Context, Unbuildable, baseline, build
 from mugraph.search.canonical import Canonical, canonical
 from mugraph.search.closure import Closure, Edge, close
 from mugraph.search.cost import Device, device, floor_seconds, predict_library
 from mugraph.search.enumerate import widen
-from mugraph.search.extract import Problem, is_leaf_edge
+from mugraph.search.extract import Derivation, Problem, Roles, is_leaf_edge
 from mugraph.search.laws import LAWS, Meaning, meaning
-from mugraph.search.partition import Choice, Partition, partition
+from mugraph.search.library import Attention, contraction
+from mugraph.search.partition import Choice, Partition
 from mugraph.search.pieces import is_free, joints, pieces
-from mugraph.search.report import CandidateReport, KernelCost, SearchReport, StopReason
+from mugraph.search.report import CandidateReport, KernelCost, SearchReport, StopReason, StructureReport
 from mugraph.search.space import SearchSpace
 
 Accept = Callable[[KernelGraph], object]
 
 
 @dataclass(frozen=True)
+class Structure:
+    """The best μGraph for a range of sizes: from `low` to `high` (None: without end) for every symbolic dimension,
+    within its own bounds.  `seconds` is predicted at the size `at`."""
+
+    low: int
+    high: int | None
+    at: int
+    graph: KernelGraph
+    accepted: object
+    seconds: float
+    text: str
+
+
+@dataclass(frozen=True)
 class Found:
-    """The best μGraph, what `accept` made of it, and the report."""
+    """The best μGraph at the size that stands for symbolic dimensions, what `accept` made of it, and the report;
+    `structures` has the best for each range of sizes, smallest first."""
 
     graph: KernelGraph
     accepted: object
     report: SearchReport
+    structures: tuple[Structure, ...] = ()
 
 
 class Watch:
@@ -73,6 +92,7 @@ def search(
     beats them by the model, they are it.  Same program, same space, same result, whatever names are used.
     """
     space, on = space or SearchSpace(), on or device()
+    program = program if space.ahead else program.without_constants()
     watch = Watch(budget_seconds)
 
     def stop() -> bool:
@@ -89,67 +109,223 @@ def search(
     if widened:
         watch.lap("enumerator")
     chosen = _canonical_space(space, here, program)
-    problem = _problem(here.program, closure, seeds, chosen, on)
-    targets, wanted = _targets(here, known, seeds)
-    plans, run = partition(problem, chosen, targets, stop)
+    task = _Task(program, cut, here, known, closure, seeds, chosen, on, accept, stop)
+    main = task.solve(space.symbolic)
     watch.lap("kernels")
-    outside = {here.names[e.targets[0].name] for e in known.boundaries}
-    context = Context(
-        program=cut,
-        closure=closure,
-        axes=here.axes,
-        inputs=here.names,
-        names=_names(here, seeds),
-        tensors=dict(cut.tensors()),
-        dtype=problem.dtype,
-        dtypes=problem.dtypes,
-        boundaries=tuple(e for e in cut.equations if e.targets[0].name in outside),
-    )
-    base_seconds = _equations_seconds(program.equations, program, space.symbolic, problem)
-
-    def called(plan: Sequence[Choice]) -> list[Equation]:
-        """What runs as library calls beside the plan's launches."""
-        made = {t for c in plan if not isinstance(c.how, Edge) for r in c.roots for t in wanted.get(r, ())}
-        joined = joints(context.boundaries, made, (o.value for o in program.outputs))
-        return [e for e in context.boundaries if not is_free(e) and e.targets[0].name not in joined]
-
-    fits = all(may_be_materialised(problem, seeds[n]) for n in _computed(here.program, known))
-    tried: list[CandidateReport] = []
-    best: tuple[KernelGraph, object, float, list[Choice]] | None = None
-    refused = 0
-    for plan in plans:
-        seconds = sum(c.prediction.seconds for c in plan)
-        seconds += _equations_seconds(called(plan), cut, space.symbolic, problem)
-        kernels = sum(not isinstance(c.how, Edge) for c in plan)
-        if kernels > space.kernels:
-            tried.append(CandidateReport(structure(plan, here.axes), seconds, f"has {kernels} kernels"))
-            continue
-        if best is not None or (fits and seconds > base_seconds):
-            cheaper = best is not None and seconds < best[2]
-            verdict = "cheaper, but by less than the model is sure of" if cheaper else "costlier"
-            tried.append(CandidateReport(structure(plan, here.axes), seconds, verdict))
-            continue
-        try:
-            graph = build(context, plan, wanted)
-            best = (graph, accept(graph), seconds, plan)
-            tried.append(CandidateReport(structure(plan, here.axes), seconds, "chosen"))
-        except (VerificationError, GraphError, ShapeError) as error:
-            refused += 1
-            tried.append(CandidateReport(structure(plan, here.axes), seconds, f"refused: {error.message}"))
-        except Unbuildable as error:
-            tried.append(CandidateReport(structure(plan, here.axes), seconds, f"passed over: {error}"))
-    outsiders = [] if best is None else called(best[3])
-    notes = widened + [f"{e.targets[0].name} is outside the calculus and runs as a library call" for e in outsiders]
-    if best is None:
-        graph = baseline(program)
-        best = (graph, accept(graph), base_seconds, [])
-        notes.append("nothing beats the program as it stands: it runs as library calls")
-    verdict = "chosen" if not best[3] else "costlier" if fits else "would keep in 16 bits what does not fit there"
-    tried.append(CandidateReport("the program as library calls", base_seconds, verdict))
+    best = task.choose(main)
     watch.lap("verification")
-    graph, accepted, seconds, plan = best
-    report = _report(here, program.name, space, problem, closure, run, watch, plan, seconds, tried, refused, notes)
-    return Found(graph, accepted, report)
+    solved, structures = [main], [best.structure(space.symbolic)]
+    for size in _other_sizes(program, space):
+        if stop():
+            break
+        solved.append(task.solve(size))
+        watch.lap("kernels")
+        structures.append(task.choose(solved[-1], structures).structure(size))
+        watch.lap("verification")
+    notes = widened + [
+        f"{e.targets[0].name} is outside the calculus and runs as a library call"
+        for e in (task.called(best.plan) if best.plan else ())
+    ]
+    if not best.plan:
+        notes.append("nothing beats the program as it stands: it runs as library calls")
+    notes += _kept(best.graph)
+    ranges = _ranges(structures)
+    report = _report(task, space, solved, watch, best, ranges, notes)
+    return Found(best.graph, best.accepted, report, ranges)
+
+
+@dataclass
+class _Solved:
+    """The plans at one size, cheapest first, and what the program costs as library calls."""
+
+    symbolic: int
+    problem: Problem
+    run: Partition
+    fixed: Fixed
+    plans: list[list[Choice]]
+    base_seconds: float
+    fits: bool
+
+
+@dataclass
+class _Chosen:
+    """The plan that was accepted (none: library calls), and what became of the others."""
+
+    graph: KernelGraph
+    accepted: object
+    seconds: float
+    plan: list[Choice]
+    text: str
+    tried: list[CandidateReport]
+    refused: int
+
+    def structure(self, at: int) -> Structure:
+        return Structure(at, at, at, self.graph, self.accepted, self.seconds, self.text)
+
+
+@dataclass
+class _Task:
+    """A program and its closure: what does not depend on the size at which costs are compared."""
+
+    program: Program
+    cut: Program
+    here: Canonical
+    known: Meaning
+    closure: Closure
+    seeds: Mapping[str, int]
+    space: SearchSpace
+    on: Device
+    accept: Accept
+    stop: Callable[[], bool]
+
+    @cached_property
+    def boundaries(self) -> tuple[Equation, ...]:
+        outside = {self.here.names[e.targets[0].name] for e in self.known.boundaries}
+        return tuple(e for e in self.cut.equations if e.targets[0].name in outside)
+
+    def called(self, plan: Sequence[Choice]) -> list[Equation]:
+        """What runs as library calls beside the plan's launches."""
+        _, wanted = _targets(self.here, self.known, self.seeds)
+        made = {t for c in plan if c.derivations for r in c.roots for t in wanted.get(r, ())}
+        joined = joints(self.boundaries, made, (o.value for o in self.program.outputs))
+        return [e for e in self.boundaries if not is_free(e) and e.targets[0].name not in joined]
+
+    def solve(self, symbolic: int) -> _Solved:
+        """All plans where every symbolic dimension has this size, clipped to its range."""
+        states = self.space.states if symbolic == self.space.symbolic else max(1, self.space.states // OTHERS)
+        space = self.space.but(symbolic=symbolic, states=states)
+        problem = _problem(self.here.program, self.closure, self.seeds, space, self.on)
+        targets, _ = _targets(self.here, self.known, self.seeds)
+        fixed = self.fixed(problem, targets)
+        plans, run = partition_with_ahead(problem, fixed, space, targets, self.stop)
+        return _Solved(
+            symbolic,
+            problem,
+            run,
+            fixed,
+            plans,
+            _equations_seconds(self.program.equations, self.program, symbolic, problem),
+            all(may_be_materialised(problem, self.seeds[n]) for n in _computed(self.here.program, self.known)),
+        )
+
+    def is_fixed(self, e: Equation) -> bool:
+        """Whether the equation works on constant inputs alone."""
+        return bool(self.cut.fixed().get(e.targets[0].name))
+
+    def fixed(self, problem: Problem, targets: tuple[tuple[int, ...], ...]) -> Fixed:
+        """What depends on constant inputs alone; what must be in memory anyway is not folded."""
+        program, forced = self.here.program, {t for group in targets for t in group}
+        lasting, inside = self.cut.fixed(), {self.seeds[n] for n in self.space.inside}
+        constants = {n: t for n, t in program.tensors().items() if lasting.get(self.here.names[n])}
+        outputs = {self.seeds[o.value] for o in program.outputs}
+
+        def foldable(c: int) -> bool:
+            return c not in forced | inside and c not in problem.scaled and may_be_materialised(problem, c)
+
+        return fixed_classes(problem, constants, program.axes(), outputs, foldable)
+
+    def choose(self, at: _Solved, known: Sequence[Structure] = ()) -> _Chosen:
+        """The cheapest plan that `accept` takes; one of a structure in `known` is that one."""
+        _, wanted = _targets(self.here, self.known, self.seeds)
+        context = Context(
+            program=self.cut,
+            closure=self.closure,
+            axes=self.here.axes,
+            inputs=self.here.names,
+            names=_names(self.here, self.seeds),
+            tensors=dict(self.cut.tensors()),
+            dtype=at.problem.dtype,
+            dtypes=at.problem.dtypes,
+            boundaries=self.boundaries,
+        )
+        accepted = {s.text: s for s in known}
+        tried: list[CandidateReport] = []
+        best: _Chosen | None = None
+        refused = 0
+        for plan in at.plans:
+            seconds = sum(c.prediction.seconds for c in at.fixed.calls(plan))
+            called = [e for e in self.called(plan) if not self.is_fixed(e)]
+            seconds += _equations_seconds(called, self.cut, at.symbolic, at.problem)
+            text = structure(plan, self.here.axes, at.fixed)
+            kernels = sum(bool(c.derivations) for c in at.fixed.calls(plan))
+            if kernels > self.space.kernels:
+                tried.append(CandidateReport(text, seconds, f"has {kernels} kernels"))
+            elif best is not None or (at.fits and seconds > at.base_seconds):
+                cheaper = best is not None and seconds < best.seconds
+                verdict = "cheaper, but by less than the model is sure of" if cheaper else "costlier"
+                tried.append(CandidateReport(text, seconds, verdict))
+            else:
+                try:
+                    if text in accepted:
+                        graph, result = accepted[text].graph, accepted[text].accepted
+                    else:
+                        graph = build(context, plan, wanted)
+                        result = self.accept(graph)
+                    best = _Chosen(graph, result, seconds, plan, text, tried, refused)
+                    tried.append(CandidateReport(text, seconds, "chosen"))
+                except (VerificationError, GraphError, ShapeError) as error:
+                    refused += 1
+                    tried.append(CandidateReport(text, seconds, f"refused: {error.message}"))
+                except Unbuildable as error:
+                    tried.append(CandidateReport(text, seconds, f"passed over: {error}"))
+        verdict = "costlier" if at.fits else "would keep in 16 bits what does not fit there"
+        if best is None:
+            verdict = "chosen"
+            if LIBRARY in accepted:
+                graph, result = accepted[LIBRARY].graph, accepted[LIBRARY].accepted
+            else:
+                graph = baseline(self.program)
+                result = self.accept(graph)
+            best = _Chosen(graph, result, at.base_seconds, [], LIBRARY, tried, refused)
+        tried.append(CandidateReport(LIBRARY, at.base_seconds, verdict))
+        return best
+
+
+def _kept(graph: KernelGraph) -> list[str]:
+    """What the user should know of values that are kept between calls."""
+    parts = graph.divided()
+    if parts is None:
+        return []
+    first, _ = parts
+    made, read = " and ".join(o.value for o in first.outputs), ", ".join(i.name for i in first.inputs)
+    return [
+        f"{made} is computed once from {read} and kept: again after a write that PyTorch counts, not after one through "
+        ".data; SearchSpace(ahead=False) keeps nothing"
+    ]
+
+
+LIBRARY = "the program as library calls"
+OTHERS = 2  # a further size gets that part of the budget of states
+
+
+def _other_sizes(program: Program, space: SearchSpace) -> list[int]:
+    """The sizes of the space that give some symbolic dimension another value than the sizes before do."""
+    dims = program.dims()
+    seen = {tuple(min(max(space.symbolic, d.min), d.max) for d in dims)}
+    found = []
+    for size in space.sizes:
+        values = tuple(min(max(size, d.min), d.max) for d in dims)
+        if values not in seen:
+            seen.add(values)
+            found.append(size)
+    return found
+
+
+def _ranges(structures: Sequence[Structure]) -> tuple[Structure, ...]:
+    """Neighbours of one structure become one range; between two structures it changes at the geometric mean."""
+    merged: list[list[Structure]] = []
+    for s in sorted(structures, key=lambda s: s.at):
+        if merged and merged[-1][0].text == s.text:
+            merged[-1].append(s)
+        else:
+            merged.append([s])
+    found = []
+    for i, group in enumerate(merged):
+        low = 1 if i == 0 else math.isqrt(merged[i - 1][-1].at * group[0].at) + 1
+        high = None if i == len(merged) - 1 else math.isqrt(group[-1].at * merged[i + 1][0].at)
+        first = min(group, key=lambda s: structures.index(s))
+        found.append(replace(first, low=low, high=high))
+    return tuple(found)
 
 
 # -- set-up
@@ -303,9 +479,10 @@ def _problem(program: Program, closure: Closure, seeds: Mapping[str, int], space
     targets = {seeds[o.value] for o in program.outputs}
     room = sum(problem.bytes(c) for c in {*leaves, *targets})
     inside = {seeds[n] for n in space.inside}
+    written = set(seeds.values())  # values of the program itself
     for c in closure.order:
-        result = c not in inside and any(e.closes or e.kind == "call" for e in closure.classes[c].edges)
-        if c in leaves or not result or problem.bytes(c) > room:
+        result = c in written or any(e.closes or e.kind == "call" for e in closure.classes[c].edges)
+        if c in leaves or c in inside or not result or problem.bytes(c) > room:
             continue
         if not may_be_materialised(problem, c):
             if c in targets or c in _exponents(problem) or not any(e.closes for e in closure.classes[c].edges):
@@ -380,89 +557,117 @@ def _equations_seconds(equations: Sequence[Equation], program: Program, symbolic
         axes = {a.name for t in involved for a in t.axes}
         if axes:
             moved = _bytes(sizes, involved)
-            seconds += predict_library(moved, _operations(sizes, e.op, axes), p.dtype, p.device).seconds
+            if isinstance(e.op, Contract) and len(e.args) == 2:
+                left, right = (tuple(a.name for a in tensors[x].axes) for x in e.args)
+                out = tuple(a.name for a in e.target.axes)
+                seconds += contraction(sizes, left, right, out, moved, p.dtype, p.device).seconds
+            else:
+                seconds += predict_library(moved, _operations(sizes, e.op, axes), p.dtype, p.device).seconds
     return seconds
 
 
-def _floor(program: Program, plan: list[Choice], p: Problem) -> float:
+def _floor(program: Program, plan: list[Choice], p: Problem, fixed: Fixed) -> float:
     """Inputs and outputs moved once, or the contractions' operations (the source's or the plan's, whichever are
-    fewer) at the sheet rate."""
+    fewer) at the sheet rate.  Where work is done ahead, what each call reads of the constants and their results."""
     tensors = program.tensors()
     moved = [i.tensor for i in program.inputs] + [tensors[o.value] for o in program.outputs]
+    calls = fixed.calls(plan)
+    kept = 0.0
+    if len(calls) < len(plan):
+        moved = [t for t in moved if not program.fixed().get(t.name)]
+        kept = sum(p.bytes(c) for c in loaded(p, calls) & fixed.known)
     source = 0.0
     for e in program.equations:
         if isinstance(e.op, Contract):
             source += _operations(p.sizes, e.op, {a.name for n in (*e.args, e.target.name) for a in tensors[n].axes})
-    planned = sum(c.prediction.flops for c in plan) if plan else source
-    return floor_seconds(_bytes(p.sizes, moved), min(source, planned), p.dtype, p.device)
+    planned = sum(c.prediction.flops for c in calls) if plan else source
+    # an 8-bit input may be multiplied at the rate of 8 bits
+    dtypes = [p.dtype] + [i.tensor.dtype for i in program.inputs if i.tensor.dtype.is_float or i.tensor.dtype.bits == 8]
+    fastest = max(dtypes, key=p.device.matmul_rate)
+    return floor_seconds(_bytes(p.sizes, moved) + kept, min(source, planned), fastest, p.device)
 
 
-def structure(plan: list[Choice], axes: Mapping[str, Axis]) -> str:
-    """One line: what each launch computes and how it is cut."""
+def structure(plan: Sequence[Choice], axes: Mapping[str, Axis], fixed: Fixed | None = None) -> str:
+    """One line: what each launch computes and how it is cut; what is done ahead comes first."""
+    if fixed and (before := fixed.launches(plan)):
+        return f"ahead: {structure(before, axes)}; each call: {structure(fixed.calls(plan), axes)}"
     texts = []
 
     def named(chosen: tuple[str, ...]) -> str:
         return ",".join(axes[a].name for a in chosen)
 
-    for c in plan:
-        if isinstance(c.how, Edge):
-            texts.append(f"library contraction over {named(c.how.axes)}")
-            continue
-        roles = c.how.roles
+    def kernel(roles: Roles) -> str:
         text = f"kernel grid({named(roles.grid)})"
         if roles.passes:
             text += f" loop({','.join('·'.join(axes[a].name for a in loop) for loop in roles.passes)})"
         if roles.split:
             text += f" split({named(roles.split[:1])}/{roles.split[1]})"
-        texts.append(text)
+        return text
+
+    for c in plan:
+        match c.how:
+            case Edge():
+                texts.append(f"library contraction over {named(c.how.axes)}")
+            case Attention():
+                texts.append(f"library attention over {named((c.how.key,))}")
+            case Derivation(roles=roles):
+                texts.append(kernel(roles))
+            case several:
+                texts.append(" beside ".join(kernel(d.roles) for d in several))
     return "; ".join(texts)
 
 
 def _report(
-    here: Canonical,
-    name: str,
+    task: _Task,
     space: SearchSpace,
-    p: Problem,
-    closure: Closure,
-    run: Partition,
+    solved: Sequence[_Solved],
     watch: Watch,
-    plan: list[Choice],
-    seconds: float,
-    tried: list[CandidateReport],
-    refused: int,
-    notes: list[str],
+    best: _Chosen,
+    ranges: Sequence[Structure],
+    notes: Sequence[str],
 ) -> SearchReport:
+    """The report: counts over all sizes, costs at the size that stands for symbolic dimensions."""
+    closure, axes, problem = task.closure, task.here.axes, solved[0].problem
     stop = StopReason("Saturated")
     if watch.stopped:
         stop = StopReason(watch.stopped, watch.budget if watch.stopped == "TimeLimit" else None)
     elif closure.truncated:
         stop = StopReason("NodeLimit", space.nodes)
-    elif run.entries >= space.entries:
+    elif any(at.run.entries >= space.entries for at in solved):
         stop = StopReason("EntryLimit", space.entries)
-    elif p.truncated:
+    elif any(at.problem.truncated for at in solved):
         stop = StopReason("StateLimit", space.states)
-    kernels = tuple(
-        KernelCost(structure([c], here.axes), c.prediction.seconds, c.prediction.bound, dict(c.prediction.terms))
-        for c in plan
-    )
+
+    def costs(plan: Sequence[Choice]) -> tuple[KernelCost, ...]:
+        return tuple(
+            KernelCost(structure([c], axes), c.prediction.seconds, c.prediction.bound, dict(c.prediction.terms))
+            for c in plan
+        )
+
+    fixed = solved[0].fixed
     return SearchReport(
-        program=name,
-        device=p.device.name,
+        program=task.program.name,
+        device=task.on.label,
         space=str(space),
         stop=stop,
         classes=len(closure.order),
         edges=dict(closure.rules),
         deduplicated=closure.deduplicated,
-        configurations=run.configurations,
-        states=p.expanded,
-        pruned={"infeasible": p.infeasible, "bound": p.bounded},
-        verified=1,
-        refused=refused,
+        configurations=sum(at.run.configurations for at in solved),
+        states=sum(at.problem.expanded for at in solved),
+        pruned={
+            "infeasible": sum(at.problem.infeasible for at in solved),
+            "bound": sum(at.problem.bounded for at in solved),
+        },
+        verified=len(ranges),
+        refused=best.refused,
         seeds=("source", *space.laws),
-        kernels=kernels,
-        candidates=tuple(tried),
-        predicted_seconds=seconds,
-        floor_seconds=_floor(here.program, plan, p),
+        kernels=costs(fixed.calls(best.plan)),
+        ahead=costs(fixed.launches(best.plan)),
+        candidates=tuple(best.tried),
+        structures=tuple(StructureReport(s.low, s.high, s.at, s.text, s.seconds) for s in ranges),
+        predicted_seconds=best.seconds,
+        floor_seconds=_floor(task.here.program, best.plan, problem, fixed),
         notes=tuple(notes),
         seconds=watch.phases,
     )

@@ -3,7 +3,7 @@
 From the loads, the constants and the sizes of axes, each level applies the program's operators (products with the
 closing of shared axes, sums, additions, the functions and reductions that occur) to what the levels below have kept.
 A value is kept once, by its fingerprint (observational equivalence), and only if the abstraction lets it through.
-Constants fold: no operator has constants alone as operands.
+Constants fold: they are not multiplied, added or inverted among themselves.
 
 The closure goes down from the target by laws and meets no identity that needs cancellation.  The enumeration knows no
 law at all: whatever agrees with a known class is another way to compute it.
@@ -161,24 +161,20 @@ class Enumerator:
         return self.levels[level] if level < len(self.levels) else []
 
     def on_one(self, i: int) -> Iterator[Edge]:
-        if self.kept[i].constant:
-            return
         for axes in subsets(self.alphabet.closable.intersection(self.kept[i].axes)):
             if axes:
                 yield Edge("sum", (i,), axes)
                 for fn in self.alphabet.reductions:
                     yield Edge("reduce", (i,), axes, fn)
         for function, operands in self.alphabet.functions:
-            if operands == 1:
+            if operands == 1 and not (function.fn == "inv" and self.kept[i].constant):
                 yield function._replace(children=(i,))
 
     def on_two(self, i: int, j: int) -> Iterator[Edge]:
-        if self.kept[i].constant and self.kept[j].constant:
-            return
-        shared = self.alphabet.closable.intersection(self.kept[i].axes).intersection(self.kept[j].axes)
-        for axes in subsets(shared):
-            yield Edge("product", (i, j), axes)
-        yield Edge("add", (i, j))
+        if not (self.kept[i].constant and self.kept[j].constant):
+            for axes in subsets(self.alphabet.closable.intersection(self.kept[i].axes, self.kept[j].axes)):
+                yield Edge("product", (i, j), axes)
+            yield Edge("add", (i, j))
         for function, operands in self.alphabet.functions:
             if operands == 2:
                 yield function._replace(children=(i, j))
@@ -366,9 +362,10 @@ class Merge:
         if any(unordered(edge) == unordered(e) for e in self.closure.classes[c].edges):
             return
         self.add(c, edge)
-        for d, beneath in self.below.items():
-            if c in beneath:
-                beneath |= below
+        below = set[int]().union(*(self.below[x] for x in edge.children))
+        for above in self.below.values():
+            if c in above:
+                above |= below
 
     def reach(self, i: int) -> set[int]:
         """The classes that a kept value is computed from."""

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from mugraph.ir.types import DType
 from mugraph.search.closure import Closure, Edge
-from mugraph.search.cost import Device, Work
+from mugraph.search.cost import VECTOR_WEIGHT, Device, Product, Read, Work
 from mugraph.search.laws import IOTA
 
 Entry = tuple[int, int]
@@ -36,10 +36,9 @@ Bools = NDArray[np.bool_]
 INFEASIBLE = 99
 LOADED_TILE = 65_536  # elements of a tile that is only loaded: 128 KiB of f16 in shared memory
 COMPUTED_TILE = 32_768  # elements of a computed tile: 128 KiB of f32 in registers
-SHARE = 8  # one extraction may use that part of the budget of states
+SHARE = 16  # one extraction may use that part of the budget of states
 BEAM = 8  # states kept per topological level when A* exceeds its budget
 SECTOR = 64  # bytes side by side below which reads and writes waste bandwidth
-VECTOR_WEIGHT = 4  # operations that one elementwise step is counted as
 
 
 @dataclass(frozen=True)
@@ -254,11 +253,14 @@ class Survey:
         }
         self._copies: dict[int, Floats] = {}
         self._elements: dict[tuple[str, ...], Floats] = {}
+        self._costs: dict[tuple[int, Edge], Floats] = {}
+        self._seconds: dict[tuple[frozenset[str], bool], Floats] = {}
+        self._passes: dict[tuple[tuple[str, ...], int, int], Ints] = {}
         self.blocks = self.replication(()) * self.parts
         self.busy: Floats = np.minimum(1.0, self.blocks / p.device.sms)
         self.open = {c: self.loops & self.mask(p.axes(c)) for c in self.order}
-        self.fits = {c: self._held(c) for c in self.order}
-        self.computed = {c: [self._computed(c, w) for w in p.ways[c]] for c in self.order}
+        self.splits = int(np.bitwise_or.reduce(self.split)) if len(roles) else 0
+        self.rows = np.arange(len(roles), dtype=np.int64) * (self.last + 2) - 1
 
     def mask(self, axes: Sequence[str]) -> int:
         return _union(self.bit.get(a, 0) for a in axes)
@@ -274,40 +276,64 @@ class Survey:
             self._copies[key] = result
         return self._copies[key]
 
-    def tile_elements(self, c: int) -> Floats:
-        axes = self.p.axes(c)
+    def elements_of(self, axes: tuple[str, ...]) -> Floats:
+        """The size of a tile over the axes."""
         if axes not in self._elements:
-            result = np.full(
-                len(self.assignments), float(math.prod(self.p.limits[a] for a in axes if a not in self.bit))
-            )
+            whole = math.prod(self.p.limits[a] for a in axes if a not in self.bit)
+            result = np.full(len(self.assignments), float(whole))
             for a in axes:
                 if a in self.bit:
                     result = result * self.width[a]
             self._elements[axes] = result
         return self._elements[axes]
 
-    def _held(self, c: int) -> Bools:
-        """The open axes of the class lie in one pass."""
-        found: Bools = self.open[c] == 0
+    def _held(self, opened: Ints) -> Bools:
+        """The open axes lie in one pass."""
+        found: Bools = opened == 0
         for q in range(self.last):
-            found = found | (self.open[c] & ~self.passes[q] == 0)
+            found = found | (opened & ~self.passes[q] == 0)
         return found
 
-    def _computed(self, c: int, way: Way) -> tuple[Floats, Bools, Ints]:
-        """Seconds, whether the roles admit the way, and the looped axes that it closes."""
-        closed = self.mask(way.edge.axes)
-        loop: Ints = self.loops & closed
-        admitted: Bools = (self.grid & closed == 0) & (self.tile_elements(c) <= COMPUTED_TILE) & self.fits[c]
-        admitted &= (self.open[c] == 0) | (loop == 0)
+    def seconds(self, c: int, way: Way) -> Floats:
+        """Seconds of computing the class that way, in each assignment."""
+        if (c, way.edge) not in self._costs:
+            self._costs[c, way.edge] = self._cost(c, way)
+        return self._costs[c, way.edge]
+
+    def _cost(self, c: int, way: Way) -> Floats:
         if not way.edge.children:
-            return np.full(len(self.assignments), 1e-12), admitted, loop
-        p, volume = self.p, way.volume * self.replication(way.axes)
-        rate = p.device.matmul_rate(p.dtype) / 2 if way.matmul else p.device.vector_flops / VECTOR_WEIGHT
-        seconds: Floats = volume / rate / self.busy + 1e-11
-        if closed:
-            partial = 2 * self.parts * self._repeated(c) * p.elements(c) * 4 / p.device.l2_bytes_per_second
-            seconds = seconds + np.where(self.split & closed != 0, partial, 0.0)
-        return seconds, admitted, loop
+            return np.full(len(self.assignments), 1e-12)
+        key = (frozenset(way.axes), way.matmul)
+        if key not in self._seconds:
+            p, volume = self.p, way.volume * self.replication(way.axes)
+            rate = p.device.matmul_rate(p.dtype) / 2 if way.matmul else p.device.vector_flops / VECTOR_WEIGHT
+            self._seconds[key] = volume / rate / self.busy + 1e-11
+        closed = self.mask(way.edge.axes)
+        if not closed & self.splits:
+            return self._seconds[key]
+        partial = 2 * self.parts * self._repeated(c) * self.p.elements(c) * 4 / self.p.device.l2_bytes_per_second
+        return self._seconds[key] + np.where(self.split & closed != 0, partial, 0.0)
+
+    def passes_of(self, axes: tuple[str, ...], closed: int, limit: int) -> Ints:
+        """A table, one row for each assignment, one column for each pass q before which the operands are there (then
+        one for operands that never are): the least pass of a value over `axes` that closes `closed`.  A tile has at
+        most `limit` elements."""
+        key = (axes, closed, limit)
+        if key not in self._passes:
+            opened: Ints = self.loops & self.mask(axes)
+            loop: Ints = self.loops & closed
+            admitted = (self.grid & closed == 0) & (self.elements_of(axes) <= limit) & self._held(opened)
+            admitted &= (opened == 0) | (loop == 0)
+            columns = []
+            for q in range(1, self.last + 2):
+                start = np.full(len(self.assignments), q, dtype=np.int64)
+                closing = self.first_pass(loop, start, whole=True)
+                after = np.where(closing < INFEASIBLE, closing + 1, INFEASIBLE)
+                at = np.where(opened != 0, self.first_pass(opened, start), np.where(loop != 0, after, start))
+                columns.append(np.where(admitted, at, INFEASIBLE))
+            columns.append(np.full(len(self.assignments), INFEASIBLE, dtype=np.int64))
+            self._passes[key] = np.stack(columns, axis=1).ravel()
+        return self._passes[key]
 
     def _repeated(self, c: int) -> Floats:
         """How often a partial result is stored: along a grid axis that it lacks, once for each element."""
@@ -360,40 +386,32 @@ class Outcome:
         for c in s.order:
             least, chain, local = np.full_like(start, INFEASIBLE), none, none
             self.ways[c] = []
-            opened = s.open[c]
-            for way, seconds, admitted in self._ways(c):
-                children = way.edge.children if way else ()
-                need = start
-                for x in children:
+            for way, seconds, table in self._ways(c):
+                need, below = start, np.zeros(len(s.assignments))
+                for x in way.edge.children if way else ():
                     need = np.maximum(need, self.least[x])
-                at = np.where(opened != 0, s.first_pass(opened, need), need)
-                if way is not None and way.edge.axes:
-                    loop = s.loops & s.mask(way.edge.axes)
-                    closing = s.first_pass(loop, need, whole=True)
-                    at = np.where(loop != 0, np.where(closing < INFEASIBLE, closing + 1, INFEASIBLE), at)
-                at = np.where(admitted, at, INFEASIBLE)
+                    below = np.maximum(below, self.chain[x])
+                at = table[s.rows + np.minimum(need, s.last + 2)]
                 feasible = at < INFEASIBLE
                 if not feasible.any():
                     continue
-                below = np.zeros(len(s.assignments))
-                for x in children:
-                    below = np.maximum(below, self.chain[x])
-                local = np.where(feasible, np.minimum(local, seconds), local)
-                chain = np.where(feasible, np.minimum(chain, seconds + below), chain)
+                seconds = np.where(feasible, seconds, math.inf)
+                local = np.minimum(local, seconds)
+                chain = np.minimum(chain, seconds + below)
                 least = np.minimum(least, at)
                 self.ways[c].append((seconds, at, way))
             self.least[c], self.chain[c], self.local[c] = least, chain, local
         self.starts = {r: self._start(r) for r in s.roots}
         self.bounds = self._bounds()
 
-    def _ways(self, c: int) -> Iterator[tuple[Way | None, Floats, Bools]]:
+    def _ways(self, c: int) -> Iterator[tuple[Way | None, Floats, Ints]]:
         s, p = self.survey, self.survey.p
         price = p.memory.get(c, p.bound.get(c))
         if price is not None and (c in p.inputs or (c not in s.roots and not self.alone)):
-            yield None, s.loaded(c) + price, (s.tile_elements(c) <= LOADED_TILE) & s.fits[c]
-        for way, (seconds, admitted, _) in zip(p.ways[c], s.computed[c], strict=True):
-            if admitted.any():
-                yield way, seconds, admitted
+            yield None, s.loaded(c) + price, s.passes_of(p.axes(c), 0, LOADED_TILE)
+        for way in p.ways[c]:
+            table = s.passes_of(p.axes(c), s.mask(way.edge.axes), COMPUTED_TILE)
+            yield way, s.seconds(c, way), table
 
     def _start(self, r: int) -> Ints:
         """The pass in which a root is written: the epilogue (or combine), or the last loop over its open axes."""
@@ -622,20 +640,21 @@ def _unroll(trail: tuple[object, ...]) -> list[Step]:
 
 
 def work_of(p: Problem, d: Derivation) -> Work:
-    """The traffic and operations of a kernel, for the cost model."""
+    """The loads, products and other operations of a kernel, for the cost model."""
     tiles = dict(d.tiles)
-    grid, loops = set(d.roles.grid), d.roles.loops
+    grid, loops = d.roles.grid, d.roles.loops
+    parts = d.roles.split[1] if d.roles.split else 1
 
     def blocks_along(a: str) -> int:
         return math.ceil(p.sizes[a] / tiles[a])
 
-    def tile_elements(axes: Sequence[str]) -> int:
+    def tile_elements(axes: Iterable[str]) -> int:
         return math.prod(min(tiles.get(a, p.sizes[a]), p.sizes[a]) for a in axes)
 
     def replication(axes: Sequence[str]) -> int:
         return math.prod(blocks_along(a) for a in grid if a not in axes)
 
-    def sectors(c: int) -> float:
+    def waste(c: int) -> float:
         """Bytes that move for each byte that is wanted: short runs waste the rest of a sector."""
         axis = p.innermost.get(c)
         if axis is None or tiles.get(axis, p.sizes[axis]) >= p.sizes[axis]:
@@ -643,23 +662,22 @@ def work_of(p: Problem, d: Derivation) -> Work:
         run = tiles[axis] * p.dtypes.get(c, p.dtype).bits / 8
         return max(1.0, SECTOR / run)
 
-    blocks = math.prod(blocks_along(a) for a in d.roles.grid)
-    parts = d.roles.split[1] if d.roles.split else 1
-    unique = sum(p.bytes(r) for r in d.roots)
-    traffic = sum(p.bytes(r) * sectors(r) for r in d.roots)
-    stage = resident = partial = tensor = vector = accumulators = 0.0
-    depth, loaded = 1, set[int]()
+    written = sum(p.bytes(r) for r in d.roots)
+    wanted = sum(p.bytes(r) * waste(r) for r in d.roots)
+    stage = resident = partial = vector = accumulators = 0.0
+    reads: list[Read] = []
+    products: list[Product] = []
+    depth = 1
     for s in d.steps:
-        c, _ = s.entry
+        c, at = s.entry
         axes = p.axes(c)
         looped = any(a in loops for a in axes)
         if s.option.edge is None:
-            size = p.bytes(c)
-            again = d.roles.split is not None and s.entry[1] > len(d.roles.passes)  # the combine's own loads
-            unique += 0 if c in loaded and not again else size
-            loaded.add(c)
-            copies = replication(axes) * (1 if looped else parts)
-            traffic += size * copies * sectors(c)
+            combining = parts > 1 and at > len(d.roles.passes)  # the combine's own loads
+            cut = tuple((blocks_along(a), a in axes) for a in grid)
+            reads.append(
+                Read(-1 - c if combining else c, p.bytes(c), cut if combining else (*cut, (parts, looped)), waste(c))
+            )
             bytes_in_tile = tile_elements(axes) * p.dtypes.get(c, p.dtype).bits / 8
             if looped:
                 stage += bytes_in_tile
@@ -673,9 +691,8 @@ def work_of(p: Problem, d: Derivation) -> Work:
         volume = float(padded * replication(joined))
         if p.is_matmul(c, s.option.edge):
             left, right = (set(p.axes(x)) for x in s.option.children)
-            for side in (left - right, right - left):  # tensor cores work on at least 16 rows and columns
-                volume *= max(1.0, 16 / tile_elements(tuple(side)))
-            tensor += 2 * volume
+            dtype = product_dtype(p, s.option.children)
+            products.append(Product(volume, tile_elements(left - right), tile_elements(right - left), dtype))
             depth += max(1, tile_elements(s.option.edge.axes) // 16)
         else:
             vector += VECTOR_WEIGHT * volume
@@ -686,7 +703,24 @@ def work_of(p: Problem, d: Derivation) -> Work:
                 partial += 2 * parts * repeated * p.elements(c) * 4
         elif not looped:
             accumulators = max(accumulators, tile_elements(axes))
-    trips = sum(math.ceil(math.prod(blocks_along(a) for a in loop) / parts) for loop in d.roles.passes)
     return Work(
-        blocks * parts, trips, unique, traffic, stage, resident, partial, tensor, vector, accumulators, depth, p.dtype
+        blocks=math.prod(blocks_along(a) for a in grid) * parts,
+        trips=sum(math.ceil(math.prod(blocks_along(a) for a in loop) / parts) for loop in d.roles.passes),
+        reads=tuple(reads),
+        written=written,
+        writing=wanted / written if written else 1.0,
+        stage=stage,
+        resident=resident,
+        partial=partial,
+        products=tuple(products),
+        vector=vector,
+        accumulators=accumulators,
+        depth=depth,
     )
+
+
+def product_dtype(p: Problem, operands: Sequence[int]) -> DType:
+    """The type that a product multiplies in: the widest of its floating operands, 16 bits at least."""
+    types = [p.dtypes.get(x, p.dtype) for x in operands]
+    wide = [t for t in types if t.is_float and t.bits >= 16]
+    return max(wide, key=lambda t: t.bits) if wide else DType.f16

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mugraph.search.closure import Edge
-from mugraph.search.cost import STAGES, Prediction, predict, predict_library
+from mugraph.search.cost import STAGES, Prediction, beside, predict
 from mugraph.search.extract import (
     COMPUTED_TILE,
     LOADED_TILE,
@@ -30,9 +30,10 @@ from mugraph.search.extract import (
     Survey,
     work_of,
 )  # fmt: skip
+from mugraph.search.library import Attention, LibraryCall, library_calls, operands
 from mugraph.search.space import SearchSpace
 
-KEPT = 6  # derivations per kernel that the full model ranks
+KEPT = 4  # derivations per kernel that the full model ranks
 WHOLE = 128  # a shorter axis is whole in the tile at first
 SPLIT_MARGIN = 1.15  # the model is no surer than this, so a split must promise more for its second launch
 MATMUL_TILE, ROW_TILE = 256, 4096  # the longest side of a tile, in a matmul and elsewhere
@@ -43,12 +44,24 @@ ATTEMPTS = ((WHOLE, (1, 4)), (1, (1, 4, 16, 64)))  # (shortest loop, divisors of
 
 @dataclass(frozen=True)
 class Choice:
-    """One launch: a derivation, or a library contraction.  `needs` are classes that must be in memory first."""
+    """One launch: a derivation, several side by side, or a library call.  `needs` are classes that must be in
+    memory first."""
 
     roots: tuple[int, ...]
-    how: Derivation | Edge
+    how: Derivation | tuple[Derivation, ...] | LibraryCall
     prediction: Prediction
     needs: tuple[int, ...]
+
+    @property
+    def derivations(self) -> tuple[Derivation, ...]:
+        """Those of our own kernels."""
+        match self.how:
+            case Edge() | Attention():
+                return ()
+            case Derivation():
+                return (self.how,)
+            case several:
+                return several
 
 
 class Partition:
@@ -63,18 +76,21 @@ class Partition:
 
     # -- prices
 
-    def solve(self, roots: tuple[int, ...]) -> list[Choice]:
+    def solve(self, roots: tuple[int, ...], required: bool = False) -> list[Choice]:
         """The kernels for these roots, cheapest first (all that they need included in the order).  A single root gets
-        its price.  Empty if no kernel computes them."""
+        its price.  Empty if no kernel computes them, or if the budget is spent and they are not `required`."""
         if roots in self.choices:
             return self.choices[roots]
+        if self.spent() and not required:
+            self.p.truncated += 1
+            return []
         while True:
             found = self.library(roots) + self.kernels(roots)
             found.sort(key=self.rank)
             unpriced = [c for c in found[0].needs if c not in self.p.memory] if found else []
             for c in unpriced:
                 self.solve((c,))
-            if not unpriced or self.stop():
+            if not unpriced or self.stop() or self.spent():
                 break
         found = [f for f in found if all(self.p.memory.get(c, math.inf) < math.inf for c in f.needs)]
         self.choices[roots] = found
@@ -82,6 +98,10 @@ class Partition:
             self.p.memory[roots[0]] = self.total(found[0]) if found else math.inf
             self.p.bound.pop(roots[0], None)
         return found
+
+    def spent(self) -> bool:
+        """Whether the budget of states is used up: what is not priced by now stays inside kernels."""
+        return self.p.expanded > self.p.states
 
     def rank(self, choice: Choice) -> float:
         split = isinstance(choice.how, Derivation) and choice.how.roles.split is not None
@@ -110,22 +130,13 @@ class Partition:
         return sum(self.p.memory.get(c, self.p.bound.get(c, 0.0)) for c in needs)
 
     def library(self, roots: tuple[int, ...]) -> list[Choice]:
-        """Contractions of two values in memory, as library calls."""
+        """What library calls compute of it, from values in memory."""
         if not self.space.library or len(roots) > 1:
             return []
-        (c,) = roots
         found = []
-        if c in self.p.scaled:
-            return []
-        for e in self.p.closure.classes[c].edges:
-            there = (x not in self.p.scaled and (x in self.p.memory or x in self.p.bound) for x in e.children)
-            if not self.p.is_matmul(c, e) or not all(there):
-                continue
-            volume = math.prod(self.p.sizes[a] for a in self.p.joined_axes(c, e.children))
-            moved = self.p.bytes(c) + sum(self.p.bytes(x) for x in set(e.children))
-            prediction = predict_library(moved, 2 * volume, self.p.dtype, self.p.device)
-            needs = tuple(sorted(x for x in set(e.children) if not self.is_input(x)))
-            found.append(Choice(roots, e, prediction, needs))
+        for call, prediction in library_calls(self.p, roots[0]):
+            needs = tuple(sorted(x for x in set(operands(self.p, call)) if not self.is_input(x)))
+            found.append(Choice(roots, call, prediction, needs))
         return found
 
     def is_input(self, c: int) -> bool:
@@ -138,7 +149,7 @@ class Partition:
         if roots not in self._alone:
             self._alone[roots] = self.best(self.derivations(roots, alone=True))
         found = list(self._alone[roots])
-        if found and min(map(self.rank, found)) <= self.least_seconds(roots):
+        if found and (self.spent() or min(map(self.rank, found)) <= self.least_seconds(roots)):
             return found
         if self.space.kernels > 1 or self.space.library:
             found += self.best([d for d in self.derivations(roots, alone=False) if self.needs(d)])
@@ -176,7 +187,7 @@ class Partition:
             for rank, n in enumerate(order):
                 if math.isinf(bounds[n]) or self.stop() or len(done) >= RUNS:
                     break
-                if found and self.p.expanded > self.p.states:
+                if found and self.spent():
                     self.p.truncated += 1
                     break
                 if bounds[n] >= upper:
@@ -382,6 +393,8 @@ def _plans(run: Partition, groups: tuple[tuple[int, ...], ...]) -> list[list[Cho
     plans = [[c for way in ways for c in way[min(n, len(way) - 1)]] for n in range(most)]
     if most:
         joined = [joined_up(run, way[0], targets) for way, targets in zip(ways, groups, strict=True)]
+        if run.space.beside:
+            joined = [side_by_side(run, way) for way in joined]
         plans.append([c for way in joined for c in way])
     unique = dict.fromkeys(tuple(dict.fromkeys(plan)) for plan in plans)
     return sorted(map(list, unique), key=run.cost)
@@ -389,9 +402,9 @@ def _plans(run: Partition, groups: tuple[tuple[int, ...], ...]) -> list[list[Cho
 
 def _ways(run: Partition, targets: tuple[int, ...]) -> list[list[Choice]]:
     """One kernel for all of them, or one launch for each."""
-    ways = [[c] for c in run.solve(targets)]
+    ways = [[c] for c in run.solve(targets, required=True)]
     if len(targets) > 1:
-        single = [run.solve((t,)) for t in targets]
+        single = [run.solve((t,), required=True) for t in targets]
         if all(single):
             ways.append([options[0] for options in single])
     return ways
@@ -435,7 +448,7 @@ def joined_up(run: Partition, plan: list[Choice], targets: tuple[int, ...]) -> l
     """The plan with two launches made one, as long as some pair makes it cheaper.  A price counts a value in full for
     each of its users, and knows nothing of what two kernels both load or compute: this step does."""
     improved = True
-    while improved and len(plan) > 1 and not run.stop():
+    while improved and len(plan) > 1 and not run.stop() and not run.spent():
         improved = False
         for a, b in itertools.combinations(plan, 2):
             joint = _joint(run, plan, a, b)
@@ -457,8 +470,8 @@ def _joint(run: Partition, plan: list[Choice], a: Choice, b: Choice) -> Choice |
     after = _downstream(plan, set(roots))
     if any(set(c.roots) & after and set(roots) & _downstream(plan, set(c.roots)) for c in plan if c not in (a, b)):
         return None  # a launch needs one of them and is needed by the other
-    there = {r for c in plan if c not in (a, b) for r in c.roots}
-    prices = {c: 0.0 if c in there else seconds for c, seconds in run.p.memory.items() if c not in after}
+    there = run.p.inputs | {r for c in plan if c not in (a, b) for r in c.roots}
+    prices = dict.fromkeys(sorted(there - after), 0.0)
     found = run.at_prices(prices, roots)
     return min(found, key=run.rank, default=None)
 
@@ -470,6 +483,40 @@ def _downstream(plan: list[Choice], roots: set[int]) -> set[int]:
         if reached & set(c.needs):
             reached |= set(c.roots)
     return reached - roots
+
+
+def side_by_side(run: Partition, plan: list[Choice]) -> list[Choice]:
+    """The plan with independent kernels in one launch, as long as some pair makes it cheaper: one launch is saved, and
+    the blocks of both fill the device."""
+    improved = True
+    while improved:
+        improved = False
+        for a, b in itertools.combinations(plan, 2):
+            both = _beside(run, plan, a, b)
+            if both is None:
+                continue
+            trial = _with_needs(run, [both if c is a else c for c in plan if c is not b])
+            if run.cost(trial) < run.cost(plan) * (1 - 1e-6):
+                plan, improved = trial, True
+                break
+    return plan
+
+
+def _beside(run: Partition, plan: list[Choice], a: Choice, b: Choice) -> Choice | None:
+    """The two kernels as one launch; None if one needs the other, or if one is split or a library call."""
+    how: list[Derivation] = []
+    for choice in (a, b):
+        match choice.how:
+            case Derivation(roles=Roles(split=None)) as d:
+                how.append(d)
+            case tuple(several) if not isinstance(several, Edge):
+                how += several
+            case _:
+                return None
+    if set(b.roots) & _downstream(plan, set(a.roots)):
+        return None
+    prediction = predict(beside([work_of(run.p, d) for d in how]), run.p.device)
+    return Choice(a.roots + b.roots, tuple(how), prediction, tuple(sorted({*a.needs, *b.needs})))
 
 
 def _live(plan: list[Choice], targets: tuple[int, ...]) -> list[Choice]:

@@ -83,12 +83,6 @@ class Stuck(Exception):
         super().__init__()
         self.equation = equation
 
-    def result(self) -> str:
-        """The first result of the equation that is stuck."""
-        if self.equation is None:
-            raise self
-        return self.equation.targets[0].name
-
 
 def pieces(program: Program) -> Program:
     """The program over cells, with views of inputs only; the program itself where there is nothing to cut."""
@@ -99,7 +93,9 @@ def pieces(program: Program) -> Program:
         try:
             return _Pieces(program, frozenset(outside)).run()
         except Stuck as stuck:
-            outside.add(stuck.result())
+            if stuck.equation is None:
+                raise
+            outside.add(stuck.equation.targets[0].name)
 
 
 def is_free(e: Equation) -> bool:

@@ -39,6 +39,22 @@ class CandidateReport:
 
 
 @dataclass(frozen=True)
+class StructureReport:
+    """The best structure from one size of the symbolic dimensions to another (None: without end), and its predicted
+    seconds at the size `at`."""
+
+    low: int
+    high: int | None
+    at: int
+    structure: str
+    seconds: float
+
+    def __str__(self) -> str:
+        sizes = f"{self.low} to {self.high}" if self.high is not None else f"{self.low} and more"
+        return f"sizes {sizes}: {self.structure} ({1e6 * self.seconds:.1f} µs at {self.at})"
+
+
+@dataclass(frozen=True)
 class SearchReport:
     """Counts and times of one search.
 
@@ -48,7 +64,8 @@ class SearchReport:
     states              entry sets that the extraction expanded
     pruned              configurations and extractions cut, by reason
     seconds             wall time by phase (does not count in equality)
-    predicted_seconds   of the chosen plan, on the device named; floor_seconds: no kernel is faster
+    predicted_seconds   of each call of the chosen plan, on the device named; floor_seconds: no kernel is faster
+    ahead               what is done once, on constant inputs alone, and not counted in predicted_seconds
     """
 
     program: str
@@ -69,6 +86,8 @@ class SearchReport:
     predicted_seconds: float
     floor_seconds: float
     notes: tuple[str, ...] = ()
+    structures: tuple[StructureReport, ...] = ()
+    ahead: tuple[KernelCost, ...] = ()
     seconds: Mapping[str, float] = field(default_factory=dict, compare=False)
 
     @property
@@ -76,11 +95,21 @@ class SearchReport:
         return 100 * self.floor_seconds / self.predicted_seconds if self.predicted_seconds else 100.0
 
     @property
+    def ahead_seconds(self) -> float:
+        """What the work done ahead costs, once for each state of the constant inputs."""
+        return sum(k.seconds for k in self.ahead)
+
+    @property
     def total_seconds(self) -> float:
         return sum(self.seconds.values())
 
     def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "stop": str(self.stop), "percent_of_floor": self.percent_of_floor}
+        return {
+            **asdict(self),
+            "stop": str(self.stop),
+            "percent_of_floor": self.percent_of_floor,
+            "ahead_seconds": self.ahead_seconds,
+        }
 
     def __str__(self) -> str:
         edges = ", ".join(f"{n} {rule}" for rule, n in sorted(self.edges.items()))
@@ -95,6 +124,11 @@ class SearchReport:
             f"{self.percent_of_floor:.0f} % of floor ({1e6 * self.floor_seconds:.1f} µs)",
         ]
         lines += [f"    {k.name}: {1e6 * k.seconds:.1f} µs, bound by {k.bound}" for k in self.kernels]
+        if self.ahead:
+            lines.append(f"  ahead, once while the constants stay as they are: {1e6 * self.ahead_seconds:.1f} µs")
+            lines += [f"    {k.name}: {1e6 * k.seconds:.1f} µs, bound by {k.bound}" for k in self.ahead]
         lines += [f"  {c.verdict}: {1e6 * c.seconds:.1f} µs  {c.structure}" for c in self.candidates]
+        if len(self.structures) > 1:
+            lines += [f"  {s}" for s in self.structures]
         lines += [f"  note: {n}" for n in self.notes]
         return "\n".join(lines)

@@ -19,11 +19,14 @@ class SearchSpace:
     library       contractions may be library calls
     kernels       the greatest number of kernels of our own (library calls apart)
     passes        the greatest number of loops in sequence in one kernel
+    beside        independent kernels may share a launch
     laws          the named laws that add seeds
     symbolic      the size that stands for each symbolic dimension when costs are compared
+    sizes         further sizes at which costs are compared; structures are found for ranges between them
     grid          the axes that kernels are cut over (those that all roots of a kernel have); None: any
     loops         the axes that passes may loop over; None: any
     tiles         fixed tile sizes, as (axis, tile)
+    ahead         what constant inputs alone determine may be computed once, ahead of the calls
     inside        values that must not be materialised: they stay in a kernel
     nodes         budget of factors in the expressions of the closure
     entries       budget of classes looked at, over all assignments of roles of all kernels
@@ -36,15 +39,18 @@ class SearchSpace:
     library: bool = True
     kernels: int = 8
     passes: int = 2
+    beside: bool = True
     laws: tuple[str, ...] = tuple(LAWS)
     symbolic: int = 16
+    sizes: tuple[int, ...] = (1, 64, 256)
     grid: tuple[str, ...] | None = None
     loops: tuple[str, ...] | None = None
     tiles: tuple[tuple[str, int], ...] = ()
+    ahead: bool = True
     inside: tuple[str, ...] = ()
     nodes: int = 4_000
     entries: int = 1_000_000
-    states: int = 16_000
+    states: int = 32_000
     candidates: int = 0
     abstraction: AbstractionName = "closure"
 
@@ -54,6 +60,8 @@ class SearchSpace:
         for name in ("symbolic", "kernels", "nodes", "entries", "states"):
             if getattr(self, name) < 1:
                 raise SettingError(f"SearchSpace.{name} is {getattr(self, name)}", remedy="give at least 1")
+        if any(size < 1 for size in self.sizes):
+            raise SettingError(f"SearchSpace.sizes is {self.sizes}", remedy="give sizes of at least 1")
         if self.candidates < 0:
             raise SettingError(f"SearchSpace.candidates is {self.candidates}", remedy="give 0 or more")
         if self.abstraction not in ABSTRACTIONS:
@@ -82,4 +90,4 @@ def space_of(effort: Effort) -> SearchSpace:
         case "quick":
             return SearchSpace()
         case "full":
-            return SearchSpace(nodes=40_000, entries=10_000_000, states=160_000, candidates=20_000)
+            return SearchSpace(nodes=40_000, entries=10_000_000, states=320_000, candidates=20_000)

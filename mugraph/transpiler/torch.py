@@ -59,6 +59,8 @@ from mugraph.ir.ops import (
 )  # fmt: skip
 from mugraph.ir.printer import program_lines
 from mugraph.ir.types import DType, Input, Tensor, promote
+from mugraph.transpiler.attention import ATTENTION, AttentionParts, attention_of
+from mugraph.transpiler.divided import OWN_NAMES, divided_text, kept_text
 from mugraph.transpiler.signature import bindings, shapes_text, size_text
 
 Layout = tuple[str, ...]
@@ -87,12 +89,9 @@ _METHODS = {
 _KEEPS_INTEGERS = ("max", "min", "abs", "relu", "round")
 _WIDENS_INTEGERS = ("add", "sub", "mul", "neg", "square")
 
-_NARROW = '''
-
-def narrow(x, dtype):
+_NARROW = '''def narrow(x, dtype):
     """An operand of a product: 16 bits on a GPU, where products add up in f32; f32 elsewhere."""
-    return x.to(dtype) if x.is_cuda else x.float()
-'''
+    return x.to(dtype) if x.is_cuda else x.float()'''
 
 
 @dataclass(frozen=True)
@@ -117,9 +116,23 @@ def emit(graph: Program | KernelGraph, name: str = "run") -> str:
     It takes tensors in the order of `graph.inputs` and returns a tensor, or a tuple where the graph has several
     outputs.  `out` (a tensor, or a tuple of as many) receives the results.  Shapes are not checked.
 
+    Work that a μGraph does ahead is in a function `ahead` of its constant inputs, whose results are kept (`kept.py`).
+
     Raises UnsupportedOpError for an input with packed storage, GraphError where the inputs do not determine a size.
     """
-    return _Emitter(graph, name).file()
+    parts = graph.divided() if isinstance(graph, KernelGraph) else None
+    if parts is None:
+        emitters, wrapper, imports = [_Emitter(graph, name)], [], ""
+    else:
+        first, rest = emitters = [_Emitter(part, n) for part, n in zip(parts, ("ahead", "rest"), strict=True)]
+        given = [p for p, i in zip(rest.parameters.values(), parts[1].inputs, strict=True) if i in graph.inputs]
+        kept = list(rest.parameters.values())[len(given) :]
+        wrapper = divided_text(name, given, [rest.parameters[i] for i in first.parameters], kept)
+        imports = kept_text()[0] + "\n\n"
+    functions = [e.function() for e in emitters]
+    helper = [_NARROW] if any("narrow(" in f for f in functions) else []
+    head = f'"""{_plain(graph.name)} as a PyTorch function, emitted by mugraph."""\n\n{imports}import torch'
+    return "\n\n\n".join([head, *helper, *functions, *wrapper]) + "\n"
 
 
 class _Emitter:
@@ -133,6 +146,7 @@ class _Emitter:
         self.part: str | None = None  # in a combine, the axis that counts the parts: there is one, so no value has it
         self.lines: list[str] = []
         self.taken = {"torch", "out", "narrow", "results", name}
+        self.taken |= set(OWN_NAMES) if name in OWN_NAMES else set()
         self.parameters = {i.name: self.fresh(i.name) for i in graph.inputs}
         self.dims: dict[Dim, str] = {}
         self.sizes: dict[str, Size] = {a.name: a.size for a in graph.axes().values()}
@@ -142,9 +156,9 @@ class _Emitter:
         self.comments = {id(node): line.text.strip() for line in program_lines(graph) for node in line.nodes}
         self.device = f"{next(iter(self.parameters.values()))}.device" if graph.inputs else '"cpu"'
 
-    # -- the file ------------------------------------------------------------------------------------------------
+    # -- the function ---------------------------------------------------------------------------------------------
 
-    def file(self) -> str:
+    def function(self) -> str:
         values = {i.name: self.parameter(i) for i in self.graph.inputs}
         self.equations(self.graph.equations, values, self.graph.tensors())
         self.lines += self.returned(values)
@@ -157,12 +171,7 @@ class _Emitter:
             listed = "".join(f"    {p},\n" for p in [*self.parameters.values(), "*", "out=None"])
             signature = f"def {self.name}(\n{listed}):"
         text = "\n".join(f"    {line}".rstrip() for line in body)
-        helper = _NARROW if "narrow(" in text else ""
-        return (
-            f'"""{_plain(self.graph.name)} as a PyTorch function, emitted by mugraph."""\n\n'
-            f"import torch\n{helper}\n\n{signature}\n"
-            f'    """{inputs} -> {outputs}"""\n{text}\n'
-        )
+        return f'{signature}\n    """{inputs} -> {outputs}"""\n{text}'
 
     def parameter(self, i: Input) -> Value:
         """The input with one dimension per axis: size-1 dimensions squeezed, products of axes unflattened."""
@@ -390,13 +399,70 @@ class _Emitter:
         kept = self.sizes
         self.sizes = {a.name: a.size for a in inner.axes().values()}
         self.sizes |= {f: kept[a] for f, a in names.items()}
-        self.equations(inner.equations, values, inner.tensors())
+        parts = attention_of(inner) if op.name == ATTENTION else None
+        if parts is None or not self.attended(parts, values, inner):
+            self.equations(inner.equations, values, inner.tensors())
         self.sizes = kept
         found = [values[o.value] for o in inner.outputs]
         return [
             replace(self.cast(v, t.dtype, t), axes=tuple(names.get(a, a) for a in v.axes))
             for v, t in zip(found, targets, strict=True)
         ]
+
+    def attended(self, parts: AttentionParts, values: dict[str, Value], inner: Program) -> bool:
+        """Attention as PyTorch's own call, if that computes the same; False, with nothing written, if it may not."""
+        tensors = inner.tensors()
+        out, q, k, v = (tensors[n] for n in (parts.result, parts.query, parts.keys, parts.values))
+        dtype = reduce(promote, [t.dtype for t in (q, k, v)])
+        if not dtype.is_float or dtype.bits < 16 or (parts.bias and tensors[parts.bias].dtype is not dtype):
+            return False
+        count = len(self.lines)
+        self.equations(parts.before, values, tensors)
+        scale = values[parts.scale] if parts.scale else _literal(Fraction(1), DType.f32)
+        if not scale.literal:
+            del self.lines[count:]
+            return False
+        names = {n: tuple(a.name for a in t.axes) for n, t in tensors.items()}
+        left = [a for a in names[parts.query] if a != parts.depth]
+        (width,) = (a for a in names[parts.values] if a not in left and a != parts.key)
+        batch = [a for a in left if a in {*names[parts.keys], *names[parts.values]}]
+        rows = [a for a in left if a not in batch]
+        masked = parts.mask or parts.bias
+        heads = [a for a in rows if masked and a not in names[masked]]  # queries that share keys and a mask
+        rows = [a for a in rows if a not in heads]
+        if masked and not rows:
+            heads, rows = [], heads
+
+        def spread(name: str, layout: Sequence[str], *groups: Sequence[str]) -> str:
+            """The value as a tensor with a dimension for each group."""
+            value = values[name] if name == parts.mask else self.cast(values[name], dtype, tensors[name])
+            value = self.spread(value, tuple(layout), tensors[name])
+            return f"{value.text}.reshape({', '.join(self.product_text(g) for g in groups)})"
+
+        depth, key = [parts.depth], [parts.key]
+        args = [
+            spread(parts.query, [*batch, *heads, *rows, *depth], batch, heads, rows, depth),
+            spread(parts.keys, [*batch, *key, *depth], batch, [], key, depth),
+            spread(parts.values, [*batch, *key, width], batch, [], key, [width]),
+        ]
+        if heads:
+            args[1:] = [f"{a}.expand(-1, {self.product_text(heads)}, -1, -1)" for a in args[1:]]
+        if parts.causal and len(rows) == 1:
+            args.append("is_causal=True")
+        elif masked:
+            own = batch if any(a in names[masked] for a in batch) else []
+            held = rows if any(a in names[masked] for a in rows) else []
+            args.append(f"attn_mask={spread(masked, [*own, *held, *key], own, [], held, key)}")
+        args.append(f"scale={scale.text}")
+        text = f"torch.nn.functional.scaled_dot_product_attention({', '.join(args)})"
+        layout = (*batch, *heads, *rows, width)
+        found = self.let(out.name, f"{text}.reshape{self.shape(layout)}")
+        values[parts.result] = Value(found, layout, dtype, dtype)
+        return True
+
+    def product_text(self, axes: Sequence[str]) -> str:
+        """The product of the axes' sizes."""
+        return " * ".join(_paren_sum(self.size(a)) for a in axes) or "1"
 
     def kernel(
         self,
@@ -1007,3 +1073,8 @@ def _folded(fn: str, attrs: Mapping[str, str | Fraction], args: Sequence[Value])
 def _integer_range(dtype: DType) -> tuple[int, int]:
     signed = not dtype.value.startswith("u")
     return (-(2 ** (dtype.bits - 1)), 2 ** (dtype.bits - 1) - 1) if signed else (0, 2**dtype.bits - 1)
+
+
+def _paren_sum(text: str) -> str:
+    """A factor of a product of sizes."""
+    return text if re.fullmatch(r"\w+", text) else f"({text})"

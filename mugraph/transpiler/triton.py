@@ -19,6 +19,7 @@ from mugraph.codegen.passes import refuse
 from mugraph.codegen.plan import (
     Accumulate,
     Action,
+    Beside,
     Buffer,
     Compute,
     Extent,
@@ -51,9 +52,9 @@ from mugraph.ir.ops import (
 )  # fmt: skip
 from mugraph.ir.types import DType, Input, Output, Storage, Tensor
 from mugraph.transpiler import torch as torch_code
+from mugraph.transpiler.divided import OWN_NAMES, WIDTH, call_lines, divided_text, kept_text
 from mugraph.transpiler.signature import bindings, size_text
 
-WIDTH = 120
 TL = {
     DType.f64: "tl.float64", DType.f32: "tl.float32", DType.bf16: "tl.bfloat16", DType.f16: "tl.float16",
     DType.f8e4m3: "tl.float8e4nv", DType.f8e5m2: "tl.float8e5", DType.i64: "tl.int64", DType.i32: "tl.int32",
@@ -97,6 +98,7 @@ def round_even(x):
 }
 RESERVED = {
     *HELPERS,
+    *OWN_NAMES,
     "tl",
     "torch",
     "triton",
@@ -115,25 +117,43 @@ RESERVED = {
 
 def emit(plan: Plan) -> str:
     """The plan as a Python file.  Raises UnsupportedOpError, naming the operator, where there is no Triton for it."""
-    kernels = {launch.name: _Kernel(launch, plan) for launch in plan.launches()}
-    texts = [k.text() for k in kernels.values()]
-    functions: dict[str, str] = {}
-    for call in plan.calls:
-        if isinstance(call, Torch):
-            name = f"{re.sub(r'[^0-9A-Za-z_]', '_', plan.name)}_torch_{len(functions)}"
-            functions[call.equation.target.name] = name
-            texts.append(_torch_function(call.equation, plan, name))
-    parts = [_header(plan, texts), *texts, _run(plan, kernels, functions), _signatures(kernels)]
+    kernels: dict[str, _Kernel] = {}
+    groups: dict[str, _Group] = {}
+    texts: list[str] = []
+    runs: list[str] = []
+    for part, name in ((plan.ahead, "ahead"), (plan, "rest" if plan.ahead else "run")):
+        if part is None:
+            continue
+        beside = {launch.name for c in part.calls if isinstance(c, Beside) for launch in c.launches}
+        own = {launch.name: _Kernel(launch, part, launch.name in beside) for launch in part.launches()}
+        together = {c.name: _Group(c, own) for c in part.calls if isinstance(c, Beside)}
+        texts += [k.text() for k in own.values()] + [g.text() for g in together.values()]
+        functions: dict[str, str] = {}
+        for call in part.calls:
+            if isinstance(call, Torch):
+                function = f"{re.sub(r'[^0-9A-Za-z_]', '_', part.name)}_torch_{len(functions)}"
+                functions[call.equation.target.name] = function
+                texts.append(_torch_function(call.equation, part, function))
+        runs.append(_run(part, own, together, functions, name))
+        kernels |= own
+        groups |= together
+    if plan.ahead:
+        runs += divided_text("run", [_python(n) for n in plan.parameters], *_names_of(plan.ahead))
+    parts = [_header(plan, texts), *texts, *runs, _signatures(kernels, groups)]
     return "\n\n\n".join(p for p in parts if p) + "\n"
+
+
+def _names_of(plan: Plan) -> tuple[list[str], list[str]]:
+    return [_python(n) for n in plan.inputs], [_python(n) for n in plan.outputs]
 
 
 def _header(plan: Plan, functions: list[str]) -> str:
     kernels = [f for f in functions if f.startswith("@triton.jit")]
     what = "with Triton kernels" if kernels else "with torch"
     lines = [f'"""{plan.name} {what}.', ""]
-    lines += [f"from {plan.buffer(n).tensor}" for n in plan.inputs]
+    lines += [f"from {plan.buffer(n).tensor}" for n in plan.parameters]
     lines += [f"to {plan.buffer(n).tensor}" for n in plan.outputs]
-    lines += ['"""', "", "import torch"]
+    lines += ['"""', "", *([kept_text()[0], ""] if plan.ahead else []), "import torch"]
     if kernels:
         lines += ["import triton", "import triton.language as tl"]
     if any(word in k for k in kernels for word in ("LOG2E", "tanh(", "gelu_tanh(")):
@@ -164,17 +184,6 @@ class _Namer:
             self.taken.add(name)
             self.names[key] = name
         return self.names[key]
-
-
-def _call(head: str, args: Sequence[str], tail: str, indent: str) -> list[str]:
-    """`head(args)tail`, broken over lines as formatters do."""
-    one = f"{indent}{head}({', '.join(args)}){tail}"
-    if len(one) <= WIDTH:
-        return [one]
-    inner = f"{indent}    {', '.join(args)}"
-    if len(inner) <= WIDTH:
-        return [f"{indent}{head}(", inner, f"{indent}){tail}"]
-    return [f"{indent}{head}(", *(f"{indent}    {a}," for a in args), f"{indent}){tail}"]
 
 
 def _literal(value: Fraction) -> str:
@@ -266,8 +275,8 @@ Lane = tuple[str, ...]
 class _Kernel:
     """Writes one launch as a `@triton.jit` function, and collects the parameters that it turns out to need."""
 
-    def __init__(self, launch: Launch, plan: Plan) -> None:
-        self.launch, self.plan = launch, plan
+    def __init__(self, launch: Launch, plan: Plan, beside: bool = False) -> None:
+        self.launch, self.plan, self.beside = launch, plan, beside
         self.name_of = _Namer()
         self.fn = self.name_of("kernel", launch.name)
         self.buffers: list[Buffer] = []
@@ -365,7 +374,7 @@ class _Kernel:
         self.lines.append(line + (f"  # {note}" if note else ""))
 
     def put_call(self, head: str, args: Sequence[str], tail: str = "", note: str = "") -> None:
-        lines = _call(head, args, tail, self.indent)
+        lines = call_lines(head, args, tail, self.indent)
         if len(lines) == 1:
             self.put(lines[0].strip(), note)
         else:
@@ -396,9 +405,10 @@ class _Kernel:
         if not self.launch.split:
             names = names[:-1]
         if not names:
-            self.put(f"{pids.get(last, last)} = tl.program_id(0)")
+            self.put(f"{pids.get(last, last)} = {'pid' if self.beside else 'tl.program_id(0)'}")
             return
-        self.put("pid = tl.program_id(0)")
+        if not self.beside:
+            self.put("pid = tl.program_id(0)")
         for i, axis in enumerate(names):
             count = _paren(self.blocks(axis))
             self.put(f"{pids[axis]} = pid % {count}")
@@ -952,7 +962,7 @@ class _Kernel:
     def text(self) -> str:
         fixed = ", ".join(f'"{n}"' for n in self.symbolic())
         lines = [f"@triton.jit(do_not_specialize=[{fixed}])" if fixed else "@triton.jit"]
-        lines += _call(f"def {self.fn}", self.parameters(), ":", "")
+        lines += call_lines(f"def {self.fn}", [*(["pid"] if self.beside else []), *self.parameters()], ":", "")
         lines.append(f'    """{self.summary()}"""')
         body = "\n".join(self.lines).strip("\n").splitlines()
         return "\n".join(lines + (body if body else ["    pass"]))
@@ -989,6 +999,19 @@ class _Kernel:
             args.append(f"DOT=tl.bfloat16 if isinstance({self.fn}, triton.JITFunction) else tl.float32")
         return [*args, f"num_warps={self.launch.num_warps}", f"num_stages={self.launch.num_stages}"]
 
+    def bound(self) -> list[tuple[str, str, str]]:
+        """Each parameter with its annotation and its argument in `run`, in order."""
+        found = [(self.pointer(b.tensor.name), "", _python(b.tensor.name)) for b in self.buffers]
+        found += [(self.name_of(("size", n), ""), "", _size_text(a.size)) for n, a in self.sizes.items()]
+        for b in self.buffers:
+            for at in range(len(b.tensor.dims)):
+                name = self.name_of(("stride", b.tensor.name, at), "")
+                found.append((name, "", f"{_python(b.tensor.name)}.stride({at})"))
+        keywords = dict(a.split("=", 1) for a in self.arguments() if re.match(r"\w+=", a))
+        return found + [
+            (n, ": tl.constexpr", keywords[n]) for n in (*self.lane_params, *(["DOT"] if self.widen else []))
+        ]
+
     def signature(self) -> list[tuple[str, str]]:
         """How the kernel compiles ahead of time for dense tensors with aligned bases: per parameter its type, `:16`
         where it is divisible by 16, or its constant value."""
@@ -1001,6 +1024,63 @@ class _Kernel:
                 found.append((param, _int_type(product(b.tensor.shape[at + 1 :]), True)))
         found += [(n, str(e.lanes)) for n, e in self.lane_params.items()]
         return found + ([("DOT", "tl.bfloat16")] if self.widen else [])
+
+
+class _Group:
+    """Several launches as one: a kernel that calls the function of the launch which its program id belongs to."""
+
+    def __init__(self, beside: Beside, kernels: Mapping[str, _Kernel]) -> None:
+        self.kernels = [kernels[launch.name] for launch in beside.launches]
+        self.fn = _Namer(set(RESERVED) | {k.fn for k in self.kernels})("group", beside.name)
+        self.num_warps = max(launch.num_warps for launch in beside.launches)
+        self.num_stages = max(launch.num_stages for launch in beside.launches)
+        self.parameters: dict[str, tuple[str, str, str]] = {}  # name -> annotation, argument, signature
+        self.calls: list[list[str]] = []
+        for k in self.kernels:
+            types = dict(k.signature())
+            self.calls.append([self.parameter(n, note, arg, types[n]) for n, note, arg in k.bound()])
+        self.counts = [f"blocks_{i}" for i in range(len(self.kernels))]
+
+    def parameter(self, name: str, note: str, argument: str, signature: str) -> str:
+        """A parameter of the group for one of a kernel: shared where name and argument are the same."""
+        own, i = name, 1
+        while own in self.parameters and own != "DOT" and self.parameters[own][1] != argument:
+            own, i = f"{name}_{i}", i + 1
+        self.parameters.setdefault(own, (note, argument, signature))
+        return own
+
+    def text(self) -> str:
+        sizes = {self.calls[i][k.parameters().index(n)] for i, k in enumerate(self.kernels) for n in k.symbolic()}
+        fixed = ", ".join(f'"{n}"' for n in [*sorted(sizes), *self.counts[:-1]])
+        lines = [f"@triton.jit(do_not_specialize=[{fixed}])"]
+        names = [f"{n}{note}" for n, (note, _, _) in self.parameters.items() if not note]
+        names += self.counts[:-1] + [f"{n}{note}" for n, (note, _, _) in self.parameters.items() if note]
+        lines += call_lines(f"def {self.fn}", names, ":", "")
+        lines += [f'    """The blocks of {", ".join(k.fn for k in self.kernels)}, one after the other."""']
+        lines += ["    pid = tl.program_id(0)"]
+        for i, k in enumerate(self.kernels):
+            before = " + ".join(self.counts[:i])
+            here = " + ".join(self.counts[: i + 1])
+            last = i == len(self.kernels) - 1
+            lines.append("    else:" if last else f"    {'if' if i == 0 else 'elif'} pid < {here}:")
+            start = f"pid - {_paren(before)}" if before else "pid"
+            lines += call_lines(k.fn, [start, *self.calls[i]], "", "        ")
+        return "\n".join(lines)
+
+    def grid(self) -> str:
+        return " + ".join(self.counts)
+
+    def launch(self) -> list[str]:
+        lines = [f"    {n} = {k.grid()}" for n, k in zip(self.counts, self.kernels, strict=True)]
+        args = [a for note, a, _ in self.parameters.values() if not note] + self.counts[:-1]
+        args += [f"{n}={a}" for n, (note, a, _) in self.parameters.items() if note]
+        args += [f"num_warps={self.num_warps}", f"num_stages={self.num_stages}"]
+        return lines + call_lines(f"{self.fn}[({self.grid()},)]", args, "", "    ")
+
+    def signature(self) -> list[tuple[str, str]]:
+        plain = [(n, t) for n, (note, _, t) in self.parameters.items() if not note]
+        constant = [(n, t) for n, (note, _, t) in self.parameters.items() if note]
+        return plain + [(n, '"i32"') for n in self.counts[:-1]] + constant
 
 
 def _split_args(call: str) -> list[str]:
@@ -1053,10 +1133,12 @@ def _size_text(size: Size) -> str:
     return f"({text})" if " " in text else text
 
 
-def _run(plan: Plan, kernels: Mapping[str, _Kernel], functions: Mapping[str, str]) -> str:
+def _run(
+    plan: Plan, kernels: Mapping[str, _Kernel], groups: Mapping[str, _Group], functions: Mapping[str, str], name: str
+) -> str:
     inputs = [_python(n) for n in plan.inputs]
     result = ", ".join(map(_python, plan.outputs))
-    lines = _call("def run", [*inputs, "*", "out=None"], ":", "")
+    lines = call_lines(f"def {name}", [*inputs, "*", "out=None"], ":", "")
     what = result if len(plan.outputs) == 1 else "The outputs in order"
     lines.append(f'    """{what}, written into `out` if given."""')
     lines += _sizes(plan)
@@ -1065,11 +1147,13 @@ def _run(plan: Plan, kernels: Mapping[str, _Kernel], functions: Mapping[str, str
         match call:
             case Launch(name):
                 k = kernels[name]
-                lines += _call(f"{k.fn}[({k.grid()},)]", k.arguments(), "", "    ")
+                lines += call_lines(f"{k.fn}[({k.grid()},)]", k.arguments(), "", "    ")
+            case Beside(name):
+                lines += groups[name].launch()
             case Torch(equation):
                 targets = ", ".join(_python(t.name) for t in equation.targets)
                 args = [_python(a) for a in equation.args]
-                lines += _call(f"{targets} = {functions[equation.target.name]}", args, "", "    ")
+                lines += call_lines(f"{targets} = {functions[equation.target.name]}", args, "", "    ")
     made = _made_by_torch(plan)
     for i, name in enumerate(plan.outputs):
         if name in made:
@@ -1087,7 +1171,7 @@ def _allocations(plan: Plan) -> list[str]:
 
     def allocated(b: Buffer, indent: str) -> list[str]:
         args = [_shape(b.tensor), f"dtype={TORCH[b.tensor.dtype]}", f"device={device}"]
-        return _call(f"{_python(b.tensor.name)} = torch.empty", args, "", indent)
+        return call_lines(f"{_python(b.tensor.name)} = torch.empty", args, "", indent)
 
     outputs = [plan.buffer(name) for name in plan.outputs]
     fresh = [(i, b) for i, b in enumerate(outputs) if b.tensor.name not in made]
@@ -1137,16 +1221,17 @@ def _torch_function(equation: Equation, plan: Plan, name: str) -> str:
     return text.split("import torch\n", 1)[1].strip()
 
 
-def _signatures(kernels: Mapping[str, _Kernel]) -> str:
+def _signatures(kernels: Mapping[str, _Kernel], groups: Mapping[str, _Group]) -> str:
     if not kernels:
         return ""
     lines = [
         "# How each kernel compiles ahead of time: types (`:16`: divisible by 16) or constants, and launch options."
     ]
     lines.append("SIGNATURES = {")
-    for k in kernels.values():
-        lines += [f'    "{k.fn}": (', "        {"]
-        lines += [f'            "{name}": {text},' for name, text in k.signature()]
-        options = f'{{"num_warps": {k.launch.num_warps}, "num_stages": {k.launch.num_stages}}}'
-        lines += ["        },", f"        {options},", "    ),"]
+    found = [(k.fn, k.signature(), k.launch.num_warps, k.launch.num_stages) for k in kernels.values() if not k.beside]
+    found += [(g.fn, g.signature(), g.num_warps, g.num_stages) for g in groups.values()]
+    for fn, parameters, warps, stages in found:
+        lines += [f'    "{fn}": (', "        {"]
+        lines += [f'            "{name}": {text},' for name, text in parameters]
+        lines += ["        },", f'        {{"num_warps": {warps}, "num_stages": {stages}}},', "    ),"]
     return "\n".join([*lines, "}"])

@@ -72,9 +72,11 @@ def picture(program: Program) -> Group:
             Box(f"in {n}", "value", (i.name, type_text(i.tensor.dims, i.tensor.dtype), *["constant"] * i.constant))
         )
         made[i.name] = f"in {n}"
+    ahead = {id(e) for e in program.ahead()} if isinstance(program, KernelGraph) else set()
     for n, e in enumerate(program.equations):
         key = f"eq {n}"
-        boxes.append(_launch(key, e.op) if isinstance(e.op, Kernel) else _operator(key, e))
+        notes = ("ahead",) * (id(e) in ahead)
+        boxes.append(_launch(key, e.op, notes) if isinstance(e.op, Kernel) else _operator(key, e, notes))
         arrows += _arrows(e.args, made, key)
         made.update((t.name, key) for t in e.targets)
     for n, o in enumerate(program.outputs):
@@ -86,7 +88,7 @@ def picture(program: Program) -> Group:
     return Group("program", "kernel", (f"{kind} {program.name}",), (Section("", tuple(boxes)),), tuple(arrows))
 
 
-def _launch(key: str, kernel: Kernel) -> Group:
+def _launch(key: str, kernel: Kernel, notes: tuple[str, ...]) -> Group:
     """One launch: its block graphs, each followed by its combine."""
     boxes: list[Box | Group] = []
     arrows = []
@@ -95,7 +97,7 @@ def _launch(key: str, kernel: Kernel) -> Group:
         if block.combine:
             boxes.append(_block(f"{key} combine {n}", "combine", _formed(block.combine)))
             arrows.append((f"{key} block {n}", f"{key} combine {n}"))
-    return Group(key, "launch", ("kernel",), (Section("", tuple(boxes)),), tuple(arrows))
+    return Group(key, "launch", ("kernel", *notes), (Section("", tuple(boxes)),), tuple(arrows))
 
 
 def _formed(block: BlockGraph) -> BlockGraph:
@@ -171,10 +173,10 @@ def _thread(key: str, graph: ThreadGraph) -> Group:
     return Group(key, "thread", ("thread", *([parts] if parts else [])), (Section("", tuple(boxes)),), tuple(arrows))
 
 
-def _operator(key: str, e: Equation) -> Box:
+def _operator(key: str, e: Equation, notes: tuple[str, ...] = ()) -> Box:
     targets = tuple(t.name if isinstance(e.op, Const | SizeOf) else str(t) for t in e.targets)
     meaning = (e.op.semantics.name,) if isinstance(e.op, Library) else ()
-    return Box(key, "op", (op_head(e.op), *meaning, *targets))
+    return Box(key, "op", (op_head(e.op), *meaning, *targets, *notes))
 
 
 def _load(key: str, block: BlockGraph, load: Load, loops: tuple[tuple[str, int], ...]) -> Box:
