@@ -574,11 +574,12 @@ def _floor(program: Program, plan: list[Choice], p: Problem, fixed: Fixed) -> fl
     each call reads of the constants and their results."""
     tensors = program.tensors()
     calls = fixed.calls(plan)
+    read = [i.name for i in program.inputs]
     moved = _bytes(p.sizes, [tensors[o.value] for o in program.outputs])
-    constant = program.fixed() if len(calls) < len(plan) else {}
-    moved += sum(_least_read(program, i.name, tensors, p.sizes) for i in program.inputs if not constant.get(i.name))
     if len(calls) < len(plan):
+        read = [name for name in read if not program.fixed().get(name)]
         moved += sum(p.bytes(c) for c in loaded(p, calls) & fixed.known)
+    moved += sum(_least_read(program, name, tensors, p.sizes) for name in read)
     source = 0.0
     for e in program.equations:
         if isinstance(e.op, Contract):
