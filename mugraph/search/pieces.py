@@ -355,7 +355,9 @@ class _Pieces:
         if not cut:
             found = self.piece(own.name, demand)
             if target is not None and found != target.name:
-                found = self.emit(e, Transpose(), [found], own.name, target)
+                last = next((x for x in self.equations if x.targets[0].name == found and is_free(x)), None)
+                op, args = (last.op, last.args) if last else (Transpose(), (found,))
+                found = self.emit(e, op, args, own.name, target)
             return found
         axis, parts, along = cut[0], list[str](), list[str]()
         for region in self.cells(axis, self.cuts[own.name][axis.name]):
