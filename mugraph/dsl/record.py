@@ -451,8 +451,11 @@ class Resolver:
             return
         dims = _substituted(self.tensors[args[0]].dims, moved)
         middle = self._temporary(dims, target.dtype, op, *args)
-        order = tuple(a for d in dims for a in d)
-        self._emit(target, Reshape(_cut_dims(order, whole, out)), middle)
+        cut = _cut_dims(tuple(a for d in dims for a in d), whole, out)
+        if tuple(a for d in cut for a in d) != target.axes:  # a reshape keeps the order of its axes
+            self._emit(target, Transpose(), self._temporary(cut, target.dtype, Reshape(cut), middle))
+        else:
+            self._emit(target, Reshape(cut), middle)
 
 
 def _substituted(dims: Dims, new: Mapping[Axis, Axis]) -> Dims:

@@ -44,6 +44,7 @@ VIEWS = Slice | Reshape | Rename | Concat | Transpose | Broadcast
 
 def verified(program: Program, space: SearchSpace | None = None) -> Found:
     """The search with the verifier behind it; nothing may be refused."""
+    space = space or SearchSpace(sizes=())
     found = search(program, accept=lambda graph: verify(program, finished(graph)), space=space)
     assert found.report.refused == 0, str(found.report)
     check(found.graph)
@@ -273,7 +274,7 @@ def test_packed_projections_norms_and_rotation_are_two_kernels() -> None:
         return mg.attention(q, k, v)
 
     program = trace(fn, [f16[256, 512], f16[512, 1536], f16[64], f16[256, 64], f16[256, 64]], "packed_rope")
-    assert kernels(verified(program, SearchSpace(library=False, states=1000)).graph) <= 3
+    assert kernels(verified(program, SearchSpace(library=False, states=1000, sizes=())).graph) <= 3
 
 
 # -- each half is read once, from where it lies
@@ -284,7 +285,7 @@ def sources(graph: KernelGraph) -> list[str]:
 
 
 def test_both_halves_run_along_one_axis() -> None:
-    graph = verified(rope_attention("halves"), SearchSpace(split=False)).graph
+    graph = verified(rope_attention("halves"), SearchSpace(split=False, sizes=())).graph
     slices = [e for e in graph.equations if isinstance(e.op, Slice)]
     assert len(slices) == 12  # two halves of q, k and four tables
     assert len({e.op.out for e in slices if isinstance(e.op, Slice)}) == 1
@@ -376,7 +377,7 @@ def test_an_exchange_of_axes_is_no_identity() -> None:
     ],
 )
 def test_an_input_may_be_used_with_its_axes_exchanged(fn: Any, specs: list[Any]) -> None:
-    found = verified(trace(fn, specs, "exchanged"), SearchSpace(library=False))
+    found = verified(trace(fn, specs, "exchanged"), SearchSpace(library=False, sizes=()))
     assert kernels(found.graph) == 1
     assert not any("passed over" in c.verdict for c in found.report.candidates)
 
