@@ -21,6 +21,7 @@ from mugraph.ir.ops import (
     Broadcast,
     Concat,
     Contract,
+    CumSum,
     Elementwise,
     Gather,
     Kernel,
@@ -252,7 +253,11 @@ ONE_KERNEL: dict[str, Callable[[], Program]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ONE_KERNEL)
+SLOWER = {"rope pairs", "rope in front", "rope of itself", "causal rope", "rope of normed", "packed attention",
+          "cached attention by hand", "window", "alibi", "group norm", "added mask"}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.full) if n in SLOWER else n for n in ONE_KERNEL])
 def test_views_leave_one_kernel(name: str) -> None:
     assert kernels(verified(ONE_KERNEL[name]()).graph) == 1
 
@@ -297,7 +302,7 @@ def test_a_kernel_reads_views_and_writes_parts_in_place() -> None:
         return by_halves(x, cos, sin)
 
     program = trace(fn, [f16[4, B, 64], f16[B, 64], f16[B, 64]], "rotate")
-    found = search(program, accept=lambda graph: verify(program, finished(graph)))
+    found = search(program, accept=lambda graph: verify(program, finished(graph)), space=SearchSpace(sizes=()))
     assert kernels(found.graph) == 1
     assert isinstance(found.graph.equations[-1].op, Concat)
     source = emit(found.accepted, parse_target("cuda:90"))  # type: ignore[arg-type]
@@ -439,7 +444,7 @@ def test_a_boundary_counts_and_runs_once() -> None:
 def test_a_boundary_takes_joined_operands() -> None:
     program = trace(lambda x, y: mg.cumsum(mg.concat([x * 2, y], 1), 1)[:, ::3], [f32[B, 8], f32[B, 4]], "joined")
     cut = pieces(program)
-    assert [type(e.op) for e in cut.equations][-3:] == [Concat, type(program.equations[-2].op), Slice]
+    assert [type(e.op) for e in cut.equations][-3:] == [Concat, CumSum, Slice]
     same_values(program, cut)
 
 
@@ -556,7 +561,7 @@ def view_programs(draw: st.DrawFn, longest: int = 5) -> Program:
     return trace(fn, [f32[B, 6], f32[B, 6], f32[6, 4]], f"{'; '.join(steps)}; {end}")
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(view_programs())
 def test_random_views_keep_their_values(program: Program) -> None:
     cut = pieces(program)
@@ -564,7 +569,7 @@ def test_random_views_keep_their_values(program: Program) -> None:
     same_values(program, cut)
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(view_programs(3))
 def test_random_views_are_searched_and_verified(program: Program) -> None:
     verified(program)
@@ -595,7 +600,7 @@ SMALL: dict[str, Callable[[], Program]] = {
 
 
 @pytest.mark.parametrize("target", ["torch", "cuda:90"])
-@pytest.mark.parametrize("name", ["rope pairs", "rotation", "skew"])
+@pytest.mark.parametrize("name", ["rotation", "woven gate", "skew"])
 def test_emitted_code_computes_the_program(name: str, target: str) -> None:
     assert not optimize(SMALL[name](), target=target).unchanged
 
