@@ -518,3 +518,47 @@ def _devices() -> list[str]:
         major, minor = torch.cuda.get_device_capability(i)
         found.append(f"{torch.cuda.get_device_name(i)} (cuda:{major}{minor})")
     return found
+
+
+# -- calibrate
+
+
+@app.command()
+@command
+def calibrate(
+    device: Annotated[int, typer.Option(help="Number of the CUDA device.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Measure this GPU, so that costs are predicted for it."""
+    settings.configure_logging()
+    from mugraph.runtime.calibrate import calibrate as measure
+    from mugraph.runtime.calibrate import present_device, store
+    from mugraph.search.cost import sheet_devices
+
+    probe = present_device(device)
+    say(f"measuring {probe.name}")
+    found, checks = measure(probe, time.strftime("%Y-%m-%d"), lambda text: say(f"  {text}"))
+    place = store(found)
+    base = sheet_devices()[found.base]
+    if as_json:
+        print_document(
+            {
+                "schema_version": 1,
+                "device": found.name,
+                "base": found.base,
+                "calibrated": found.calibrated,
+                "file": str(place),
+                "figures": {k: getattr(found, k) for k in found.sources},
+                "sources": dict(found.sources),
+                "checks": [{"what": c.what, "measured": c.measured, "predicted": c.predicted} for c in checks],
+            }
+        )
+        return
+    put(f"{found.name}: what differs from {base.name}")
+    for key in found.sources:
+        before, after = getattr(base, key), getattr(found, key)
+        if isinstance(after, int | float) and before != after:
+            put(f"  {key:<24} {before:>12.4g} -> {after:.4g}")
+    for c in checks:
+        put(f"  {c.what:<32} {1e6 * c.measured:10.1f} µs, predicted {1e6 * c.predicted:.1f}")
+    say(f"stored in {place}")

@@ -35,7 +35,7 @@ from mugraph.errors import (
 )
 from mugraph.ir.axes import Dim
 from mugraph.pipeline import Result
-from mugraph.search.space import SearchSpace
+from mugraph.search.space import SearchSpace, space_of
 from mugraph.transpiler.target import Target, parse_target
 
 Dynamic = Mapping[str, Mapping[int, Dim]]
@@ -272,6 +272,8 @@ class OptimizedFunction:
                 modules=state.modules,
                 watch=lambda: self._guards.state().frozen(),
             )
+            if options.get("space") is None:  # weights may be written in ways that PyTorch does not count
+                options = {**options, "space": space_of(settings.effort.get()).but(ahead=False)}
             result = pipeline.optimize(captured.program, **options)
         except Exception as error:  # whatever goes wrong here would not go wrong in the original
             if self.strict:

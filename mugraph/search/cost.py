@@ -15,7 +15,7 @@ import json
 import math
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property, lru_cache
 from importlib.resources import files
@@ -28,8 +28,10 @@ from mugraph.ir.types import DType
 
 SCHEMA_VERSION = 2
 STAGES = 3  # loop iterations whose loads are in flight
+TRIP_CLOCKS, STEP_CLOCKS = 180, 30  # one loop iteration, and each matrix instruction in sequence in it
 LEAST_SIDE = 16  # rows and columns that a matrix instruction works on at least
 L2_SHARE = 0.75  # of L2 that holds what the kernel reads again; the rest is streamed through
+VECTOR_WEIGHT = 4  # operations that one elementwise step is counted as
 DRAIN_SECONDS = 0.2e-6  # from the last store to the end of the launch
 BLOCK_SHARED = 1024  # bytes of shared memory that the system keeps for each block
 THREAD_REGISTERS = 32  # addresses and counters
@@ -130,8 +132,8 @@ def device(name: str = "h100") -> Device:
 def sheet_devices() -> Mapping[str, Device]:
     """The descriptions beside this module, by file name."""
     place = files("mugraph.search").joinpath("devices")
-    paths = sorted((p for p in place.iterdir() if p.name.endswith(".json")), key=lambda p: p.name)
-    return {p.name.removesuffix(".json"): device_of(json.loads(p.read_text(encoding="utf-8"))) for p in paths}
+    paths = {p.name.removesuffix(".json"): p for p in place.iterdir() if p.name.endswith(".json")}
+    return {key: device_of(json.loads(p.read_text(encoding="utf-8"))) for key, p in sorted(paths.items())}
 
 
 def calibration_directory() -> Path:
@@ -360,7 +362,7 @@ def predict(work: Work, d: Device) -> Prediction:
         ("tensor", tensor * rounds),
         ("vector", vector * rounds),
         ("shared", operands * rounds / (d.sms * d.shared_bytes_per_clock * d.clock_hz)),
-        ("chain", waves * work.trips * (180 + 30 * work.depth) / d.clock_hz),
+        ("chain", waves * work.trips * (TRIP_CLOCKS + STEP_CLOCKS * work.depth) / d.clock_hz),
     )
     added = (
         ("launch", d.launch_seconds + d.fill_seconds + DRAIN_SECONDS),
@@ -419,9 +421,6 @@ def _arithmetic(work: Work, d: Device) -> tuple[float, float, float]:
     return tensor, vector, operands
 
 
-VECTOR_WEIGHT = 4  # operations that one elementwise step is counted as
-
-
 # -- library calls
 
 
@@ -436,70 +435,78 @@ def _library_launch(d: Device) -> tuple[str, float]:
 
 
 LIBRARY_TILES = ((256, 128), (128, 256), (128, 128), (128, 64), (64, 128), (64, 64), (64, 32), (32, 64))
-LEAST_DEPTH = 256  # elements of the sum that a part of a split has at least
+LIBRARY_DEPTH = 64  # elements of the sum in one loop iteration
+LEAST_DEPTH = 256  # and in a part of a split, at least
+MULTICAST = 90  # the architecture whose copies go to several blocks (CUDA programming guide, thread block clusters)
 
 
-def predict_matmul(batch: float, m: float, n: float, k: float, unique: float, dtype: DType, d: Device) -> Prediction:
+def predict_matmul(batch: int, m: int, n: int, k: int, unique: float, dtype: DType, d: Device) -> Prediction:
     """The time of a library matmul [batch, m, k] x [batch, k, n], at the best of the tiles that libraries have, the sum
     split over blocks where there are fewer than SMs.  So small m is bound by bandwidth, and sizes that leave SMs idle
     in the last round fall short of the rate."""
-    found = [p for tile in LIBRARY_TILES for p in _matmuls(batch, m, n, k, unique, dtype, d, tile)]
+    flops = 2.0 * batch * m * n * k
+    found = []
+    for rows, columns in LIBRARY_TILES:
+        tall, wide = math.ceil(m / rows), math.ceil(n / columns)
+        volume = float(batch * tall * rows * wide * columns * k)
+        product = Product(volume, rows, columns, dtype)
+        together = 2 if d.arch >= MULTICAST else 1  # neighbours read their common operand once
+        traffic = batch * k * (m * wide + n * math.ceil(tall / together)) * dtype.bits / 8
+        most = min(k // LEAST_DEPTH, math.ceil(d.sms / (batch * tall * wide)))
+        for parts in {1, max(1, most)}:
+            slabs = 2.0 * parts * batch * m * n * 4 if parts > 1 else 0.0
+            trips = math.ceil(k / parts / LIBRARY_DEPTH)
+            blocks = batch * tall * wide * parts
+            found.append(_library_loop(blocks, trips, unique, traffic + slabs, product, d.library_efficiency, flops, d))
     return min(found, key=lambda p: p.seconds)
 
 
-def _matmuls(
-    batch: float, m: float, n: float, k: float, unique: float, dtype: DType, d: Device, tile: tuple[int, int]
-) -> Iterator[Prediction]:
-    rows, columns = tile
-    tall, wide = math.ceil(m / rows), math.ceil(n / columns)
-    padded = batch * tall * rows * wide * columns * k
-    rate = d.matmul_rate(dtype) * d.library_efficiency * (d.tile_share(*tile) if d.on_tensor_cores(dtype) else 1.0)
-    width = dtype.bits / 8
-    traffic = batch * k * (m * wide + n * tall) * width
-    whole = batch * tall * wide
-    most = max(1, min(int(k // LEAST_DEPTH), math.ceil(d.sms / whole)))
-    for parts in dict.fromkeys((1, most)):
-        blocks = whole * parts
-        rounds = math.ceil(blocks / d.sms) * d.sms / blocks
-        slabs = 2 * parts * batch * m * n * 4 if parts > 1 else 0.0
-        limits = (
-            ("dram", unique / d.bandwidth),
-            ("l2", (traffic + slabs) / d.l2_bytes_per_second),
-            ("sm", traffic * rounds / (d.sms * d.sm_bytes_per_second)),
-            ("tensor", 2 * padded * rounds / rate),
-            (
-                "shared",
-                padded * (1 / rows + 1 / columns) * width * rounds / (d.sms * d.shared_bytes_per_clock * d.clock_hz),
-            ),
-        )
-        yield prediction(limits, (_library_launch(d),), unique, 2 * batch * m * n * k)
+def _library_loop(
+    blocks: int, trips: int, unique: float, traffic: float, product: Product, efficiency: float, flops: float, d: Device
+) -> Prediction:
+    """A library kernel whose blocks loop over tiles."""
+    rounds = math.ceil(blocks / d.sms) * d.sms / blocks
+    rate = d.matmul_rate(product.dtype) * efficiency
+    share, operands = 1.0, 0.0
+    if d.on_tensor_cores(product.dtype):
+        share = d.tile_share(product.rows, product.columns)
+        operands = product.volume * (1 / product.rows + 1 / product.columns) * product.dtype.bits / 8
+    limits = (
+        ("dram", unique / d.bandwidth),
+        ("latency", d.load_latency_seconds),  # the loads of the first iteration
+        ("l2", traffic / d.l2_bytes_per_second),
+        ("sm", traffic * rounds / (d.sms * d.sm_bytes_per_second)),
+        ("tensor", 2 * product.volume * rounds / (rate * share)),
+        ("shared", operands * rounds / (d.sms * d.shared_bytes_per_clock * d.clock_hz)),
+        ("chain", math.ceil(blocks / (2 * d.sms)) * trips * TRIP_CLOCKS / d.clock_hz),
+    )
+    return prediction(
+        limits, (_library_launch(d), ("start", math.ceil(blocks / d.sms) * d.block_seconds)), unique, flops
+    )
 
 
 ATTENTION_ROWS = 128  # queries of one block
 
 
 def predict_attention(
-    batch: float, rows: float, keys: float, depth: float, width: float, unique: float, dtype: DType, d: Device,
+    batch: int, rows: int, keys: int, depth: int, width: int, unique: float, dtype: DType, d: Device,
     causal: bool = False, share: float = 1.0,
 ) -> Prediction:  # fmt: skip
-    """The time of the library's attention: [batch, rows, depth] queries, [keys, depth] keys and [keys, width] values.
+    """The time of the library's attention: [batch, rows, depth] queries, [batch, keys, depth] keys and [batch, keys,
+    width] values.
 
     A block holds up to 128 queries and walks over all keys.  Few queries leave tensor cores and SMs idle: the library
     is not counted on to split the keys.  `share`: the part of the usual rate that the kernel reaches.
     """
-    blocks = batch * math.ceil(rows / ATTENTION_ROWS)
-    rounds = math.ceil(blocks / d.sms) * d.sms / blocks
-    seen = 0.5 if causal and rows > 1 else 1.0
     block_rows = ATTENTION_ROWS if rows > 64 else 64
-    volume = batch * math.ceil(rows / block_rows) * block_rows * keys * (depth + width) * seen
+    blocks = batch * math.ceil(rows / block_rows)
+    seen = 0.5 if causal and rows > 1 else 1.0
+    volume = blocks * block_rows * keys * (depth + width) * seen
     traffic = blocks * keys * (depth + width) * dtype.bits / 8 * seen + unique
-    limits = (
-        ("dram", unique / d.bandwidth),
-        ("l2", traffic / d.l2_bytes_per_second),
-        ("sm", traffic * rounds / (d.sms * d.sm_bytes_per_second)),
-        ("tensor", 2 * volume * rounds / (d.matmul_rate(dtype) * d.attention_efficiency * share)),
-    )
-    return prediction(limits, (_library_launch(d),), unique, 2 * batch * rows * keys * (depth + width) * seen)
+    trips = math.ceil(keys * seen / LIBRARY_DEPTH)
+    flops = 2 * batch * rows * keys * (depth + width) * seen
+    product = Product(volume, block_rows, LIBRARY_DEPTH, dtype)
+    return _library_loop(blocks, trips, unique, traffic, product, d.attention_efficiency * share, flops, d)
 
 
 def floor_seconds(io_bytes: float, flops: float, dtype: DType, d: Device) -> float:

@@ -11,7 +11,7 @@ from functools import cached_property
 from mugraph.errors import GraphError, SettingError, ShapeError, VerificationError
 from mugraph.ir.axes import Axis, dims_of, representative, size_value
 from mugraph.ir.graph import Equation, KernelGraph, Program
-from mugraph.ir.ops import Const, Contract, Elementwise, Gather, Op, Reduce
+from mugraph.ir.ops import Const, Contract, Elementwise, Gather, Op, Reduce, Slice
 from mugraph.ir.types import DType, Tensor
 from mugraph.search import values as v
 from mugraph.search.ahead import Fixed, fixed_classes, loaded, partition_with_ahead
@@ -544,11 +544,13 @@ def _operations(sizes: Mapping[str, int], op: Op, axes: set[str]) -> float:
 
 
 def _equations_seconds(equations: Sequence[Equation], program: Program, symbolic: int, p: Problem) -> float:
-    """Equations of the program as library calls, one launch each; scalars and views are free."""
+    """Equations of the program as library calls, one launch each; scalars and views are free, unless they
+    are given back."""
     tensors, seconds = program.tensors(), 0.0
+    given = {o.value for o in program.outputs}
     sizes = {a.name: representative(a.size, symbolic) for t in tensors.values() for a in t.axes}
     for e in equations:
-        if not e.args or is_free(e):
+        if not e.args or (is_free(e) and e.target.name not in given):
             continue
         read = [tensors[a] for a in dict.fromkeys(e.args)]
         if isinstance(e.op, Gather):  # of its operand, only what the index names
@@ -567,15 +569,17 @@ def _equations_seconds(equations: Sequence[Equation], program: Program, symbolic
 
 
 def _floor(program: Program, plan: list[Choice], p: Problem, fixed: Fixed) -> float:
-    """Inputs and outputs moved once, or the contractions' operations (the source's or the plan's, whichever are
-    fewer) at the sheet rate.  Where work is done ahead, what each call reads of the constants and their results."""
+    """Inputs (of those that are only sliced or looked up, what is taken) and outputs moved once, or the contractions'
+    operations (the source's or the plan's, whichever are fewer) at the sheet rate.  Where work is done ahead, what
+    each call reads of the constants and their results."""
     tensors = program.tensors()
-    moved = [i.tensor for i in program.inputs] + [tensors[o.value] for o in program.outputs]
     calls = fixed.calls(plan)
-    kept = 0.0
+    read = [i.name for i in program.inputs]
+    moved = _bytes(p.sizes, [tensors[o.value] for o in program.outputs])
     if len(calls) < len(plan):
-        moved = [t for t in moved if not program.fixed().get(t.name)]
-        kept = sum(p.bytes(c) for c in loaded(p, calls) & fixed.known)
+        read = [name for name in read if not program.fixed().get(name)]
+        moved += sum(p.bytes(c) for c in loaded(p, calls) & fixed.known)
+    moved += sum(_least_read(program, name, tensors, p.sizes) for name in read)
     source = 0.0
     for e in program.equations:
         if isinstance(e.op, Contract):
@@ -584,7 +588,20 @@ def _floor(program: Program, plan: list[Choice], p: Problem, fixed: Fixed) -> fl
     # an 8-bit input may be multiplied at the rate of 8 bits
     dtypes = [p.dtype] + [i.tensor.dtype for i in program.inputs if i.tensor.dtype.is_float or i.tensor.dtype.bits == 8]
     fastest = max(dtypes, key=p.device.matmul_rate)
-    return floor_seconds(_bytes(p.sizes, moved) + kept, min(source, planned), fastest, p.device)
+    return floor_seconds(moved, min(source, planned), fastest, p.device)
+
+
+def _least_read(program: Program, name: str, tensors: Mapping[str, Tensor], sizes: Mapping[str, int]) -> float:
+    """Bytes of a value that no kernel can do without."""
+    whole = _bytes(sizes, [tensors[name]])
+    if any(o.value == name for o in program.outputs):
+        return whole
+    parts = 0.0
+    for e in program.equations:
+        if name in e.args:
+            taken = isinstance(e.op, Slice) or (isinstance(e.op, Gather) and name not in e.args[1:])
+            parts += _least_read(program, e.target.name, tensors, sizes) if taken else whole
+    return min(parts, whole)
 
 
 def structure(plan: Sequence[Choice], axes: Mapping[str, Axis], fixed: Fixed | None = None) -> str:

@@ -75,7 +75,7 @@ def _own_softmax(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 # A device on which nothing but library calls is worth its while.
-ONLY_LIBRARY = replace(device(), block_seconds=1.0)
+ONLY_LIBRARY = replace(device(), vector_efficiency=1e-9)
 
 
 def by_library(program: Program) -> KernelGraph:
