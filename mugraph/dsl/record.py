@@ -311,7 +311,7 @@ class Resolver:
             case Broadcast(axes):
                 self._emit(target, Broadcast(self._axes_of(axes)), *args)
             case Reshape(dims):
-                self._emit(target, Reshape(tuple(self._axes_of(d) for d in dims)), *args)
+                self._reshape(target, tuple(self._axes_of(d) for d in dims), args[0])
             case SizeOf(axis, dtype):
                 self._size(self._atoms(axis.name), dtype, target)
             case Iota(axis):
@@ -451,8 +451,14 @@ class Resolver:
             return
         dims = _substituted(self.tensors[args[0]].dims, moved)
         middle = self._temporary(dims, target.dtype, op, *args)
-        order = tuple(a for d in dims for a in d)
-        self._emit(target, Reshape(_cut_dims(order, whole, out)), middle)
+        self._reshape(target, _cut_dims(tuple(a for d in dims for a in d), whole, out), middle)
+
+    def _reshape(self, target: Tensor, dims: Dims, arg: str) -> None:
+        """A reshape keeps the order of its axes; a target that has another is a transpose of it."""
+        if tuple(a for d in dims for a in d) == target.axes:
+            self._emit(target, Reshape(dims), arg)
+        else:
+            self._emit(target, Transpose(), self._temporary(dims, target.dtype, Reshape(dims), arg))
 
 
 def _substituted(dims: Dims, new: Mapping[Axis, Axis]) -> Dims:

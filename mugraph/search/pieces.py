@@ -311,7 +311,13 @@ class _Pieces:
         for o in self.program.outputs:
             self.whole(o.value)
         p = self.program
-        return Program(p.name, p.inputs, tuple(self.equations), p.outputs)
+        used = {o.value for o in p.outputs}
+        kept: list[Equation] = []
+        for e in reversed(self.equations):
+            if not used.isdisjoint(t.name for t in e.targets):
+                kept.append(e)
+                used.update(e.args)
+        return Program(p.name, p.inputs, tuple(reversed(kept)), p.outputs)
 
     # -- emission
 
@@ -356,7 +362,8 @@ class _Pieces:
             found = self.piece(own.name, demand)
             if target is not None and found != target.name:
                 last = next((x for x in self.equations if x.targets[0].name == found and is_free(x)), None)
-                op, args = (last.op, last.args) if last else (Transpose(), (found,))
+                in_order = last is not None and (not isinstance(last.op, Reshape) or last.target.axes == target.axes)
+                op, args = (last.op, last.args) if last and in_order else (Transpose(), (found,))
                 found = self.emit(e, op, args, own.name, target)
             return found
         axis, parts, along = cut[0], list[str](), list[str]()

@@ -136,17 +136,26 @@ def rename_factor(f: Factor, names: Mapping[Token, Token]) -> Factor:
         case Number():
             return f
         case Call(fn, attrs, bound, args):
-            return Call(fn, attrs, frozenset(names.get(t, t) for t in bound), tuple(rename(a, names) for a in args))
+            names = _unbound(names, bound)
+            return Call(fn, attrs, bound, tuple(rename(a, names) for a in args))
         case Paren(value):
             return Paren(rename(value, names))
 
 
 def rename(value: Value, names: Mapping[Token, Token]) -> Value:
-    """Renames free tokens.  Bound tokens have unique uids, so nothing is captured."""
+    """Renames free tokens.  New names are free ones or fresh, so nothing is captured; a token may be free here and
+    bound further in, where the same sum is used twice."""
     names = {old: new for old, new in names.items() if old in free_tokens(value) and old != new}
     if not names:
         return value
-    return tuple(Term(t.bound, tuple(rename_factor(f, names) for f in t.factors)) for t in value)
+    return tuple(
+        Term(t.bound, tuple(rename_factor(f, inner) for f in t.factors))
+        for t, inner in ((t, _unbound(names, t.bound)) for t in value)
+    )
+
+
+def _unbound(names: Mapping[Token, Token], bound: frozenset[Token]) -> Mapping[Token, Token]:
+    return names if bound.isdisjoint(names) else {old: new for old, new in names.items() if old not in bound}
 
 
 def fresh_tokens(tokens: Iterable[Token]) -> dict[Token, Token]:

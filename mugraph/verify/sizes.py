@@ -23,7 +23,8 @@ WHOLE_SIZES = (2, 3, 4)
 TILED_SIZES = (3, 5, 7)  # at a tile of 2: full tiles and a tail
 PARTS = (2, 3)
 LARGEST = 64  # of a size that follows from others
-STEPS = 20_000  # of the search for sizes that fit
+STEPS = 3_000  # of the search for sizes that fit
+MOST_TRUE = 64  # the longest axis that is compared at its true proportions
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,33 @@ def literal_sizes(program: Program, graph: Program) -> dict[str, int]:
     return {a: s for a, s in sizes.items() if isinstance(s, int) and s in facts.literals}
 
 
+def cut_sizes(program: Program, graph: Program) -> dict[str, int]:
+    """Sizes at which slices of slices, steps and joints fall on each other as at the true sizes: those, divided by
+    what all that belong together have in common.  Only axes that are cut, and those that get no longer than MOST_TRUE."""
+    facts = _Facts()
+    for g in (program, graph):
+        _collect(g, facts)
+    links = [*facts.ties, *((axis.name, op.out.name) for axis, op in facts.sliced)]
+    links += [(a.name, whole.name) for parts, whole in facts.joins for a in parts]
+    products = [(*c.left, *c.right) for c in facts.constraints if isinstance(c, _Product)]
+    links += [pair for names in products for pair in itertools.pairwise(names)]
+    linked = _Classes(links)
+    cut = {linked.of(axis.name) for axis, _ in facts.sliced} | {linked.of(whole.name) for _, whole in facts.joins}
+    whole = {linked.of(axis.name) for axis, op in facts.sliced if op.step > 1}
+    whole |= {linked.of(names[0]) for names in products if len(names) > 2}
+    found: dict[str, int] = {}
+    for root in cut:
+        sizes = {n: a.size for n, a in facts.axes.items() if linked.of(n) == root}
+        static = {n: s for n, s in sizes.items() if isinstance(s, int)}
+        starts = [op.start for axis, op in facts.sliced if linked.of(axis.name) == root]
+        shared = 1 if root in whole else math.gcd(*static.values(), *starts)
+        least = min(static.values(), default=1)
+        shared = max(n for n in range(1, shared + 1) if shared % n == 0 and (least // n >= 2 or n == 1))
+        if max(static.values(), default=0) // shared <= MOST_TRUE:
+            found.update((n, s // shared) for n, s in static.items())
+    return found
+
+
 # -- what the graphs say ------------------------------------------------------------------------------------------
 
 
@@ -125,6 +153,9 @@ def _collect(graph: Program, facts: _Facts) -> None:
                 bound = {a.name for i in semantics.inputs for a in i.tensor.axes}
                 for t in semantics.tensors().values():
                     facts.axes.update((a.name, a) for a in t.axes if a.name not in bound)
+                if bound <= {a.name for n in equation.args for a in tensors[n].axes}:  # it speaks of the caller's axes
+                    for inner in semantics.equations:
+                        _collect_equation(inner, semantics.tensors(), facts)
             case _:
                 _collect_equation(equation, tensors, facts)
 
@@ -296,8 +327,9 @@ def _segments(
     for root, spans in ranges.items():
         borders = sorted({0, totals[root], *(s for s, _, _ in spans), *(e for _, e, _ in spans)})
         names = [f"{root}[{s}:{e}]" for s, e in itertools.pairwise(borders)]
-        if root in known:
-            known.update((n, e - s) for n, (s, e) in zip(names, itertools.pairwise(borders), strict=True))
+        if root in known:  # in proportion
+            lengths = [(e - s) * known[root] // totals[root] for s, e in itertools.pairwise(borders)]
+            known.update(zip(names, lengths, strict=True))
         variables += names
         constraints.append(_Sum(tuple(names), root))
         for start, end, piece in spans:

@@ -21,6 +21,7 @@ from mugraph.ir.ops import (
     Broadcast,
     Concat,
     Contract,
+    CumSum,
     Elementwise,
     Gather,
     Kernel,
@@ -44,6 +45,7 @@ VIEWS = Slice | Reshape | Rename | Concat | Transpose | Broadcast
 
 def verified(program: Program, space: SearchSpace | None = None) -> Found:
     """The search with the verifier behind it; nothing may be refused."""
+    space = space or SearchSpace(sizes=())
     found = search(program, accept=lambda graph: verify(program, finished(graph)), space=space)
     assert found.report.refused == 0, str(found.report)
     check(found.graph)
@@ -251,7 +253,11 @@ ONE_KERNEL: dict[str, Callable[[], Program]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ONE_KERNEL)
+SLOWER = {"rope pairs", "rope in front", "rope of itself", "causal rope", "rope of normed", "packed attention",
+          "cached attention by hand", "window", "alibi", "group norm", "added mask"}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.full) if n in SLOWER else n for n in ONE_KERNEL])
 def test_views_leave_one_kernel(name: str) -> None:
     assert kernels(verified(ONE_KERNEL[name]()).graph) == 1
 
@@ -273,7 +279,7 @@ def test_packed_projections_norms_and_rotation_are_two_kernels() -> None:
         return mg.attention(q, k, v)
 
     program = trace(fn, [f16[256, 512], f16[512, 1536], f16[64], f16[256, 64], f16[256, 64]], "packed_rope")
-    assert kernels(verified(program, SearchSpace(library=False, states=1000)).graph) <= 3
+    assert kernels(verified(program, SearchSpace(library=False, states=1000, sizes=())).graph) <= 3
 
 
 # -- each half is read once, from where it lies
@@ -284,7 +290,7 @@ def sources(graph: KernelGraph) -> list[str]:
 
 
 def test_both_halves_run_along_one_axis() -> None:
-    graph = verified(rope_attention("halves"), SearchSpace(split=False)).graph
+    graph = verified(rope_attention("halves"), SearchSpace(split=False, sizes=())).graph
     slices = [e for e in graph.equations if isinstance(e.op, Slice)]
     assert len(slices) == 12  # two halves of q, k and four tables
     assert len({e.op.out for e in slices if isinstance(e.op, Slice)}) == 1
@@ -296,7 +302,7 @@ def test_a_kernel_reads_views_and_writes_parts_in_place() -> None:
         return by_halves(x, cos, sin)
 
     program = trace(fn, [f16[4, B, 64], f16[B, 64], f16[B, 64]], "rotate")
-    found = search(program, accept=lambda graph: verify(program, finished(graph)))
+    found = search(program, accept=lambda graph: verify(program, finished(graph)), space=SearchSpace(sizes=()))
     assert kernels(found.graph) == 1
     assert isinstance(found.graph.equations[-1].op, Concat)
     source = emit(found.accepted, parse_target("cuda:90"))  # type: ignore[arg-type]
@@ -376,7 +382,7 @@ def test_an_exchange_of_axes_is_no_identity() -> None:
     ],
 )
 def test_an_input_may_be_used_with_its_axes_exchanged(fn: Any, specs: list[Any]) -> None:
-    found = verified(trace(fn, specs, "exchanged"), SearchSpace(library=False))
+    found = verified(trace(fn, specs, "exchanged"), SearchSpace(library=False, sizes=()))
     assert kernels(found.graph) == 1
     assert not any("passed over" in c.verdict for c in found.report.candidates)
 
@@ -438,7 +444,7 @@ def test_a_boundary_counts_and_runs_once() -> None:
 def test_a_boundary_takes_joined_operands() -> None:
     program = trace(lambda x, y: mg.cumsum(mg.concat([x * 2, y], 1), 1)[:, ::3], [f32[B, 8], f32[B, 4]], "joined")
     cut = pieces(program)
-    assert [type(e.op) for e in cut.equations][-3:] == [Concat, type(program.equations[-2].op), Slice]
+    assert [type(e.op) for e in cut.equations][-3:] == [Concat, CumSum, Slice]
     same_values(program, cut)
 
 
@@ -555,7 +561,7 @@ def view_programs(draw: st.DrawFn, longest: int = 5) -> Program:
     return trace(fn, [f32[B, 6], f32[B, 6], f32[6, 4]], f"{'; '.join(steps)}; {end}")
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(view_programs())
 def test_random_views_keep_their_values(program: Program) -> None:
     cut = pieces(program)
@@ -563,7 +569,7 @@ def test_random_views_keep_their_values(program: Program) -> None:
     same_values(program, cut)
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(view_programs(3))
 def test_random_views_are_searched_and_verified(program: Program) -> None:
     verified(program)
@@ -594,7 +600,7 @@ SMALL: dict[str, Callable[[], Program]] = {
 
 
 @pytest.mark.parametrize("target", ["torch", "cuda:90"])
-@pytest.mark.parametrize("name", ["rope pairs", "rotation", "skew"])
+@pytest.mark.parametrize("name", ["rotation", "woven gate", "skew"])
 def test_emitted_code_computes_the_program(name: str, target: str) -> None:
     assert not optimize(SMALL[name](), target=target).unchanged
 
