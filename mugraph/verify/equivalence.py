@@ -248,7 +248,9 @@ def _run_graph(graph: KernelGraph, inputs: Mapping[str, Value], algebra: FormalA
 
 def _compare(name: str, wanted: Value, given: Value, algebra: FormalAlgebra, draw: Draw, key: str) -> None:
     if other := [a for a in wanted.axes if wanted.size(a) != given.size(a)]:
-        raise VerificationError(f"{name} has the sizes {wanted.size(other[0])} and {given.size(other[0])} of {other[0]}")
+        raise VerificationError(
+            f"{name} has the sizes {wanted.size(other[0])} and {given.size(other[0])} of {other[0]}"
+        )
     wrong = algebra.differs(wanted, given)
     if not wrong.any():
         return

@@ -112,7 +112,7 @@ def literal_sizes(program: Program, graph: Program) -> dict[str, int]:
 
 def cut_sizes(program: Program, graph: Program) -> dict[str, int]:
     """Sizes at which slices of slices, steps and joints fall on each other as at the true sizes: those, divided by
-    what all that belong together have in common.  Only axes that are cut, and those that get no longer than MOST_TRUE."""
+    what all that belong together have in common.  Only axes that are cut, and that get no longer than MOST_TRUE."""
     facts = _Facts()
     for g in (program, graph):
         _collect(g, facts)
