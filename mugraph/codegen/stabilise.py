@@ -469,7 +469,7 @@ class _Writer:
                 dying = {s.target.name for s in p.body if isinstance(s, Equation)}
                 for i, store in enumerate(stores):
                     if store.value in dying:
-                        stores[i] = replace(store, value=self.whole(store.value))
+                        stores[i] = replace(store, value=self.stored(store.value))
             body = tuple(self.steps)
             passes.append(Pass(p.loops, loads, body))
             if p.loops:
@@ -487,7 +487,7 @@ class _Writer:
             elif store.kind == "partial" or (store.kind == "write" and store.target in self.between):
                 final += self.beside(store)
             else:
-                final.append(replace(store, value=self.whole(store.value)))
+                final.append(replace(store, value=self.stored(store.value)))
         return replace(
             self.block,
             passes=tuple(passes),
@@ -505,7 +505,7 @@ class _Writer:
         """A scaled result is stored with its exponent, once for all results that share it."""
         s = self.env.get(store.value, Scaled(store.value))
         if s.plain or s.v is None or s.mask is not None:
-            return [replace(store, value=self.whole(store.value))]
+            return [replace(store, value=self.stored(store.value))]
         exponent = self.whole_over_grid(self.exponent(s.terms), self.facts.tensors[store.value])
         known = {e.tensor.name: e.target for e in self.exponents.values()}
         wish = f"{exponent}_parts" if store.kind == "partial" else f"{store.target}_exponent"
@@ -592,6 +592,12 @@ class _Writer:
         if s.mask is not None:
             return self.indicator(s.mask, s.v)
         return s.v or self.emit("one", Const(Fraction(1)))
+
+    def stored(self, name: str) -> str:
+        """The value itself, over all its axes: what cancelled may have been all that varied along one."""
+        value = self.whole(name)
+        missing = tuple(a for a in self.facts.tensors[name].axes if a.name not in self.axes(value))
+        return self.emit(f"{value}_wide", Broadcast(missing), value) if missing else value
 
     def both(self, a: str | None, b: str | None) -> str | None:
         """The conjunction of two masks."""
@@ -829,6 +835,11 @@ class _Writer:
             factors.insert(0, self.power(f"{e.target.name}_scale", self.exponent(varying), mask))
         elif mask is not None:
             factors.insert(0, self.indicator(mask, None))
+        held = {a for f in factors for a in self.axes(f)}
+        lacking = {a.name: a for x in e.args for a in self.facts.tensors[x].axes if a.name in closed - held}
+        if lacking:  # all that varied has cancelled: sum_k 1 is the size of k
+            one = self.emit("one", Const(Fraction(1)))
+            factors.append(self.emit("ones", Broadcast(tuple(lacking.values())), one))
         self.close(e, factors, accumulate, monoid, scale)
         self.env[e.target.name] = Scaled(e.target.name, outside)
 

@@ -679,6 +679,7 @@ def meet(
                 if kept is not own and own not in others and axes.may_unite(kept, own):
                     axes.unite(kept, own)
                 else:
+                    axes.link(kept, own)  # a split of one, found later, splits the other
                     pairs.append((own, kept))
         renames.append(_moves(recorder, pairs))
     axes.together(v for d in slots.values() for v in d)
@@ -1156,7 +1157,9 @@ def _cut_dim(x: Tensor, i: int, start: int, count: int, step: int) -> Tensor:
         return x.seen((*x.dims[:i], cut, *x.dims[i + 1 :]))
     value = recorder.spread(x.value, atoms)
     tail = axes.extent(atoms[1:])
-    if step == 1 and isinstance(tail, int) and start % tail == 0 and count % tail == 0:
+    if len(atoms) == 1:
+        rest: VarDim = ()
+    elif step == 1 and isinstance(tail, int) and start % tail == 0 and count % tail == 0:
         start, count, rest = start // tail, count // tail, atoms[1:]
     else:
         x = _merged_dim(Tensor(recorder, value, x.dims), i)

@@ -39,6 +39,7 @@ from mugraph.ir.ops import (
     Rename,
     Select,
     SizeOf,
+    Transpose,
 )  # fmt: skip
 from mugraph.ir.types import DType, Input, Output, Storage, Tensor, tensor
 from mugraph.search import values as v
@@ -516,6 +517,8 @@ def build(context: Context, plan: Sequence[Choice], roots: Mapping[int, Sequence
         launch = launch_equation(context, choice, targets)
         equations += [e for e in context.aliases if e not in equations]
         equations.append(launch)
+        if isinstance(choice.how, Edge | Attention):
+            equations += copies(context, targets[choice.roots[0]])
         ready.update(t for ts in targets.values() for t in ts)
     run_boundaries()
     return KernelGraph(program.name, program.inputs, _needed(equations, program), program.outputs)
@@ -533,7 +536,8 @@ def _needed(equations: Sequence[Equation], program: Program) -> tuple[Equation, 
 
 
 def launch_equation(context: Context, choice: Choice, targets: Mapping[int, Sequence[str]]) -> Equation:
-    out = tuple(context.tensors[t] for r in choice.roots for t in targets[r])
+    calls = isinstance(choice.how, Edge | Attention)
+    out = tuple(context.tensors[t] for r in choice.roots for t in targets[r][: 1 if calls else None])
     if isinstance(choice.how, Edge):
         args = tuple(source_name(context, x) for x in choice.how.children)
         op = Contract(context.axis_names(choice.how.axes))
@@ -547,6 +551,18 @@ def launch_equation(context: Context, choice: Choice, targets: Mapping[int, Sequ
     loads = [ld for b in blocks for ld in b.all_loads() + (b.combine.all_loads() if b.combine else ())]
     args = tuple(dict.fromkeys(ld.source for ld in loads if ld.source not in partial))
     return Equation(out, Kernel(blocks), args)
+
+
+def copies(context: Context, names: Sequence[str]) -> list[Equation]:
+    """A library call gives one tensor; the other names of its value are views or casts of it."""
+    first = context.tensors[names[0]]
+    found = []
+    for other in (context.tensors[n] for n in names[1:]):
+        if other.dtype is first.dtype:
+            found.append(Equation((other,), Transpose(), (first.name,)))
+        else:
+            found.append(library_equation(Equation((other,), Cast(other.dtype), (first.name,)), context.tensors))
+    return found
 
 
 def source_name(context: Context, c: int) -> str:

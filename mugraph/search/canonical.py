@@ -1,15 +1,16 @@
-"""The program under names that depend only on its equations, so that a search gives the same result whatever names
-and whatever order of inputs the user chose."""
+"""The program under names that depend only on its equations, so that a search gives the same result whatever names,
+order of inputs and order of commutative operands the user chose."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from mugraph.ir.axes import Axis
+from mugraph.ir.axes import Axis, Dim, Monomial, Size
 from mugraph.ir.graph import Equation, Program
-from mugraph.ir.ops import PureOp
+from mugraph.ir.ops import Compare, Contract, Elementwise, PureOp
 from mugraph.ir.types import Tensor
 
 
@@ -23,7 +24,9 @@ class Canonical:
 
 
 def canonical(program: Program) -> Canonical:
-    """Inputs, values and axes named in order of their first use in the equations.  Unused inputs are dropped."""
+    """Inputs, values and axes named in order of their first use in the equations, commutative operands in the order of
+    their colours.  Unused inputs are dropped."""
+    program = ordered(program)
     tensors = program.tensors()
     used = dict.fromkeys([n for e in program.equations for n in (*e.args, *(t.name for t in e.targets))])
     used.update(dict.fromkeys(o.value for o in program.outputs))
@@ -53,6 +56,97 @@ def canonical(program: Program) -> Canonical:
     )
     back = {new: old for old, new in names.items()}
     return Canonical(renamed, {axes[a].name: originals[a] for a in axes}, back)
+
+
+COMMUTATIVE = ("add", "mul", "max", "min", "and", "or")
+ROUNDS = 4
+
+
+def _is_commutative(op: Any) -> bool:
+    match op:
+        case Elementwise(fn):
+            return fn in COMMUTATIVE
+        case Compare(relation):
+            return relation in ("eq", "ne")
+        case _:
+            return isinstance(op, Contract)
+
+
+def ordered(program: Program) -> Program:
+    """The program with commutative operands in the order of their colours."""
+    colours = _colours(program)
+
+    def one(e: Equation) -> Equation:
+        return replace(e, args=tuple(sorted(e.args, key=colours.__getitem__))) if _is_commutative(e.op) else e
+
+    return replace(program, equations=tuple(map(one, program.equations)))
+
+
+def _colours(program: Program) -> dict[str, str]:
+    """For each value what it is made of and used for, as a digest without names: colour refinement (Weisfeiler and
+    Leman, 1968) over values and axes.  Operands of one colour are interchangeable, or too alike to be told apart in a
+    few rounds."""
+    tensors = program.tensors()
+    axes = program.axes() | {a.name: a for e in program.equations for a in _op_axes(e.op)}
+    of_axis = {a: _digest(_nameless(axis.size)) for a, axis in axes.items()}
+    given = {i.name: _digest(i.constant, str(i.tensor.dtype)) for i in program.inputs}
+    colours: dict[str, str] = {}
+    count = 0
+    for _ in range(ROUNDS):
+        colours = {name: _digest(c, _shape(tensors[name], of_axis)) for name, c in given.items()}
+        for e in program.equations:
+            args = [colours[a] for a in e.args]
+            made = _digest(_op_key(e.op, of_axis), sorted(args) if _is_commutative(e.op) else args)
+            colours.update((t.name, _digest(made, i, _shape(t, of_axis))) for i, t in enumerate(e.targets))
+        if len(set(colours.values())) + len(set(of_axis.values())) == count:
+            break
+        count = len(set(colours.values())) + len(set(of_axis.values()))
+        uses: dict[str, list[str]] = {name: [] for name in tensors}
+        for e in reversed(program.equations):
+            made = _digest([(colours[t.name], sorted(uses[t.name])) for t in e.targets])
+            for i, a in enumerate(e.args):
+                uses[a].append(_digest(made, 0 if _is_commutative(e.op) else i))
+        for i, o in enumerate(program.outputs):
+            uses[o.value].append(_digest("output", i))
+        given = {name: _digest(colours[name], sorted(uses[name])) for name in given}
+        holders: dict[str, list[str]] = {a: [] for a in axes}
+        for name, t in tensors.items():
+            for i, d in enumerate(t.dims):
+                for j, axis in enumerate(d):
+                    holders[axis.name].append(_digest(colours[name], sorted(uses[name]), i, j))
+        of_axis = {a: _digest(c, sorted(holders[a])) for a, c in of_axis.items()}
+    return colours
+
+
+def _digest(*parts: object) -> str:
+    return hashlib.blake2b(repr(parts).encode(), digest_size=8).hexdigest()
+
+
+def _nameless(size: Size) -> object:
+    match size:
+        case int():
+            return size
+        case Dim(_, low, high):
+            return low, high
+        case Monomial(coefficient, powers):
+            return coefficient, sorted((d.min, d.max, p) for d, p in powers)
+
+
+def _shape(t: Tensor, of_axis: Mapping[str, str]) -> list[list[str]]:
+    return [[of_axis[a.name] for a in d] for d in t.dims]
+
+
+def _op_key(op: Any, of_axis: Mapping[str, str]) -> object:
+    """The operator with colours for its axes."""
+
+    def key(value: Any, named: bool) -> object:
+        if isinstance(value, Axis):
+            return of_axis[value.name]
+        if isinstance(value, tuple):
+            return [key(x, named) for x in value]
+        return of_axis[value] if named and isinstance(value, str) else value
+
+    return type(op).__name__, [key(getattr(op, f.name), f.name in ("axis", "axes")) for f in fields(op)]
 
 
 def _op_axes(op: Any) -> list[Axis]:

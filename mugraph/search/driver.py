@@ -16,7 +16,7 @@ from mugraph.ir.types import DType, Tensor
 from mugraph.search import values as v
 from mugraph.search.ahead import Fixed, fixed_classes, loaded, partition_with_ahead
 from mugraph.search.build import Context, Unbuildable, baseline, build
-from mugraph.search.canonical import Canonical, canonical
+from mugraph.search.canonical import Canonical, canonical, ordered
 from mugraph.search.closure import Closure, Edge, close
 from mugraph.search.cost import Device, device, floor_seconds, predict_library
 from mugraph.search.enumerate import widen
@@ -100,7 +100,7 @@ def search(
             watch.stopped = "Interrupted"
         return watch.over()
 
-    cut = pieces(program)
+    cut = pieces(ordered(program))
     here = canonical(cut)
     known = meaning(here.program)
     closure, seeds = _closure(here.program, known, space, stop)
@@ -204,7 +204,7 @@ class _Task:
             run,
             fixed,
             plans,
-            _equations_seconds(self.program.equations, self.program, symbolic, problem),
+            _equations_seconds(ordered(self.program).equations, self.program, symbolic, problem),
             all(may_be_materialised(problem, self.seeds[n]) for n in _computed(self.here.program, self.known)),
         )
 

@@ -7,6 +7,8 @@ gives another expression of an output; it counts only if the fingerprint says th
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
@@ -31,6 +33,8 @@ from mugraph.ir.ops import (
 from mugraph.search import values as v
 from mugraph.search.values import Call, Factor, Number, Paren, Term, Value
 
+MOST_FACTORS = 10  # of a term: rule a looks at all their subsets
+MOST_NAMINGS = 120  # of the bound axes of a term: each axis five times, say
 IOTA = "#iota"  # the index along an axis: computed where it is used, not loaded
 
 
@@ -66,13 +70,15 @@ def _equation_value(e: Equation, args: list[Value]) -> Value | None:
     """The value of one equation, or None where the operator is outside the calculus."""
     match e.op:
         case Elementwise(fn, attrs):
-            return _function(fn, dict(attrs), args)
+            value = _function(fn, dict(attrs), args)
+            return value if _is_tractable(value) else v.call(fn, *args, attrs=tuple(sorted(attrs)))
         case Const(value):
             return v.number(value)
         case SizeOf(axis):
             return v.size(axis.name)
         case Contract(axes):
-            return v.total(v.multiply(*args), axes)
+            total = v.total(v.multiply(*args), axes)
+            return total if _is_tractable(total) else None
         case Reduce("sum", axes):
             return v.total(args[0], axes)
         case Reduce("mean", axes):
@@ -98,6 +104,16 @@ def _equation_value(e: Equation, args: list[Value]) -> Value | None:
             return v.rename(args[0], {(old, 0): (new.name, 0) for old, new in pairs})
         case _:
             return None
+
+
+def _is_tractable(value: Value) -> bool:
+    """Whether no term has more factors, or more ways to name its bound axes, than rule a and the key can go through.
+    A longer product is a function of its own, a longer contraction a boundary."""
+
+    def namings(t: Term) -> int:
+        return math.prod(map(math.factorial, Counter(axis for axis, _ in t.bound).values()))
+
+    return all(len(t.factors) <= MOST_FACTORS and namings(t) <= MOST_NAMINGS for t in value)
 
 
 def _function(fn: str, attrs: Mapping[str, str | Fraction], args: list[Value]) -> Value:

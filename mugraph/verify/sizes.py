@@ -201,7 +201,9 @@ def _collect_equation(equation: Equation, tensors: Mapping[str, Tensor], facts: 
             before = [a.name for a in tensors[args[0]].axes]
             after = [a.name for d in dims for a in d]
             left, right = (tuple(a for a in x if a not in y) for x, y in ((before, after), (after, before)))
-            if left or right:
+            if len(left) == len(right) == 1:
+                facts.ties.append((left[0], right[0]))
+            elif left or right:
                 facts.constraints.append(_Product(1, left, right))
         case Slice(axis) if args and args[0] in tensors:
             facts.sliced.append((axis_of(args[0], axis), equation.op))
@@ -311,6 +313,12 @@ def _segments(
             totals[root] = axis.size
         elif op.start < op.step and axis.size == op.step * op.out.size:
             constraints.append(_Product(op.step, (out,), (root,)))
+        elif isinstance(axis.size, int) and isinstance(op.out.size, int):
+            end = op.start + op.step * (op.out.size - 1) + 1
+            span = f"{root}[{op.start}:{end}:{op.step}]"
+            ranges.setdefault(root, []).append((op.start, end, span))
+            totals[root] = axis.size
+            constraints.append(_AtLeast(span, op.step, out, 1 - op.step))
         else:
             constraints.append(_AtLeast(root, op.step, out, op.start + 1 - op.step))
     for pieces, whole in facts.joins:
@@ -324,8 +332,9 @@ def _segments(
             constraints.append(_Sum(tuple(same.of(a.name) for a in pieces), same.of(whole.name)))
     variables: list[str] = []
     cuts: dict[tuple[str, int], tuple[str, ...]] = {}
+    borders_of = _borders(ranges, totals)
     for root, spans in ranges.items():
-        borders = sorted({0, totals[root], *(s for s, _, _ in spans), *(e for _, e, _ in spans)})
+        borders = borders_of[root]
         names = [f"{root}[{s}:{e}]" for s, e in itertools.pairwise(borders)]
         if root in known:  # in proportion
             lengths = [(e - s) * known[root] // totals[root] for s, e in itertools.pairwise(borders)]
@@ -336,7 +345,24 @@ def _segments(
             inside = tuple(names[borders.index(start) : borders.index(end)])
             constraints.append(_Sum(inside, piece))
             cuts[root, start] = tuple(names[: borders.index(start)])
+            for name, (s, e) in zip(inside, itertools.pairwise(borders[borders.index(start) :]), strict=False):
+                if piece in borders_of:  # cut itself, at the same places
+                    constraints.append(_Sum((f"{piece}[{s - start}:{e - start}]",), name))
     return variables, cuts
+
+
+def _borders(ranges: Mapping[str, Sequence[tuple[int, int, str]]], totals: Mapping[str, int]) -> dict[str, list[int]]:
+    """Per class the places where it is cut: by what is taken out of it, or by what it is taken out of."""
+    found = {root: {0, totals[root]}.union(*((s, e) for s, e, _ in spans)) for root, spans in ranges.items()}
+    pairs = [(root, s, e, piece) for root, spans in ranges.items() for s, e, piece in spans if piece in found]
+    changed = True
+    while changed:
+        before = sum(map(len, found.values()))
+        for root, start, end, piece in pairs:
+            found[root] |= {b + start for b in found[piece] if b <= end - start}
+            found[piece] |= {b - start for b in found[root] if start <= b <= end}
+        changed = sum(map(len, found.values())) > before
+    return {root: sorted(borders) for root, borders in found.items()}
 
 
 def _names(c: _Constraint) -> tuple[str, ...]:

@@ -1,13 +1,15 @@
 """The same program in other words: inputs permuted, everything renamed, operands of sums and products swapped."""
 
+from collections import Counter
 from dataclasses import fields, replace
 from random import Random
 from typing import Any
 
 from mugraph.ir.axes import Axis, Dim, Monomial, Size
 from mugraph.ir.graph import Equation, Program
+from mugraph.ir.infer import infer, type_of
 from mugraph.ir.ops import Contract, Elementwise, Op
-from mugraph.ir.types import Tensor
+from mugraph.ir.types import Tensor, tensor
 
 COMMUTATIVE = ("add", "mul", "max", "min")
 
@@ -80,3 +82,62 @@ def _axes_in(value: Any) -> list[Axis]:
 
 def disguised(program: Program, seed: int) -> Program:
     return Disguise(program, seed).program(program)
+
+
+# -- the same program associated otherwise
+
+
+def reassociated(program: Program, seed: int) -> Program:
+    """(a + b) + c as a + (b + c), the same for ·, and (a b) c as a (b c) for contractions, in places chosen at random;
+    the program itself where there is none."""
+    random = Random(seed)
+    for _ in range(3):
+        if places := _places(program):
+            program = _reassociated(program, *random.choice(places))
+    return program
+
+
+def _places(p: Program) -> list[tuple[Equation, Equation]]:
+    """(inner, outer): the inner value is used once, by the outer equation, and both are one associative operator."""
+    uses = Counter([a for e in p.equations for a in e.args] + [o.value for o in p.outputs])
+    made = {e.target.name: e for e in p.equations if len(e.targets) == 1}
+    found = []
+    for outer in p.equations:
+        for a in outer.args:
+            inner = made.get(a)
+            if inner and uses[a] == 1 and len(inner.args) == len(outer.args) == 2 and _associate(p, inner, outer):
+                found.append((inner, outer))
+    return found
+
+
+def _associate(p: Program, inner: Equation, outer: Equation) -> bool:
+    match inner.op, outer.op:
+        case Elementwise(f), Elementwise(g):
+            return f == g and f in COMMUTATIVE
+        case Contract(first), Contract(second):
+            tensors = p.tensors()
+            other = {a.name for a in tensors[_other(outer, inner)].axes}
+            left, right = ({a.name for a in tensors[n].axes} for n in inner.args)
+            return not set(first) & other and bool(set(second) & right) and not set(second) & left
+    return False
+
+
+def _other(outer: Equation, inner: Equation) -> str:
+    a, b = outer.args
+    return b if a == inner.target.name else a
+
+
+def _reassociated(p: Program, inner: Equation, outer: Equation) -> Program:
+    """inner = a ∘ b, outer = inner ∘ c  ->  inner = b ∘ c, outer = a ∘ inner; the steps between come first."""
+    tensors = p.tensors()
+    (a, b), c = inner.args, _other(outer, inner)
+    (made,) = infer(outer.op, [type_of(tensors[n]) for n in (b, c)])
+    middle = tensor(inner.target.name, made.axes, made.dtype)
+    equations: list[Equation] = []
+    for e in p.equations:
+        if e is outer:
+            equations.append(Equation((middle,), outer.op, (b, c)))
+            equations.append(Equation(outer.targets, inner.op, (a, middle.name)))
+        elif e is not inner:
+            equations.append(e)
+    return replace(p, equations=tuple(equations))
