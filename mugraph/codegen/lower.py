@@ -123,8 +123,11 @@ def _plan(graph: KernelGraph, options: Options, observer: Observer | None) -> Pl
         if not isinstance(equation.op, Kernel):
             calls.append(Torch(equation))
             continue
-        for block in equation.op.blocks:
-            name = f"{graph.name}_{len(calls)}" if len(equations) > 1 or len(equation.op.blocks) > 1 else graph.name
+        base = f"{graph.name}_{len(calls)}" if len(equations) > 1 else graph.name
+        mains: list[Launch] = []
+        combines: list[Launch] = []
+        for number, block in enumerate(equation.op.blocks):
+            name = f"{base}_{number}" if len(equation.op.blocks) > 1 else base
             for store in block.stores:
                 if store.kind == "partial":
                     assert block.split
@@ -135,10 +138,13 @@ def _plan(graph: KernelGraph, options: Options, observer: Observer | None) -> Pl
                     whole = parts[store.target][0] if store.target in parts else store.target
                     buffers[whole] = replace(buffers[whole], space="zeroed")
             tensors = everything | {n: b.tensor for n, b in buffers.items()}
-            calls.append(_Planner(prepare(block, observer), name, tensors, options, views).plan())
+            mains.append(_Planner(prepare(block, observer), name, tensors, options, views).plan())
             if block.combine:
                 combine = prepare(block.combine, observer)
-                calls.append(_Planner(combine, f"{name}_combine", tensors, options, views).plan())
+                combines.append(_Planner(combine, f"{name}_combine", tensors, options, views).plan())
+        for label, launches in ((base, mains), (f"{base}_combine", combines)):
+            if launches:
+                calls.append(launches[0] if len(launches) == 1 else Beside(label, tuple(launches)))
     return Plan(graph.name, tuple(buffers.values()), tuple(calls), inputs, outputs)
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -641,82 +641,139 @@ def _unroll(trail: tuple[object, ...]) -> list[Step]:
 
 def work_of(p: Problem, d: Derivation) -> Work:
     """The loads, products and other operations of a kernel, for the cost model."""
-    tiles = dict(d.tiles)
-    grid, loops = d.roles.grid, d.roles.loops
-    parts = d.roles.split[1] if d.roles.split else 1
+    return Footprint(p, d).work(dict(d.tiles))
 
-    def blocks_along(a: str) -> int:
-        return math.ceil(p.sizes[a] / tiles[a])
 
-    def tile_elements(axes: Iterable[str]) -> int:
-        return math.prod(min(tiles.get(a, p.sizes[a]), p.sizes[a]) for a in axes)
+class _Loaded(NamedTuple):
+    source: int
+    bytes: float
+    width: float  # bytes of an element
+    axes: tuple[str, ...]
+    cuts: tuple[bool, ...]  # by grid axis
+    run: str | None  # the axis along which elements lie side by side
+    looped: bool
+    combining: bool
 
-    def replication(axes: Sequence[str]) -> int:
-        return math.prod(blocks_along(a) for a in grid if a not in axes)
 
-    def waste(c: int) -> float:
-        """Bytes that move for each byte that is wanted: short runs waste the rest of a sector."""
-        axis = p.innermost.get(c)
-        if axis is None or tiles.get(axis, p.sizes[axis]) >= p.sizes[axis]:
-            return 1.0  # whole rows lie side by side too
-        run = tiles[axis] * p.dtypes.get(c, p.dtype).bits / 8
-        return max(1.0, SECTOR / run)
+class _Computed(NamedTuple):
+    axes: tuple[str, ...]
+    joined: tuple[str, ...]
+    absent: tuple[str, ...]  # grid axes along which blocks repeat it
+    sides: tuple[tuple[str, ...], ...]  # of a product: the axes of either operand alone
+    depth: tuple[str, ...]
+    dtype: DType
+    stored: float  # bytes of partial results
+    accumulated: bool
+    held: bool  # outside loops
 
-    written = sum(p.bytes(r) for r in d.roots)
-    wanted = sum(p.bytes(r) * waste(r) for r in d.roots)
-    stage = resident = partial = vector = accumulators = 0.0
-    reads: list[Read] = []
-    products: list[Product] = []
-    depth = 1
-    for s in d.steps:
-        c, at = s.entry
-        axes = p.axes(c)
-        looped = any(a in loops for a in axes)
-        if s.option.edge is None:
-            combining = parts > 1 and at > len(d.roles.passes)  # the combine's own loads
-            cut = tuple((blocks_along(a), a in axes) for a in grid)
-            reads.append(
-                Read(-1 - c if combining else c, p.bytes(c), cut if combining else (*cut, (parts, looped)), waste(c))
-            )
-            bytes_in_tile = tile_elements(axes) * p.dtypes.get(c, p.dtype).bits / 8
-            if looped:
-                stage += bytes_in_tile
+
+class Footprint:
+    """What a derivation does, but for its tile sizes; `work` fills these in, many times over."""
+
+    def __init__(self, p: Problem, d: Derivation) -> None:
+        self.sizes, self.grid, self.passes = p.sizes, d.roles.grid, d.roles.passes
+        self.parts = d.roles.split[1] if d.roles.split else 1
+        self.written = sum(p.bytes(r) for r in d.roots)
+        self.roots = [(p.bytes(r), p.innermost.get(r), self.width(p, r)) for r in d.roots]
+        self.loads: list[_Loaded] = []
+        self.steps: list[_Computed] = []
+        for s in d.steps:
+            c, at = s.entry
+            axes = p.axes(c)
+            looped = any(a in d.roles.loops for a in axes)
+            if s.option.edge is None:
+                combining = self.parts > 1 and at > len(self.passes)  # the combine's own loads
+                cuts = tuple(a in axes for a in self.grid)
+                source = -1 - c if combining else c
+                run = p.innermost.get(c)
+                self.loads.append(_Loaded(source, p.bytes(c), self.width(p, c), axes, cuts, run, looped, combining))
+            elif s.option.edge.children:
+                self.steps.append(self.computed(p, c, s.option, looped))
+
+    @staticmethod
+    def width(p: Problem, c: int) -> float:
+        return p.dtypes.get(c, p.dtype).bits / 8
+
+    def computed(self, p: Problem, c: int, option: Option, looped: bool) -> _Computed:
+        assert option.edge is not None
+        axes, joined = p.axes(c), p.joined_axes(c, option.children)
+        sides: tuple[tuple[str, ...], ...] = ()
+        if p.is_matmul(c, option.edge):
+            left, right = (p.axes(x) for x in option.children)
+            sides = tuple(a for a in left if a not in right), tuple(a for a in right if a not in left)
+        stored = 0.0
+        if option.loop is not None and self.parts > 1:
+            repeated = math.prod(p.sizes[a] for a in self.grid if a not in axes)  # each block stores its own copy
+            stored = 2 * self.parts * repeated * p.elements(c) * 4
+        return _Computed(
+            axes,
+            joined,
+            tuple(a for a in self.grid if a not in joined),
+            sides,
+            option.edge.axes,
+            product_dtype(p, option.children),
+            stored,
+            option.loop is not None,
+            not looped,
+        )
+
+    def work(self, tiles: Mapping[str, int]) -> Work:
+        sizes = self.sizes
+        along = {a: -(-sizes[a] // t) for a, t in tiles.items()}
+        width = {a: min(t, sizes[a]) for a, t in tiles.items()}
+
+        def elements(axes: tuple[str, ...]) -> int:
+            return math.prod([width[a] if a in width else sizes[a] for a in axes])
+
+        def waste(run: str | None, element: float) -> float:
+            """Bytes that move for each byte that is wanted: short runs waste the rest of a sector."""
+            if run is None or run not in width or tiles[run] >= sizes[run]:
+                return 1.0  # whole rows lie side by side too
+            return max(1.0, SECTOR / (tiles[run] * element))
+
+        stage = resident = partial = vector = accumulators = 0.0
+        blocks = [along[a] for a in self.grid]
+        reads: list[Read] = []
+        for x in self.loads:
+            cut = tuple(zip(blocks, x.cuts, strict=True))
+            if not x.combining:
+                cut = (*cut, (self.parts, x.looped))
+            reads.append(Read(x.source, x.bytes, cut, waste(x.run, x.width)))
+            held = elements(x.axes) * x.width
+            if x.looped:
+                stage += held
             else:
-                resident += bytes_in_tile
-            continue
-        if not s.option.edge.children:
-            continue
-        joined = p.joined_axes(c, s.option.children)
-        padded = math.prod(math.ceil(p.sizes[a] / tiles.get(a, 1)) * tiles.get(a, 1) for a in joined)
-        volume = float(padded * replication(joined))
-        if p.is_matmul(c, s.option.edge):
-            left, right = (set(p.axes(x)) for x in s.option.children)
-            dtype = product_dtype(p, s.option.children)
-            products.append(Product(volume, tile_elements(left - right), tile_elements(right - left), dtype))
-            depth += max(1, tile_elements(s.option.edge.axes) // 16)
-        else:
-            vector += VECTOR_WEIGHT * volume
-        if s.option.loop is not None:
-            accumulators += tile_elements(axes)
-            if d.roles.split:
-                repeated = math.prod(p.sizes[a] for a in grid if a not in axes)  # each block stores its own copy
-                partial += 2 * parts * repeated * p.elements(c) * 4
-        elif not looped:
-            accumulators = max(accumulators, tile_elements(axes))
-    return Work(
-        blocks=math.prod(blocks_along(a) for a in grid) * parts,
-        trips=sum(math.ceil(math.prod(blocks_along(a) for a in loop) / parts) for loop in d.roles.passes),
-        reads=tuple(reads),
-        written=written,
-        writing=wanted / written if written else 1.0,
-        stage=stage,
-        resident=resident,
-        partial=partial,
-        products=tuple(products),
-        vector=vector,
-        accumulators=accumulators,
-        depth=depth,
-    )
+                resident += held
+        products: list[Product] = []
+        depth = 1
+        for s in self.steps:
+            volume = math.prod([along[a] * tiles[a] if a in tiles else sizes[a] for a in s.joined])
+            volume *= math.prod([along[a] for a in s.absent])
+            if s.sides:
+                products.append(Product(float(volume), elements(s.sides[0]), elements(s.sides[1]), s.dtype))
+                depth += max(1, elements(s.depth) // 16)
+            else:
+                vector += VECTOR_WEIGHT * volume
+            if s.accumulated:
+                accumulators += elements(s.axes)
+                partial += s.stored
+            elif s.held:
+                accumulators = max(accumulators, elements(s.axes))
+        wanted = sum(size * waste(run, element) for size, run, element in self.roots)
+        return Work(
+            blocks=math.prod(blocks) * self.parts,
+            trips=sum(math.ceil(math.prod([along[a] for a in loop]) / self.parts) for loop in self.passes),
+            reads=tuple(reads),
+            written=self.written,
+            writing=wanted / self.written if self.written else 1.0,
+            stage=stage,
+            resident=resident,
+            partial=partial,
+            products=tuple(products),
+            vector=vector,
+            accumulators=accumulators,
+            depth=depth,
+        )
 
 
 def product_dtype(p: Problem, operands: Sequence[int]) -> DType:

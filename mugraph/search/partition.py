@@ -23,6 +23,7 @@ from mugraph.search.extract import (
     LOADED_TILE,
     Assignment,
     Derivation,
+    Footprint,
     KernelSearch,
     Loop,
     Problem,
@@ -336,7 +337,8 @@ class Partition:
             for a in self.p.joined_axes(s.entry[0], s.option.children)
         }
         most = {a: MATMUL_TILE if a in multiplied else ROW_TILE for a in best}
-        excess, seconds = self.fit(replace(d, tiles=tuple(sorted(best.items()))))
+        footprint = Footprint(self.p, d)
+        excess, seconds = self.fit(d, footprint)
         improved = True
         while improved:
             improved = False
@@ -345,7 +347,7 @@ class Partition:
                     if axis in fixed or not 1 <= tile <= min(most[axis], power_of_two(self.p.sizes[axis])):
                         continue
                     trial = {**best, axis: tile}
-                    score = self.fit(replace(d, tiles=tuple(sorted(trial.items()))))
+                    score = self.fit(replace(d, tiles=tuple(sorted(trial.items()))), footprint)
                     if score < (excess, seconds * (1 - 1e-9)):
                         best, (excess, seconds), improved = trial, score, True
         if excess > 0:
@@ -353,10 +355,10 @@ class Partition:
         d = replace(d, tiles=tuple(sorted(best.items())))
         return Choice(d.roots, d, predict(work_of(self.p, d), self.p.device), self.needs(d))
 
-    def fit(self, d: Derivation) -> tuple[float, float]:
+    def fit(self, d: Derivation, footprint: Footprint | None = None) -> tuple[float, float]:
         """(how far the tiles exceed the device, predicted seconds)."""
         p, tiles = self.p, dict(d.tiles)
-        work = work_of(p, d)
+        work = (footprint or Footprint(p, d)).work(tiles)
         excess = 0.0
         for s in d.steps:
             if s.option.edge is not None and not s.option.edge.children:

@@ -557,7 +557,22 @@ class _Pieces:
             result = own if result is None else self.emit(e, Elementwise("add"), [result, own], e.target.name)
         if result is None:
             return literal(region.start)
-        return self.emit(e, Elementwise("add"), [result, literal(region.start)], "i") if region.start else result
+        for start in self.before(e, region.start) or ([literal(region.start)] if region.start else []):
+            result = self.emit(e, Elementwise("add"), [result, start], "i")
+        return result
+
+    def before(self, e: Equation, start: int) -> list[str]:
+        """The sizes of what is joined before a place of the axis that the equation counts, where it is the start of a
+        joined part: other sizes then mean the same place.  Empty where it is none."""
+        assert isinstance(e.op, Iota)
+        for joined in self.program.equations:
+            if not isinstance(joined.op, Concat) or joined.op.out.name != e.op.axis.name:
+                continue
+            parts = [_axis(self.tensors[x], a) for x, a in zip(joined.args, joined.op.axes, strict=True)]
+            for n in range(1, len(parts)):
+                if all(isinstance(a.size, int) for a in parts[:n]) and sum(_static(a.size) for a in parts[:n]) == start:
+                    return [self.emit(e, SizeOf(a, DType.i64), (), f"{a.name}_size") for a in parts[:n]]
+        return []
 
     def closed_cells(self, e: Equation, axis: str, taken: set[str]) -> list[Region]:
         """The cells of an axis that the equation closes, under names that its result does not have."""
