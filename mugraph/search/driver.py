@@ -359,7 +359,7 @@ SAMPLES = 32  # two different maxima are taken for one with probability 2^-32
 
 def _written_sizes(program: Program) -> dict[str, int]:
     """Static axes whose size the program also writes as a number (sum / 4096 for a mean).  Only these sizes count
-    as known, because two axes of one size are not the same axis.  Whole numbers of integer type are places, not sizes."""
+    as known, because two axes of one size are not the same axis.  Numbers of integer type are places, not sizes."""
     values = [e.op.value for e in program.equations if isinstance(e.op, Const) and e.op.dtype.is_float]
     literals = {n for x in values for n in (x.numerator, x.denominator)} - {1}
     return {a.name: a.size for a in program.axes().values() if isinstance(a.size, int) and a.size in literals}
