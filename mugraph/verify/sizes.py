@@ -111,8 +111,13 @@ def literal_sizes(program: Program, graph: Program) -> dict[str, int]:
 
 
 def cut_sizes(program: Program, graph: Program) -> dict[str, int]:
+<<<<<<< HEAD
+    """Sizes of cut axes at which slices of slices, steps and joints fall on each other as they do at the true sizes:
+    those, divided by what all that belong together have in common.  None where an axis gets longer than MOST_TRUE."""
+=======
     """Sizes at which slices of slices, steps and joints fall on each other as at the true sizes: those, divided by
     what all that belong together have in common.  Only axes that are cut, and that get no longer than MOST_TRUE."""
+>>>>>>> main
     facts = _Facts()
     for g in (program, graph):
         _collect(g, facts)

@@ -224,6 +224,11 @@ def alibi(q: Tensor, k: Tensor, v: Tensor, slope: Tensor) -> Tensor:
     return mg.softmax(q @ mg.mT(k) / 8 + slope[:, None, None] * (j - i), -1) @ v
 
 
+def two_chunks(x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+    a, b = mg.chunk(x @ w, 2, 1)
+    return a, mg.silu(b)
+
+
 ONE_KERNEL: dict[str, Callable[[], Program]] = {
     **{f"rope {kind}": lambda kind=kind: rope_attention(kind) for kind in ROTATIONS},  # type: ignore[misc]
     "rope of itself": lambda: self_attention(False, False),
@@ -243,17 +248,33 @@ ONE_KERNEL: dict[str, Callable[[], Program]] = {
     "mask": lambda: attended(lambda q, k, v, m: mg.attention(q, k, v, mask=m), bool_[8, 1, 512]),
     "window": lambda: attended(window),
     "alibi": lambda: attended(alibi, f16[8]),
+<<<<<<< HEAD
+    "product of a concat": lambda: trace(
+=======
     "concat of a product": lambda: trace(
+>>>>>>> main
         lambda x, y, w: mg.concat([x, y], -1) @ w, [f32[B, 64], f32[B, 48], f32[112, 40]]
     ),
     "neighbours": lambda: trace(lambda x, w: (x @ w)[:, 1:] * (x @ w)[:, :-1], [f32[B, 64], f32[64, 64]]),
-    "filter": lambda: trace(lambda x, w: x[:, :-2] * w[0] + x[:, 1:-1] * w[1] + x[:, 2:] * w[2], [f32[B, 64], f32[3]]),
+    "filter": lambda: trace(
+        lambda x, w: x[:, :-2] * w[0] + x[:, 1:-1] * w[1] + x[:, 2:] * w[2], [f32[B, 64], f32[3]]
+    ),
     "one column": lambda: trace(lambda x, w: mg.silu((x @ w)[:, 3]), [f32[B, 64], f32[64, 64]]),
+<<<<<<< HEAD
+    "columns of a softmax": lambda: trace(
+        lambda x, w: mg.softmax(x @ w, -1)[:, :10], [f32[B, 64], f32[64, 64]]
+    ),
+    "sums over several axes": lambda: trace(
+        lambda x: (mg.sum(x * x, axis=(0, 2)), mg.mean(x * x)), [f32[B, 64, 32]]
+    ),
+    "two chunks": lambda: trace(two_chunks, [f32[B, 64], f32[64, 128]]),
+=======
     "columns of a softmax": lambda: trace(lambda x, w: mg.softmax(x @ w, -1)[:, :10], [f32[B, 64], f32[64, 64]]),
     "sums over several axes": lambda: trace(lambda x: (mg.sum(x * x, axis=(0, 2)), mg.mean(x * x)), [f32[B, 64, 32]]),
     "two chunks": lambda: trace(
         lambda x, w: (mg.chunk(x @ w, 2, 1)[0], mg.silu(mg.chunk(x @ w, 2, 1)[1])), [f32[B, 64], f32[64, 128]]
     ),
+>>>>>>> main
 }  # fmt: skip
 
 
@@ -361,6 +382,20 @@ def test_exchanged_halves_are_refused() -> None:
     verify(right, search(right, accept=lambda g: g).graph)
     with pytest.raises(VerificationError):
         verify(right, search(wrong, accept=lambda g: g).graph)
+
+
+def test_a_shift_of_a_shift_is_compared_at_true_borders() -> None:
+    def shifted(by: int) -> Program:
+        def rolled(x: Tensor) -> Tensor:
+            return mg.concat([x[:, by:], x[:, :by]], 1)
+
+        return trace(lambda x: mg.exp(rolled(rolled(x))), [f32[B, 9]], "shifted")
+
+    graphs = [search(shifted(by), accept=lambda g: g).graph for by in (1, 2)]
+    verify(shifted(1), graphs[0])
+    verify(shifted(2), graphs[1])
+    with pytest.raises(VerificationError):
+        verify(shifted(1), graphs[1])
 
 
 def test_an_exchange_of_axes_is_no_identity() -> None:
