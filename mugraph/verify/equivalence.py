@@ -39,7 +39,10 @@ RANDOM_FUNCTIONS = (
 DRAWN_SIZES = "established at the sizes drawn; other sizes follow where the graph treats sizes alike"
 LEAST_SIZES = "formal sums get too long at sizes that tell all axes apart: some axes have the same size"
 DRAWN_INDICES = "gather and scatter are tested at the indices drawn"
-TRUE_SIZES = "axes whose true size is written as a literal are tested at that size: "
+FIXED_SIZES = (
+    "axes are tested at fixed sizes, the true one where it is written as a literal, in true proportion where axes are "
+    "cut: "
+)
 
 _TOKEN = object()
 
@@ -177,7 +180,7 @@ def _tests(
     if small:
         stated.append(LEAST_SIZES)
     if fixed:
-        stated.append(TRUE_SIZES + ", ".join(f"{a}={s}" for a, s in sorted(fixed.items())))
+        stated.append(FIXED_SIZES + ", ".join(f"{a}={s}" for a, s in sorted(fixed.items())))
     return Certificate(
         program=program.name,
         graph=graph.name,

@@ -506,7 +506,9 @@ class ErrorAlgebra(ArrayAlgebra):
                 mask = _first(aligned(args[0], axes)).astype(bool)
                 spread = np.where(mask, spreads[1], spreads[2])
             case MaskedExp():
-                spread = _first(results[0]) * np.expm1(spreads[0])
+                value = _first(results[0])
+                with np.errstate(all="ignore"):  # what is masked is 0 exactly, however far its argument may be off
+                    spread = np.where(value == 0, 0.0, value * np.expm1(spreads[0]))
             case CumSum(axis):
                 spread = np.sqrt(np.cumsum(spreads[0] ** 2, axis=axes.index(axis)))
             case Cast(dtype) if dtype.is_float:

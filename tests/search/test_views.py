@@ -247,7 +247,9 @@ ONE_KERNEL: dict[str, Callable[[], Program]] = {
         lambda x, y, w: mg.concat([x, y], -1) @ w, [f32[B, 64], f32[B, 48], f32[112, 40]]
     ),
     "neighbours": lambda: trace(lambda x, w: (x @ w)[:, 1:] * (x @ w)[:, :-1], [f32[B, 64], f32[64, 64]]),
-    "filter": lambda: trace(lambda x, w: x[:, :-2] * w[0] + x[:, 1:-1] * w[1] + x[:, 2:] * w[2], [f32[B, 64], f32[3]]),
+    "filter": lambda: trace(
+        lambda x, w: x[:, :-2] * w[0] + x[:, 1:-1] * w[1] + x[:, 2:] * w[2], [f32[B, 64], f32[3]]
+    ),
     "one column": lambda: trace(lambda x, w: mg.silu((x @ w)[:, 3]), [f32[B, 64], f32[64, 64]]),
     "columns of a softmax": lambda: trace(lambda x, w: mg.softmax(x @ w, -1)[:, :10], [f32[B, 64], f32[64, 64]]),
     "sums over several axes": lambda: trace(lambda x: (mg.sum(x * x, axis=(0, 2)), mg.mean(x * x)), [f32[B, 64, 32]]),
@@ -361,6 +363,20 @@ def test_exchanged_halves_are_refused() -> None:
     verify(right, search(right, accept=lambda g: g).graph)
     with pytest.raises(VerificationError):
         verify(right, search(wrong, accept=lambda g: g).graph)
+
+
+def test_a_shift_of_a_shift_is_compared_at_true_borders() -> None:
+    def shifted(by: int) -> Program:
+        def rolled(x: Tensor) -> Tensor:
+            return mg.concat([x[:, by:], x[:, :by]], 1)
+
+        return trace(lambda x: mg.exp(rolled(rolled(x))), [f32[B, 9]], "shifted")
+
+    graphs = [search(shifted(by), accept=lambda g: g).graph for by in (1, 2)]
+    verify(shifted(1), graphs[0])
+    verify(shifted(2), graphs[1])
+    with pytest.raises(VerificationError):
+        verify(shifted(1), graphs[1])
 
 
 def test_an_exchange_of_axes_is_no_identity() -> None:
