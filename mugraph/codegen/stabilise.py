@@ -256,6 +256,7 @@ def unique_names(block: BlockGraph) -> BlockGraph:
         body = tuple(renamed(s, env) for s in p.body)
         if p.loops:
             dying = {t.name for s in p.body if isinstance(s, Equation) for t in s.targets}
+            dying |= {ld.value.name for ld in p.loads}
             values |= {n: env[n] for n in dying & stores.keys() if n not in values}
             alive |= {a.target.name: env[a.target.name] for a in p.accumulators}
         else:

@@ -173,8 +173,10 @@ def _fits(p: Problem, c: int, a: Attention) -> bool:
 
 
 def made_of_indices(p: Problem, c: int) -> bool:
-    """Whether a value is made of indices, sizes and numbers alone: a causal mask, a scale."""
-    return not any(is_leaf_edge(e) for x in p.below[c] for e in p.closure.classes[x].edges)
+    """Whether a value is made of indices, sizes and numbers alone: a causal mask, a scale.  A class without edges is
+    made of what no kernel can say."""
+    ways = [p.closure.classes[x].edges for x in p.below[c]]
+    return all(ways) and not any(is_leaf_edge(e) for edges in ways for e in edges)
 
 
 def is_causal(p: Problem, a: Attention) -> bool:

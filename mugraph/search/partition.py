@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -390,7 +390,7 @@ def partition(
 def _plans(run: Partition, groups: tuple[tuple[int, ...], ...]) -> list[list[Choice]]:
     """The cheapest plan of every group together, then the second of those that have one, and so on; and the cheapest
     with launches joined."""
-    ways = [sorted((_with_needs(run, way) for way in _ways(run, targets)), key=run.cost) for targets in groups]
+    ways = [sorted(_complete(run, _ways(run, targets)), key=run.cost) for targets in groups]
     most = max(map(len, ways), default=0) if all(ways) else 0
     plans = [[c for way in ways for c in way[min(n, len(way) - 1)]] for n in range(most)]
     if most:
@@ -400,6 +400,15 @@ def _plans(run: Partition, groups: tuple[tuple[int, ...], ...]) -> list[list[Cho
         plans.append([c for way in joined for c in way])
     unique = dict.fromkeys(tuple(dict.fromkeys(plan)) for plan in plans)
     return sorted(map(list, unique), key=run.cost)
+
+
+def _complete(run: Partition, ways: Iterable[Sequence[Choice]]) -> Iterator[list[Choice]]:
+    """The ways with all that they need; those that would need their own results are passed over."""
+    for way in ways:
+        try:
+            yield _with_needs(run, way)
+        except Circular:
+            continue
 
 
 def _ways(run: Partition, targets: tuple[int, ...]) -> list[list[Choice]]:
