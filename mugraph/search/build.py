@@ -192,14 +192,14 @@ class BlockBuilder:
         grid = tuple((a, tiles[a]) for a in sorted(self.context.axis_names(roles.grid), key=self.order.__getitem__))
         split = self.split()
         combine = self.combine(grid, split) if split else None
+        epilogue = self.before[self.last]
+        stores = tuple(s for _, s, _ in self.partial) if split else self.stores(epilogue)
         passes: list[Pass] = []
         for q in range(self.last):
             if self.before[q].loads or self.before[q].steps:
                 passes.append(Pass((), self.loads(self.before[q]), tuple(self.before[q].steps)))
             loops = tuple((a, tiles[a]) for a in self.context.axis_names(roles.passes[q]))
             passes.append(Pass(loops, self.loads(self.inside[q]), tuple(self.inside[q].steps)))
-        epilogue = self.before[self.last]
-        stores = tuple(s for _, s, _ in self.partial) if split else self.stores(epilogue)
         return BlockGraph(grid, split, tuple(passes), self.loads(epilogue), tuple(epilogue.steps), stores, combine)
 
     def split(self) -> Split | None:
@@ -224,6 +224,8 @@ class BlockBuilder:
         for root in self.d.roots:
             last = max((e for e in self.chosen if e[0] == root), key=lambda e: e[1])
             name = self.name_of(last, section, combining)
+            if self.chosen[last].option.edge is None and last[1] <= self.last:
+                name = self.emit(self.inside[last[1] - 1], name, Transpose(), name)  # a loop stores what it computes
             for target in self.targets[root]:
                 have = {a.name for a in self.values[name].axes}
                 missing = tuple(a for a in self.context.tensors[target].axes if a.name not in have)

@@ -55,6 +55,7 @@ CASES = {
     "gram columns": (lambda x: x.T @ x, [X]),
     "square matrix": (lambda x: x @ x, [f32[4, 4]]),
     "cube": (lambda x: x @ x @ x, [f32[4, 4]]),
+    "square matrix, split": (lambda x: (x @ x).unflatten(-1, (2, 2)), [f32[4, 4]]),
     "symmetric": (lambda x: x @ x.T + (x @ x.T).T, [X]),
     "plus its transpose": (lambda x: x + x.T, [f32[6, 6]]),
     "times its transpose": (lambda x: x * x.T + x.T, [f32[6, 6]]),

@@ -215,6 +215,24 @@ ODD: dict[str, Callable[[], Program]] = {
     "a mean by hand": lambda: trace(lambda x: mg.sum(x, axis=-1) / 48 + mg.mean(x, axis=-1), [X]),
     "gram": SMALL["gram"],
     "gram twice": lambda: trace(lambda x: mg.exp(x @ mg.mT(x)) @ x, [X]),
+    "cancelled exponentials": lambda: trace(
+        lambda x: (mg.softmax(x, 0), mg.sum(mg.softmax(x, 0), -1), mg.mean(mg.softmax(x, 0), -1)), [f32[1, 48]]
+    ),
+    "a contraction under four names": lambda: trace(
+        lambda x: (mg.minimum(x.mT @ x, x.mT @ x), x.mT @ x, (x.mT @ x).half(), (x.mT @ x).mT), [f32[4096, 64]]
+    ),
+    "an output from a concatenated one": lambda: trace(
+        lambda x, y: (mg.concat([x, y], 0), (mg.amin(x, 1) / y) @ x.mT - x), [f32[48, 48]] * 2
+    ),
+    "attention over a square of its queries": lambda: trace(lambda x: mg.attention(x, x @ mg.sqrt(x), x), [f32[8, 8]]),
+    "an input's view beside a sum over it": lambda: trace(
+        lambda x: (mg.gelu(x.unflatten(-1, (2, 2048))), x.unflatten(-1, (2, 2048)), mg.logsumexp(x)), [f16[4096]]
+    ),
+    "a high power": lambda: trace(lambda x: mg.pow(mg.pow(mg.sum(x * x, -1), 3), 3), [X]),
+    "a high power of a product": lambda: trace(lambda x, y: mg.pow(mg.pow(x / y, 3), 3), [X, X]),
+    "a long contraction": lambda: trace(lambda x, y: (x * x / y * x * x / y) @ mg.mT(x * x / y * x * x / y), [X, X]),
+    "every second of the far end": lambda: trace(lambda x: (x @ mg.mT(x))[:, 30:47:2] * 2, [f32[48, 6]]),
+    "a cut of a cut": lambda: trace(lambda x: (x[2:12] * mg.sum(x[2:12]))[4:7], [f32[48]]),
     "deep": lambda: trace(lambda x: mg.silu(mg.exp(mg.silu(mg.exp(mg.silu(x) * 2) + 1) * 2) + 1), [X]),
 }
 

@@ -59,6 +59,33 @@ def test_a_strided_slice_takes_every_second_entry():
         assert draw.sizes["k"] == 2 * draw.sizes["c"]
 
 
+def test_a_strided_slice_that_starts_far_away_starts_near_by():
+    y, z = axis("y", 10), axis("z", 5)
+    far = inp("F", b, axis("f", 4096))
+    steps = (("o", Slice("f", y, 3000, 7), "F"), ("p", Slice("f", z, 2990), "F"))
+    for draw in sizes(*steps, inputs=(far,)):
+        start, before = draw.starts["f", 3000], draw.starts["f", 2990]
+        assert before < start
+        assert start + 7 * (draw.sizes["y"] - 1) < draw.sizes["f"] <= 64
+
+
+def test_a_slice_of_a_slice_is_where_one_slice_would_be():
+    y, z, w = axis("y", 100), axis("z", 30), axis("w", 30)
+    far = inp("F", axis("f", 4096))
+    steps = (("o", Slice("f", y, 200), "F"), ("p", Slice("y", z, 40), "o"), ("q", Slice("f", w, 240), "F"))
+    for draw in sizes(*steps, inputs=(far,)):
+        assert draw.starts["f", 200] + draw.starts["y", 40] == draw.starts["f", 240]
+        assert draw.sizes["z"] == draw.sizes["w"]
+
+
+def test_an_axis_that_is_only_renamed_by_a_reshape_is_cut_at_the_same_places():
+    g, y, z = axis("g", 4096), axis("y", 100), axis("z", 100)
+    far = inp("F", axis("f", 4096))
+    steps = (("o", Reshape(((g,),)), "F"), ("p", Slice("g", y, 300), "o"), ("q", Slice("f", z, 300), "F"))
+    for draw in sizes(*steps, inputs=(far,)):
+        assert draw.starts["f", 300] == draw.starts["g", 300]
+
+
 def test_a_concatenation_is_as_long_as_its_parts():
     y = inp("Y", b, axis("d", 32))
     for draw in sizes(("o", Concat(("k", "d"), axis("e", 96)), "X", "Y"), inputs=(X, y)):
