@@ -18,19 +18,19 @@ from numpy.typing import NDArray
 
 from mugraph.search.closure import Edge
 from mugraph.search.cost import STAGES, Prediction, beside, predict
+from mugraph.search.derive import KernelSearch
 from mugraph.search.extract import (
     COMPUTED_TILE,
     LOADED_TILE,
     Assignment,
     Derivation,
-    Footprint,
-    KernelSearch,
     Loop,
+    Outcome,
     Problem,
     Roles,
     Survey,
-    work_of,
 )  # fmt: skip
+from mugraph.search.footprint import Footprint, work_of
 from mugraph.search.library import Attention, LibraryCall, library_calls, operands
 from mugraph.search.space import SearchSpace
 
@@ -71,6 +71,7 @@ class Partition:
         self.choices: dict[tuple[int, ...], list[Choice]] = {}
         self._batch: dict[tuple[int, ...], tuple[frozenset[str], frozenset[str]]] = {}
         self._alone: dict[tuple[int, ...], list[Choice]] = {}
+        self._derived: dict[tuple[Survey, int, bool], tuple[float, float, Derivation | None]] = {}
         self._surveys: dict[tuple[tuple[int, ...], int], Survey] = {}
         self.configurations = self.entries = 0
         self.seconds = 0.0
@@ -85,14 +86,16 @@ class Partition:
         if self.spent() and not required:
             self.p.truncated += 1
             return []
+        slack = 1.0  # the cheapest alone, until all that it needs has its price
         while True:
-            found = self.library(roots) + self.kernels(roots)
+            found = self.library(roots) + self.kernels(roots, slack)
             found.sort(key=self.rank)
             unpriced = [c for c in found[0].needs if c not in self.p.memory] if found else []
             for c in unpriced:
                 self.solve((c,))
-            if not unpriced or self.stop() or self.spent():
+            if self.stop() or self.spent() or (not unpriced and slack == SLACK):
                 break
+            slack = slack if unpriced else SLACK
         found = [f for f in found if all(self.p.memory.get(c, math.inf) < math.inf for c in f.needs)]
         self.choices[roots] = found
         if len(roots) == 1:
@@ -119,12 +122,12 @@ class Partition:
     def at_prices(self, memory: dict[int, float], roots: tuple[int, ...]) -> list[Choice]:
         """The kernels for these roots where the classes of `memory`, and no others, may be loaded."""
         p = self.p
-        known = p.memory, p.bound
-        p.memory, p.bound = memory, {}
+        known = p.memory, p.bound, self._derived
+        p.memory, p.bound, self._derived = memory, {}, {}
         try:
             return self.kernels(roots)
         finally:
-            p.memory, p.bound = known
+            p.memory, p.bound, self._derived = known
 
     def before(self, needs: tuple[int, ...]) -> float:
         """Seconds until all of these are in memory, or a lower bound."""
@@ -145,15 +148,15 @@ class Partition:
 
     # -- kernels
 
-    def kernels(self, roots: tuple[int, ...]) -> list[Choice]:
+    def kernels(self, roots: tuple[int, ...], slack: float = SLACK) -> list[Choice]:
         """The best derivations over all roles, ranked by the full model at their best tiles."""
         if roots not in self._alone:
-            self._alone[roots] = self.best(self.derivations(roots, alone=True))
+            self._alone[roots] = self.best(self.derivations(roots, True, SLACK))
         found = list(self._alone[roots])
         if found and (self.spent() or min(map(self.rank, found)) <= self.least_seconds(roots)):
             return found
         if self.space.kernels > 1 or self.space.library:
-            found += self.best([d for d in self.derivations(roots, alone=False) if self.needs(d)])
+            found += self.best([d for d in self.derivations(roots, False, slack) if self.needs(d)])
         return found
 
     def least_seconds(self, roots: tuple[int, ...]) -> float:
@@ -171,8 +174,8 @@ class Partition:
         """What the derivation loads beside inputs."""
         return tuple(sorted({s.entry[0] for s in d.loads() if not self.is_input(s.entry[0])}))
 
-    def derivations(self, roots: tuple[int, ...], alone: bool) -> list[Derivation]:
-        """The derivations whose additive cost is within SLACK of the least, one for each assignment of roles."""
+    def derivations(self, roots: tuple[int, ...], alone: bool, slack: float) -> list[Derivation]:
+        """The derivations whose additive cost is within `slack` of the least, one for each assignment of roles."""
         for least, shrinks in ATTEMPTS:
             survey = self.survey(roots, least, shrinks)
             if survey is None:
@@ -197,13 +200,28 @@ class Partition:
                 if survey.assignments[n].roles in done:
                     continue
                 done.add(survey.assignments[n].roles)
-                d = KernelSearch(outcome, int(n)).run(upper - float(fixed[n]))
+                d = self.derivation(outcome, int(n), upper - float(fixed[n]))
                 if d is not None:
                     found.append(d)
-                    upper = min(upper, (d.cost + float(fixed[n])) * SLACK)
+                    before = self.before(self.needs(d))
+                    upper = min(upper, before + (d.cost - before + float(fixed[n])) * slack)
             if found or self.stop():
                 return found
         return []
+
+    def derivation(self, outcome: Outcome, n: int, upper: float) -> Derivation | None:
+        """The cheapest derivation of one assignment.  Prices only rise, from bounds to what launches take: the
+        cheapest at former prices whose own have not changed is the cheapest still."""
+        key = outcome.survey, n, outcome.alone
+        if key in self._derived:
+            before, most, known = self._derived[key]
+            if known is None and upper <= most:
+                return None
+            if known is not None and self.before(self.needs(known)) == before:
+                return known if known.cost < upper else None
+        d = KernelSearch(outcome, n).run(upper)
+        self._derived[key] = self.before(self.needs(d)) if d else 0.0, upper, d
+        return d
 
     def fixed_seconds(self, survey: Survey) -> NDArray[np.float64]:
         """What each assignment costs whatever is computed: its launch, and a second one for the combine of a split."""
@@ -462,7 +480,7 @@ def joined_up(run: Partition, plan: list[Choice], targets: tuple[int, ...]) -> l
     while improved and len(plan) > 1 and not run.stop() and not run.spent():
         improved = False
         for a, b in itertools.combinations(plan, 2):
-            joint = _joint(run, plan, a, b)
+            joint = _joint(run, plan, a, b, targets)
             if joint is None:
                 continue
             try:
@@ -475,9 +493,11 @@ def joined_up(run: Partition, plan: list[Choice], targets: tuple[int, ...]) -> l
     return plan
 
 
-def _joint(run: Partition, plan: list[Choice], a: Choice, b: Choice) -> Choice | None:
-    """The cheapest kernel for the roots of both, which may load what the rest of the plan has in memory by then."""
-    roots = tuple(sorted(a.roots + b.roots))
+def _joint(run: Partition, plan: list[Choice], a: Choice, b: Choice, targets: tuple[int, ...]) -> Choice | None:
+    """The cheapest kernel for what others want of both, which may load what the rest of the plan has in memory by
+    then."""
+    wanted = set(targets).union(*(c.needs for c in plan if c not in (a, b)))
+    roots = tuple(sorted(wanted & {*a.roots, *b.roots}))
     after = _downstream(plan, set(roots))
     if any(set(c.roots) & after and set(roots) & _downstream(plan, set(c.roots)) for c in plan if c not in (a, b)):
         return None  # a launch needs one of them and is needed by the other
