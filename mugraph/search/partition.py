@@ -34,7 +34,7 @@ from mugraph.search.footprint import Footprint, work_of
 from mugraph.search.library import Attention, LibraryCall, library_calls, operands
 from mugraph.search.space import SearchSpace
 
-KEPT = 4  # derivations per kernel that the full model ranks
+KEPT = 8  # derivations per kernel that the full model ranks
 WHOLE = 128  # a shorter axis is whole in the tile at first
 SPLIT_MARGIN = 1.15  # the model is no surer than this, so a split must promise more for its second launch
 MATMUL_TILE, ROW_TILE = 256, 4096  # the longest side of a tile, in a matmul and elsewhere
@@ -344,8 +344,8 @@ class Partition:
     # -- tiles
 
     def ranked(self, d: Derivation) -> Choice | None:
-        """The derivation at the tile sizes that the full model likes best (coordinate descent), or None if no tile
-        fits the device."""
+        """The derivation at the tile sizes that the full model likes best (steepest descent by factors of two), or None
+        if no tile fits the device."""
         fixed = {a for a, _ in self.space.tiles}
         best = dict(d.tiles)
         multiplied = {
@@ -356,18 +356,20 @@ class Partition:
         }
         most = {a: MATMUL_TILE if a in multiplied else ROW_TILE for a in best}
         footprint = Footprint(self.p, d)
-        excess, seconds = self.fit(d, footprint)
-        improved = True
-        while improved:
-            improved = False
-            for axis in sorted(best):
-                for tile in (best[axis] * 2, best[axis] // 2):
-                    if axis in fixed or not 1 <= tile <= min(most[axis], power_of_two(self.p.sizes[axis])):
-                        continue
-                    trial = {**best, axis: tile}
-                    score = self.fit(replace(d, tiles=tuple(sorted(trial.items()))), footprint)
-                    if score < (excess, seconds * (1 - 1e-9)):
-                        best, (excess, seconds), improved = trial, score, True
+        score = self.fit(d, footprint)
+        while True:
+            steps = [
+                {**best, axis: tile}
+                for axis in sorted(set(best) - fixed)
+                for tile in (best[axis] * 2, best[axis] // 2)
+                if 1 <= tile <= min(most[axis], power_of_two(self.p.sizes[axis]))
+            ]
+            scored = [(self.fit(replace(d, tiles=tuple(sorted(t.items()))), footprint), n) for n, t in enumerate(steps)]
+            (excess, seconds), n = min(scored, default=((math.inf, math.inf), 0))
+            if (excess, seconds) >= (score[0], score[1] * (1 - 1e-9)):
+                break
+            best, score = steps[n], (excess, seconds)
+        excess, _ = score
         if excess > 0:
             return None
         d = replace(d, tiles=tuple(sorted(best.items())))
