@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from mugraph.ir.types import DType
 from mugraph.search.cost import VECTOR_WEIGHT, Product, Read, Work
-from mugraph.search.extract import Derivation, Option, Problem
+from mugraph.search.extract import COMPUTED_TILE, LOADED_TILE, Derivation, Option, Problem
 
 SECTOR = 64  # bytes side by side below which reads and writes waste bandwidth
 
@@ -51,10 +51,17 @@ class Footprint:
         self.roots = [(p.bytes(r), p.innermost.get(r), self.width(p, r)) for r in d.roots]
         self.loads: list[_Loaded] = []
         self.steps: list[_Computed] = []
+        self.limits = p.limits
+        self.held: set[tuple[tuple[str, ...], int]] = set()  # axes of a tile, and the elements that it may have
+        self.multiplied: set[str] = set()  # axes of products
         for s in d.steps:
             c, at = s.entry
             axes = p.axes(c)
             looped = any(a in d.roles.loops for a in axes)
+            if s.option.edge is None or s.option.edge.children:
+                self.held.add((axes, LOADED_TILE if s.option.edge is None else COMPUTED_TILE))
+            if s.option.edge and p.is_matmul(c, s.option.edge):
+                self.multiplied.update(p.joined_axes(c, s.option.children))
             if s.option.edge is None:
                 combining = self.parts > 1 and at > len(self.passes)  # the combine's own loads
                 cuts = tuple(a in axes for a in self.grid)
@@ -90,6 +97,12 @@ class Footprint:
             option.loop is not None,
             not looped,
         )
+
+    def excess(self, tiles: Mapping[str, int]) -> float:
+        """Elements beyond what tiles may have."""
+        sizes = self.limits
+        over = (math.prod([tiles.get(a, sizes[a]) for a in axes]) - most for axes, most in sorted(self.held))
+        return math.fsum(x for x in over if x > 0)
 
     def work(self, tiles: Mapping[str, int]) -> Work:
         sizes = self.sizes

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -20,8 +20,6 @@ from mugraph.search.closure import Edge
 from mugraph.search.cost import STAGES, Prediction, beside, predict
 from mugraph.search.derive import KernelSearch
 from mugraph.search.extract import (
-    COMPUTED_TILE,
-    LOADED_TILE,
     Assignment,
     Derivation,
     Loop,
@@ -34,13 +32,16 @@ from mugraph.search.footprint import Footprint, work_of
 from mugraph.search.library import Attention, LibraryCall, library_calls, operands
 from mugraph.search.space import SearchSpace
 
-KEPT = 8  # derivations per kernel that the full model ranks
+KEPT = 16  # derivations per kernel that the full model ranks
 WHOLE = 128  # a shorter axis is whole in the tile at first
+ACCUMULATED = 40_960  # elements of all accumulators together: 160 of the 256 KiB of registers
 SPLIT_MARGIN = 1.15  # the model is no surer than this, so a split must promise more for its second launch
 MATMUL_TILE, ROW_TILE = 256, 4096  # the longest side of a tile, in a matmul and elsewhere
-SLACK = 2.0  # additive costs that far above the best are not ranked
-RUNS = 24  # assignments of roles that are extracted, cheapest bound first
+SLACK = 4.0  # additive costs that far above the best are not ranked
+RUNS = 96  # assignments of roles that are extracted, cheapest bound first
 ATTEMPTS = ((WHOLE, (1, 4)), (1, (1, 4, 16, 64)))  # (shortest loop, divisors of the first tiles): until one works
+
+Fit = tuple[float, float]  # how far tiles exceed the device, and the predicted seconds
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,7 @@ class Partition:
         self._batch: dict[tuple[int, ...], tuple[frozenset[str], frozenset[str]]] = {}
         self._alone: dict[tuple[int, ...], list[Choice]] = {}
         self._derived: dict[tuple[Survey, int, bool], tuple[float, float, Derivation | None]] = {}
+        self._at_prices: dict[tuple[tuple[int, ...], tuple[tuple[int, float], ...]], list[Choice]] = {}
         self._surveys: dict[tuple[tuple[int, ...], int], Survey] = {}
         self.configurations = self.entries = 0
         self.seconds = 0.0
@@ -122,12 +124,15 @@ class Partition:
     def at_prices(self, memory: dict[int, float], roots: tuple[int, ...]) -> list[Choice]:
         """The kernels for these roots where the classes of `memory`, and no others, may be loaded."""
         p = self.p
-        known = p.memory, p.bound, self._derived
-        p.memory, p.bound, self._derived = memory, {}, {}
-        try:
-            return self.kernels(roots)
-        finally:
-            p.memory, p.bound, self._derived = known
+        key = roots, tuple(memory.items())
+        if key not in self._at_prices:
+            known = p.memory, p.bound, self._derived
+            p.memory, p.bound, self._derived = memory, {}, {}
+            try:
+                self._at_prices[key] = self.kernels(roots)
+            finally:
+                p.memory, p.bound, self._derived = known
+        return self._at_prices[key]
 
     def before(self, needs: tuple[int, ...]) -> float:
         """Seconds until all of these are in memory, or a lower bound."""
@@ -167,7 +172,10 @@ class Partition:
 
     def best(self, derivations: list[Derivation]) -> list[Choice]:
         """The few that the full model likes best, each at its best tiles."""
-        scored = sorted((self.fit(d)[1] + self.before(self.needs(d)), n) for n, d in enumerate(derivations))
+        scored = sorted(
+            (self.fit(Footprint(self.p, d), dict(d.tiles))[1] + self.before(self.needs(d)), n)
+            for n, d in enumerate(derivations)
+        )
         return [c for c in (self.ranked(derivations[n]) for _, n in scored[:KEPT]) if c is not None]
 
     def needs(self, d: Derivation) -> tuple[int, ...]:
@@ -344,50 +352,59 @@ class Partition:
     # -- tiles
 
     def ranked(self, d: Derivation) -> Choice | None:
-        """The derivation at the tile sizes that the full model likes best (steepest descent by factors of two), or None
-        if no tile fits the device."""
-        fixed = {a for a, _ in self.space.tiles}
-        best = dict(d.tiles)
-        multiplied = {
-            a
-            for s in d.steps
-            if s.option.edge and self.p.is_matmul(s.entry[0], s.option.edge)
-            for a in self.p.joined_axes(s.entry[0], s.option.children)
-        }
-        most = {a: MATMUL_TILE if a in multiplied else ROW_TILE for a in best}
+        """The derivation at the tile sizes that the full model likes best, or None if no tile fits the device."""
         footprint = Footprint(self.p, d)
-        score = self.fit(d, footprint)
-        while True:
-            steps = [
-                {**best, axis: tile}
-                for axis in sorted(set(best) - fixed)
-                for tile in (best[axis] * 2, best[axis] // 2)
-                if 1 <= tile <= min(most[axis], power_of_two(self.p.sizes[axis]))
-            ]
-            scored = [(self.fit(replace(d, tiles=tuple(sorted(t.items()))), footprint), n) for n, t in enumerate(steps)]
-            (excess, seconds), n = min(scored, default=((math.inf, math.inf), 0))
-            if (excess, seconds) >= (score[0], score[1] * (1 - 1e-9)):
-                break
-            best, score = steps[n], (excess, seconds)
-        excess, _ = score
+        known: dict[tuple[int, ...], Fit] = {}
+        found = [self.descended(footprint, start, known) for start in self.starts(d)]
+        (excess, _), tiles = min(found, key=lambda x: x[0])
         if excess > 0:
             return None
-        d = replace(d, tiles=tuple(sorted(best.items())))
-        return Choice(d.roots, d, predict(work_of(self.p, d), self.p.device), self.needs(d))
+        d = replace(d, tiles=tuple(sorted(tiles.items())))
+        return Choice(d.roots, d, predict(footprint.work(tiles), self.p.device), self.needs(d))
 
-    def fit(self, d: Derivation, footprint: Footprint | None = None) -> tuple[float, float]:
-        """(how far the tiles exceed the device, predicted seconds)."""
-        p, tiles = self.p, dict(d.tiles)
-        work = (footprint or Footprint(p, d)).work(tiles)
-        excess = 0.0
-        for s in d.steps:
-            if s.option.edge is not None and not s.option.edge.children:
-                continue
-            elements = math.prod(tiles.get(a, p.limits[a]) for a in p.axes(s.entry[0]))
-            excess += max(0.0, elements - (LOADED_TILE if s.option.edge is None else COMPUTED_TILE))
-        excess += max(0.0, STAGES * work.stage + work.resident - p.device.shared_bytes_per_block)
-        excess += max(0.0, work.accumulators - COMPUTED_TILE)
-        return excess, predict(work, p.device).seconds
+    def starts(self, d: Derivation) -> list[dict[str, int]]:
+        """The tile sizes that the extraction may start from under these roles, those of the derivation first."""
+        found = [dict(d.tiles)]
+        for shrink, single in itertools.product((1, 4), (True, False)):
+            tiles = self.default_tiles(d.roots, d.roles, shrink, single)
+            if tiles not in found:
+                found.append(tiles)
+        return found
+
+    def descended(
+        self, footprint: Footprint, tiles: dict[str, int], known: dict[tuple[int, ...], Fit]
+    ) -> tuple[Fit, dict[str, int]]:
+        """Steepest descent by factors of two."""
+        axes = sorted(tiles)
+        fixed = {a for a, _ in self.space.tiles}
+        most = {a: MATMUL_TILE if a in footprint.multiplied else ROW_TILE for a in axes}
+
+        def fit(tiles: dict[str, int]) -> Fit:
+            key = tuple(tiles[a] for a in axes)
+            if key not in known:
+                known[key] = self.fit(footprint, tiles)
+            return known[key]
+
+        score = fit(tiles)
+        while True:
+            steps = [
+                {**tiles, axis: tile}
+                for axis in axes
+                if axis not in fixed
+                for tile in (tiles[axis] * 2, tiles[axis] // 2)
+                if 1 <= tile <= min(most[axis], power_of_two(self.p.sizes[axis]))
+            ]
+            (excess, seconds), n = min(((fit(t), n) for n, t in enumerate(steps)), default=((math.inf, math.inf), 0))
+            if (excess, seconds) >= (score[0], score[1] * (1 - 1e-9)):
+                return score, tiles
+            tiles, score = steps[n], (excess, seconds)
+
+    def fit(self, footprint: Footprint, tiles: Mapping[str, int]) -> Fit:
+        work = footprint.work(tiles)
+        excess = footprint.excess(tiles)
+        excess += max(0.0, STAGES * work.stage + work.resident - self.p.device.shared_bytes_per_block)
+        excess += max(0.0, work.accumulators - ACCUMULATED)
+        return excess, predict(work, self.p.device).seconds
 
 
 def power_of_two(n: int) -> int:
@@ -478,33 +495,40 @@ def _with_needs(run: Partition, plan: Sequence[Choice]) -> list[Choice]:
 def joined_up(run: Partition, plan: list[Choice], targets: tuple[int, ...]) -> list[Choice]:
     """The plan with two launches made one, as long as some pair makes it cheaper.  A price counts a value in full for
     each of its users, and knows nothing of what two kernels both load or compute: this step does."""
-    improved = True
-    while improved and len(plan) > 1 and not run.stop() and not run.spent():
-        improved = False
-        for a, b in itertools.combinations(plan, 2):
-            joint = _joint(run, plan, a, b, targets)
+    while len(plan) > 1 and not run.stop() and not run.spent():
+        trials = []
+        for pair in itertools.combinations(plan, 2):
+            group = _with_between(plan, pair)
+            joint = _joint(run, plan, group, targets)
             if joint is None:
                 continue
             try:
-                trial = _live(_with_needs(run, [c for c in plan if c not in (a, b)] + [joint]), targets)
+                trials.append(_live(_with_needs(run, [c for c in plan if c not in group] + [joint]), targets))
             except Circular:  # what the joint kernel needs is made from one of its results
                 continue
-            if run.cost(trial) < run.cost(plan) * (1 - 1e-6):
-                plan, improved = trial, True
-                break
+        best = min(trials, key=run.cost, default=plan)
+        if run.cost(best) >= run.cost(plan) * (1 - 1e-6):
+            break
+        plan = best
     return plan
 
 
-def _joint(run: Partition, plan: list[Choice], a: Choice, b: Choice, targets: tuple[int, ...]) -> Choice | None:
-    """The cheapest kernel for what others want of both, which may load what the rest of the plan has in memory by
+def _with_between(plan: list[Choice], pair: tuple[Choice, ...]) -> list[Choice]:
+    """The pair, and the launches that need one of it and are needed by the other."""
+    roots = {r for c in pair for r in c.roots}
+    after = _downstream(plan, roots)
+    between = [c for c in plan if c not in pair and after & set(c.roots) and roots & _downstream(plan, set(c.roots))]
+    return [*pair, *between]
+
+
+def _joint(run: Partition, plan: list[Choice], group: list[Choice], targets: tuple[int, ...]) -> Choice | None:
+    """The cheapest kernel for what others want of a group, which may load what the rest of the plan has in memory by
     then."""
-    wanted = set(targets).union(*(c.needs for c in plan if c not in (a, b)))
-    roots = tuple(sorted(wanted & {*a.roots, *b.roots}))
-    after = _downstream(plan, set(roots))
-    if any(set(c.roots) & after and set(roots) & _downstream(plan, set(c.roots)) for c in plan if c not in (a, b)):
-        return None  # a launch needs one of them and is needed by the other
-    there = run.p.inputs | {r for c in plan if c not in (a, b) for r in c.roots}
-    prices = dict.fromkeys(sorted(there - after), 0.0)
+    rest = [c for c in plan if c not in group]
+    made = {r for c in group for r in c.roots}
+    roots = tuple(sorted(made & set(targets).union(*(c.needs for c in rest))))
+    there = run.p.inputs | {r for c in rest for r in c.roots}
+    prices = dict.fromkeys(sorted(there - _downstream(plan, made)), 0.0)
     found = run.at_prices(prices, roots)
     return min(found, key=run.rank, default=None)
 
