@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 from mugraph.search import values as v
-from mugraph.search.values import Call, Factor, Fingerprinter, Load, Number, Paren, Term, Token, Value
+from mugraph.search.values import Call, Factor, Fingerprinter, Key, Load, Number, Paren, Term, Token, Value
 
 MOST_ALIKE = 4  # factors with the same indices of which each is split off in turn; of more, the last one
 
@@ -91,26 +91,20 @@ class Builder:
 
     # -- classes and edges
 
-    def plain(self, value: Value) -> Value | None:
-        """The value with free tokens named (axis, 0); None if one axis would be free twice."""
-        free = v.free_tokens(value)
-        if len({t[0] for t in free}) < len(free):
-            return None
-        return v.rename(value, {t: (t[0], 0) for t in free})
+    def plain_key(self, value: Value) -> Key | None:
+        """The key with free tokens named by their axes; None if one axis would be free twice."""
+        names = {t: t[0] for t in v.free_tokens(value)}
+        return v.value_key(value, names) if len(set(names.values())) == len(names) else None
+
+    def plain(self, value: Value) -> Value:
+        return v.rename(value, {t: (t[0], 0) for t in v.free_tokens(value)})
 
     def class_of(self, value: Value) -> int | None:
-        known = self.by_key.get(value)
-        if known is not None:
-            return known
-        plain = self.plain(value)
-        if plain is None:
+        syntactic = self.plain_key(value)
+        if syntactic is None:
             return None
-        syntactic = v.key(plain)
         known = self.by_key.get(syntactic)
-        if known is None:
-            known = self._new_expression(plain, syntactic)
-        self.by_key[value] = known
-        return known
+        return self._new_expression(self.plain(value), syntactic) if known is None else known
 
     def _new_expression(self, value: Value, syntactic: object) -> int:
         axes, bits = fingerprint = self.prints.fingerprint(value)
@@ -130,8 +124,8 @@ class Builder:
         return c
 
     def existing(self, value: Value) -> int | None:
-        plain = self.plain(value)
-        return None if plain is None else self.by_key.get(v.key(plain))
+        syntactic = self.plain_key(value)
+        return None if syntactic is None else self.by_key.get(syntactic)
 
     def edge(self, c: int, rule: str, kind: EdgeKind, children: list[int | None], **fields: object) -> None:
         found = tuple(x for x in children if x is not None)
@@ -179,8 +173,8 @@ class Builder:
 
     def is_new(self, c: int, value: Value) -> bool:
         """Notes another expression of the class; False if it was there."""
-        syntactic = v.key(value)
-        if syntactic in self.by_key:
+        syntactic = self.plain_key(value)
+        if syntactic is None or syntactic in self.by_key:
             return False
         self.by_key[syntactic] = c
         return True
@@ -360,21 +354,19 @@ def match_tokens(
     """A map of g's bound tokens to f's that makes the factors equal, or None."""
     if type(f) is not type(g) or isinstance(f, Paren):
         return None
-    mine = sorted(t for t in v.factor_tokens(f) if t in bound_f)
-    theirs = sorted(t for t in v.factor_tokens(g) if t in bound_g)
-    if [t[0] for t in mine] != [t[0] for t in theirs]:
-        return None
     if isinstance(f, Load) and isinstance(g, Load):
         if f.name != g.name:
             return None
         matching = {b: a for a, b in zip(f.tokens, g.tokens, strict=True) if b in bound_g and a in bound_f}
         return matching if v.rename_factor(g, matching) == f else None
-    target = v.key((Term(v.NOTHING, (f,)),))
-    for order in itertools.permutations(mine):
-        if all(a[0] == b[0] for a, b in zip(order, theirs, strict=True)):
-            matching = dict(zip(theirs, order, strict=True))
-            if v.key((Term(v.NOTHING, (v.rename_factor(g, matching),)),)) == target:
-                return matching
+    assert isinstance(f, Call) and isinstance(g, Call)
+    if f.body.digest != g.body.digest:
+        return None
+    for order in f.body.symmetries:
+        places = [f.tokens[i] for i in order]
+        matching = {b: a for a, b in zip(places, g.tokens, strict=True) if b in bound_g and a in bound_f}
+        if v.rename_factor(g, matching) == f:
+            return matching
     return None
 
 
