@@ -52,12 +52,69 @@ class Class:
     edges: dict[Edge, str] = field(default_factory=dict)  # edge -> rule
 
 
+class Factors:
+    """The factors of a term as bits, and its tokens as bits: what rule a asks of all their subsets."""
+
+    def __init__(self, term: Term) -> None:
+        self.term, self.whole = term, (1 << len(term.factors)) - 1
+        tokens = [v.factor_tokens(f) for f in term.factors]
+        self.tokens = sorted(frozenset().union(*tokens))
+        bit = {t: 1 << i for i, t in enumerate(self.tokens)}
+        self.bound = sum(bit[t] for t in term.bound)
+        self.held = [sum(bit[t] for t in ts) for ts in tokens]
+        self.union = [0]
+        for h in self.held:
+            self.union += [u | h for u in self.union]
+        alike = [[t for t in self.tokens if t[0] == axis] for axis in {t[0] for t in self.tokens}]
+        self.alike = [bit[s] | bit[t] for ts in alike for s, t in itertools.combinations(ts, 2)]
+        self.plain = {t: t[0] for t in self.tokens}
+        self.keys = [v.factor_key(f, self.plain) for f in term.factors]
+
+    def members(self, side: int) -> list[int]:
+        return [i for i in range(len(self.held)) if side >> i & 1]
+
+    def own(self, side: int) -> int:
+        """The bound tokens that only this side holds."""
+        return self.bound & ~self.union[self.whole ^ side]
+
+    def is_closed(self, side: int) -> bool:
+        """Index-closed: all factors within the side's tokens are in it.  Holder-closed: each factor holds a bound
+        token that only this side holds."""
+        union, own = self.union[side], self.own(side)
+        others = self.members(self.whole ^ side)
+        return all(self.held[i] & ~union for i in others) or all(self.held[i] & own for i in self.members(side))
+
+    def names(self, side: int) -> tuple[str, ...]:
+        """What the factors of a side are, whatever their tokens: equal for equal sides."""
+        return tuple(sorted(self.keys[i][0] for i in self.members(side)))
+
+    def key(self, side: int) -> Key | None:
+        """The key of a side as a value; None if it has one axis free twice."""
+        own = self.own(side)
+        free = self.union[side] & ~own
+        if any(free & pair == pair for pair in self.alike):
+            return None
+        if own:
+            return v.value_key((self.side(side),), self.plain)
+        return (((), tuple(sorted(self.keys[i] for i in self.members(side)))),)
+
+    def side(self, side: int) -> Term:
+        own = self.own(side)
+        bound = frozenset(t for i, t in enumerate(self.tokens) if own >> i & 1)
+        return Term(bound, tuple(self.term.factors[i] for i in self.members(side)))
+
+    def closes(self, side: int) -> tuple[str, ...]:
+        """The axes that the product of a side with the others closes."""
+        both = self.union[side] & self.union[self.whole ^ side] & self.bound
+        return tuple(sorted(t[0] for i, t in enumerate(self.tokens) if both >> i & 1))
+
+
 class Split(NamedTuple):
     """A split that is neither index-closed nor holder-closed: it counts only if both sides exist anyway."""
 
     owner: int
-    term: Term
-    left: tuple[int, ...]
+    factors: Factors
+    left: int
 
 
 @dataclass
@@ -80,10 +137,11 @@ class Builder:
         self.prints, self.budget, self.stop = fingerprinter, budget, stop
         self.classes: list[Class] = []
         self.by_print: dict[tuple[tuple[str, ...], bytes], int] = {}
-        self.by_key: dict[object, int] = {}
+        self.by_key: dict[Key, int] = {}
+        self.products: set[tuple[str, ...]] = set()  # what the factors of the products among them are
         self.work: deque[tuple[int, Value]] = deque()
         self.shared: list[Split] = []
-        self.alike: list[tuple[int, Term]] = []
+        self.alike: list[tuple[int, Factors]] = []
         self.rules: Counter[str] = Counter()
         self.deduplicated = 0
         self.truncated = False
@@ -100,32 +158,35 @@ class Builder:
         return v.rename(value, {t: (t[0], 0) for t in v.free_tokens(value)})
 
     def class_of(self, value: Value) -> int | None:
-        syntactic = self.plain_key(value)
-        if syntactic is None:
-            return None
-        known = self.by_key.get(syntactic)
-        return self._new_expression(self.plain(value), syntactic) if known is None else known
+        return self.class_at(self.plain_key(value), lambda: value)
 
-    def _new_expression(self, value: Value, syntactic: object) -> int:
-        axes, bits = fingerprint = self.prints.fingerprint(value)
-        del bits
+    def class_at(self, key: Key | None, value: Callable[[], Value]) -> int | None:
+        """The class of the value that has this key, made where there is none; None where there is no key."""
+        if key is None:
+            return None
+        known = self.by_key.get(key)
+        return self._new_expression(self.plain(value()), key) if known is None else known
+
+    def _new_expression(self, value: Value, key: Key) -> int:
+        axes, _ = fingerprint = self.prints.fingerprint(value)
         c = self.by_print.get(fingerprint)
         if c is None:
             c = self.by_print[fingerprint] = len(self.classes)
             self.classes.append(Class(value, axes))
         else:
             self.deduplicated += 1
-        self.by_key[syntactic] = c
-        self.weight += v.weight(value)
-        if self.weight > self.budget:
-            self.truncated = True
-        else:
+        self.note(c, value, key)
+        if not self.truncated:
             self.work.append((c, value))
         return c
 
-    def existing(self, value: Value) -> int | None:
-        syntactic = self.plain_key(value)
-        return None if syntactic is None else self.by_key.get(syntactic)
+    def note(self, c: int, value: Value, key: Key) -> None:
+        """Files an expression of the class."""
+        self.by_key[key] = c
+        if len(value) == 1:
+            self.products.add(tuple(sorted(name for name, *_ in key[0][1])))
+        self.weight += v.weight(value)
+        self.truncated |= self.weight > self.budget
 
     def edge(self, c: int, rule: str, kind: EdgeKind, children: list[int | None], **fields: object) -> None:
         found = tuple(x for x in children if x is not None)
@@ -156,27 +217,32 @@ class Builder:
 
     def expand_sum(self, c: int, value: Value) -> None:
         if len(value) <= 4:
+            plain = {t: t[0] for t in v.free_tokens(value)}
+            keys = [v.term_key(t, plain) for t in value]
             for size in range(1, len(value) // 2 + 1):
                 for chosen in itertools.combinations(range(len(value)), size):
                     if 2 * size == len(value) and 0 not in chosen:
                         continue
-                    left = tuple(value[i] for i in chosen)
-                    right = tuple(t for i, t in enumerate(value) if i not in chosen)
-                    self.edge(c, "add", "add", [self.class_of(left), self.class_of(right)])
+                    rest = tuple(i for i in range(len(value)) if i not in chosen)
+                    self.edge(c, "add", "add", [self.part(value, keys, chosen), self.part(value, keys, rest)])
         else:
             self.edge(c, "add", "add", [self.class_of((t,)) for t in value])
-        for together, rest in factorings(value):
-            if rest:
-                self.edge(c, "factor", "add", [self.class_of((together,)), self.class_of(tuple(rest))])
+        for together, others in factorings(value):
+            if others:
+                self.edge(c, "factor", "add", [self.class_of((together,)), self.class_of(tuple(others))])
             elif self.is_new(c, (together,)):
                 self.expand_term(c, together)
 
+    def part(self, value: Value, keys: list[Key], chosen: tuple[int, ...]) -> int | None:
+        """The class of some terms of a sum."""
+        return self.class_at(tuple(sorted(keys[i] for i in chosen)), lambda: tuple(value[i] for i in chosen))
+
     def is_new(self, c: int, value: Value) -> bool:
-        """Notes another expression of the class; False if it was there."""
-        syntactic = self.plain_key(value)
-        if syntactic is None or syntactic in self.by_key:
+        """Notes another expression of the class; False if it was there, or if the budget is spent."""
+        key = self.plain_key(value)
+        if key is None or key in self.by_key or self.truncated:
             return False
-        self.by_key[syntactic] = c
+        self.note(c, value, key)
         return True
 
     def expand_term(self, c: int, term: Term) -> None:
@@ -223,48 +289,41 @@ class Builder:
 
     def split(self, c: int, term: Term) -> None:
         """Rule a.  Factor 0 stays on the right, so that each partition is seen once."""
-        n = len(term.factors)
-        tokens = [v.factor_tokens(f) for f in term.factors]
+        factors = Factors(term)
         apart = False
-        for mask in range(1, 1 << (n - 1)):
-            left = tuple(i for i in range(1, n) if mask >> (i - 1) & 1)
-            right = tuple(i for i in range(n) if i not in left)
-            if admissible(left, tokens, term.bound) or admissible(right, tokens, term.bound):
-                apart |= self.add_split(c, term, left, "split", must_exist=False)
+        for left in range(2, factors.whole, 2):
+            if factors.is_closed(left) or factors.is_closed(factors.whole ^ left):
+                apart |= self.add_split(c, factors, left, "split")
             else:
-                self.shared.append(Split(c, term, left))
+                self.shared.append(Split(c, factors, left))
         if not apart:
-            self.alike.append((c, term))
+            self.alike.append((c, factors))
 
     def split_alike(self) -> None:
         """Factors that indices do not tell apart (x / y, element by element), of which no share is known, are split
         off one at a time."""
         alike, self.alike = self.alike, []
-        for c, term in alike:
-            n = len(term.factors)
+        for c, factors in alike:
+            n = len(factors.held)
             if not self.classes[c].edges:
                 for i in range(n if 2 < n <= MOST_ALIKE else 1):
-                    self.add_split(c, term, (n - 1 - i,), "split", must_exist=False)
+                    self.add_split(c, factors, 1 << (n - 1 - i), "split")
 
     def share(self, s: Split) -> None:
-        self.add_split(s.owner, s.term, s.left, "share", must_exist=True)
+        sides = (s.left, s.factors.whole ^ s.left)
+        if all(s.factors.names(side) in self.products for side in sides):
+            keys = [s.factors.key(side) for side in sides]
+            children = [None if key is None else self.by_key.get(key) for key in keys]
+            self.edge(s.owner, "share", "product", children, axes=s.factors.closes(s.left))
 
-    def add_split(self, c: int, term: Term, left: tuple[int, ...], rule: str, must_exist: bool) -> bool:
+    def add_split(self, c: int, factors: Factors, left: int, rule: str) -> bool:
         """Adds the edge; False if a side has no class."""
-        right = tuple(i for i in range(len(term.factors)) if i not in left)
-        held = [frozenset().union(*(v.factor_tokens(term.factors[i]) & term.bound for i in s)) for s in (left, right)]
-        both = held[0] & held[1]
-        sides = [
-            (Term(tokens - both, tuple(term.factors[i] for i in side)),)
-            for tokens, side in zip(held, (left, right), strict=True)
-        ]
-        find = self.existing if must_exist else self.class_of
         children: list[int | None] = []
-        for side in sides:
-            children.append(find(side))
+        for side in (left, factors.whole ^ left):
+            children.append(self.class_at(factors.key(side), lambda side=side: (factors.side(side),)))  # type: ignore[misc]
             if children[-1] is None:
                 return False
-        self.edge(c, rule, "product", children, axes=tuple(sorted(t[0] for t in both)))
+        self.edge(c, rule, "product", children, axes=factors.closes(left))
         return True
 
     def distribute(self, c: int, term: Term) -> None:
@@ -280,17 +339,6 @@ class Builder:
             if self.is_new(c, tuple(terms)):
                 self.rules["distribute"] += 1
                 self.expand_sum(c, tuple(terms))
-
-
-def admissible(side: tuple[int, ...], tokens: list[frozenset[Token]], bound: frozenset[Token]) -> bool:
-    """Index-closed: all factors within the side's tokens are in it.  Holder-closed: each factor holds a token that
-    only this side holds."""
-    held = frozenset().union(*(tokens[i] for i in side))
-    if sum(1 for t in tokens if t <= held) == len(side):
-        return True
-    inside = set(side)
-    closed = [t for t in bound if all(i in inside for i, ts in enumerate(tokens) if t in ts)]
-    return all(any(t in tokens[i] for t in closed) for i in side)
 
 
 def worth_distributing(value: Value, bound: frozenset[Token]) -> bool:
@@ -318,16 +366,16 @@ def factorings(value: Value) -> list[tuple[Term, list[Term]]]:
     """
     found: list[tuple[Term, list[Term]]] = []
     seen: set[frozenset[tuple[int, int]]] = set()
+    names = [[_name(f) for f in t.factors] for t in value]
     for i, term in enumerate(value):
         for at, f in enumerate(term.factors):
-            if isinstance(f, Number):
-                continue
+            name = names[i][at]
             group: list[tuple[int, int, dict[Token, Token]]] = [(i, at, {})]
             for j, other in enumerate(value):
-                if j == i:
+                if j == i or not name or name not in names[j]:
                     continue
                 for at2, g in enumerate(other.factors):
-                    matching = match_tokens(f, g, term.bound, other.bound)
+                    matching = match_tokens(f, g, term.bound, other.bound) if names[j][at2] == name else None
                     if matching is not None:
                         group.append((j, at2, matching))
                         break
@@ -342,31 +390,40 @@ def factorings(value: Value) -> list[tuple[Term, list[Term]]]:
     return found
 
 
+def _name(f: Factor) -> str:
+    """What a factor is, whatever its tokens; empty for a number."""
+    match f:
+        case Load(name):
+            return name
+        case Call() | Paren():
+            return f.body.digest
+        case Number():
+            return ""
+
+
 def _quotient(term: Term, at: int, matching: dict[Token, Token], shared: frozenset[Token]) -> Term:
-    bound = frozenset(matching.get(t, t) for t in term.bound) - shared
-    factors = [v.rename_factor(f, matching) for k, f in enumerate(term.factors) if k != at]
-    return v.freshened(v.normal_term(bound, factors))
+    """The term without a factor, whose bound tokens are matched with the shared ones; its others are fresh."""
+    names = v.fresh_tokens(t for t in term.bound if t not in matching and t not in shared) | matching
+    bound = frozenset(names.get(t, t) for t in term.bound) - shared
+    return v.normal_term(bound, [v.rename_factor(f, names) for k, f in enumerate(term.factors) if k != at])
 
 
 def match_tokens(
     f: Factor, g: Factor, bound_f: frozenset[Token], bound_g: frozenset[Token]
 ) -> dict[Token, Token] | None:
     """A map of g's bound tokens to f's that makes the factors equal, or None."""
-    if type(f) is not type(g) or isinstance(f, Paren):
-        return None
-    if isinstance(f, Load) and isinstance(g, Load):
-        if f.name != g.name:
-            return None
-        matching = {b: a for a, b in zip(f.tokens, g.tokens, strict=True) if b in bound_g and a in bound_f}
-        return matching if v.rename_factor(g, matching) == f else None
-    assert isinstance(f, Call) and isinstance(g, Call)
-    if f.body.digest != g.body.digest:
-        return None
-    for order in f.body.symmetries:
-        places = [f.tokens[i] for i in order]
-        matching = {b: a for a, b in zip(places, g.tokens, strict=True) if b in bound_g and a in bound_f}
-        if v.rename_factor(g, matching) == f:
-            return matching
+    match f, g:
+        case Load(), Load():
+            orders = [f.tokens] if f.name == g.name else []
+        case (Call(), Call()) | (Paren(), Paren()):
+            same = f.body.digest == g.body.digest
+            orders = [tuple(f.tokens[i] for i in order) for order in f.body.symmetries] if same else []
+        case _:
+            orders = []
+    for tokens in orders:
+        pairs = list(zip(tokens, g.tokens, strict=True))
+        if all(a[0] == b[0] if b in bound_g and a in bound_f else a == b for a, b in pairs):
+            return {b: a for a, b in pairs if b in bound_g}
     return None
 
 

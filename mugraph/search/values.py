@@ -384,20 +384,20 @@ def key(value: Value) -> Key:
 
 def value_key(value: Value, names: Mapping[Token, str]) -> Key:
     """The key where free tokens have these names."""
-    return tuple(sorted(_term_key(t, names) for t in value)) if len(value) > 1 else (_term_key(value[0], names),)
+    return tuple(sorted(term_key(t, names) for t in value)) if len(value) > 1 else (term_key(value[0], names),)
 
 
-def _term_key(term: Term, names: Mapping[Token, str]) -> Key:
-    """The least over all ways to name the bound tokens."""
+def term_key(term: Term, names: Mapping[Token, str]) -> Key:
+    """The least over all ways to name the bound tokens: these names, and the keys of the factors, in order."""
     if not term.bound:
-        return tuple(sorted(_factor_key(f, names) for f in term.factors))
+        return (), tuple(sorted(factor_key(f, names) for f in term.factors))
     return min(
-        (*sorted((name,) for name in own.values()), *sorted(_factor_key(f, {**names, **own}) for f in term.factors))
+        (tuple(sorted(own.values())), tuple(sorted(factor_key(f, {**names, **own}) for f in term.factors)))
         for own in _namings(term.bound)
     )
 
 
-def _factor_key(f: Factor, names: Mapping[Token, str]) -> tuple[str, ...]:
+def factor_key(f: Factor, names: Mapping[Token, str]) -> tuple[str, ...]:
     match f:
         case Load(name, index):
             return (f"load {name}", *(names[t] for t in index))
