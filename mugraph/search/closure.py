@@ -80,9 +80,14 @@ class Factors:
     def is_closed(self, side: int) -> bool:
         """Index-closed: all factors within the side's tokens are in it.  Holder-closed: each factor holds a bound
         token that only this side holds."""
-        union, own = self.union[side], self.own(side)
-        others = self.members(self.whole ^ side)
-        return all(self.held[i] & ~union for i in others) or all(self.held[i] & own for i in self.members(side))
+        union, own, held = self.union[side], self.own(side), self.held
+        indices = holders = True
+        for i in range(len(held)):
+            if side >> i & 1:
+                holders = holders and held[i] & own != 0
+            else:
+                indices = indices and held[i] & ~union != 0
+        return indices or holders
 
     def names(self, side: int) -> tuple[str, ...]:
         """What the factors of a side are, whatever their tokens: equal for equal sides."""

@@ -206,17 +206,19 @@ _uids = itertools.count(1)
 
 def factor_tokens(f: Factor) -> frozenset[Token]:
     """The tokens that are free in a factor."""
-    match f:
-        case Applied():
-            return f.free
-        case Load():
-            return frozenset(f.tokens)
-        case Number():
-            return NOTHING
+    if isinstance(f, Applied):
+        return f.free
+    return frozenset(f.tokens) if isinstance(f, Load) else NOTHING
 
 
 def free_tokens(value: Value) -> frozenset[Token]:
-    return frozenset().union(*(factor_tokens(f) - t.bound for t in value for f in t.factors))
+    if len(value) == 1:
+        return _held(value[0].factors) - value[0].bound
+    return frozenset().union(*(_held(t.factors) - t.bound for t in value))
+
+
+def _held(factors: Iterable[Factor]) -> frozenset[Token]:
+    return frozenset().union(*map(factor_tokens, factors))
 
 
 def weight(value: Value) -> int:
@@ -230,13 +232,10 @@ def closed_axes(f: Factor) -> frozenset[str]:
 
 
 def rename_factor(f: Factor, names: Mapping[Token, Token]) -> Factor:
-    match f:
-        case Call() | Paren():
-            return f if f.free.isdisjoint(names) else f.at(tuple(names.get(t, t) for t in f.tokens))
-        case Load(name, index):
-            return Load(name, tuple(names.get(t, t) for t in index))
-        case Number():
-            return f
+    if isinstance(f, Number) or names.keys().isdisjoint(f.tokens):
+        return f
+    tokens = tuple([names.get(t, t) for t in f.tokens])
+    return Load(f.name, tokens) if isinstance(f, Load) else f.at(tokens)
 
 
 def rename(value: Value, names: Mapping[Token, Token]) -> Value:
@@ -285,28 +284,28 @@ def load(name: str, axes: Iterable[str]) -> Value:
 def normal_term(bound: Iterable[Token], factors: Iterable[Factor]) -> Term:
     """Splices one-term parentheses, folds coefficients into at most one, and replaces Σ_k c by |k|·c."""
     live, flat, coefficient = set(bound), list[Factor](), ONE
-    pending = list(factors)
+    pending = list(reversed(tuple(factors)))
     while pending:
-        f = pending.pop(0)
-        match f:
-            case Paren((only,)):
-                only = freshened(only)
-                live |= only.bound
-                pending = [*only.factors, *pending]
-            case Number():
-                coefficient = product_of_numbers(coefficient, f)
-            case _:
-                flat.append(f)
-    held = frozenset().union(*(factor_tokens(f) for f in flat))
-    for token in sorted(live - held):
+        f = pending.pop()
+        if isinstance(f, Number):
+            coefficient = product_of_numbers(coefficient, f)
+        elif isinstance(f, Paren) and len(f.body.args[0]) == 1:
+            only = freshened(f.value[0])
+            live |= only.bound
+            pending += reversed(only.factors)
+        else:
+            flat.append(f)
+    for token in sorted(live - _held(flat)):
         live.discard(token)
         coefficient = product_of_numbers(coefficient, Number(Fraction(1), ((token[0], 1),)))
-    if coefficient != ONE or not flat:
+    if not flat or (coefficient is not ONE and coefficient != ONE):
         flat.insert(0, coefficient)
     return Term(frozenset(live), tuple(flat))
 
 
 def product_of_numbers(a: Number, b: Number) -> Number:
+    if a is ONE:
+        return b
     powers: dict[str, int] = defaultdict(int)
     for axis, power in (*a.sizes, *b.sizes):
         powers[axis] += power
@@ -390,23 +389,23 @@ def value_key(value: Value, names: Mapping[Token, str]) -> Key:
 def term_key(term: Term, names: Mapping[Token, str]) -> Key:
     """The least over all ways to name the bound tokens: these names, and the keys of the factors, in order."""
     if not term.bound:
-        return (), tuple(sorted(factor_key(f, names) for f in term.factors))
-    return min(
-        (tuple(sorted(own.values())), tuple(sorted(factor_key(f, {**names, **own}) for f in term.factors)))
-        for own in _namings(term.bound)
-    )
+        return (), tuple(sorted([factor_key(f, names) for f in term.factors]))
+    found = []
+    for own in _namings(term.bound):
+        inner = {**names, **own}
+        found.append((tuple(sorted(own.values())), tuple(sorted([factor_key(f, inner) for f in term.factors]))))
+    return min(found) if len(found) > 1 else found[0]
 
 
 def factor_key(f: Factor, names: Mapping[Token, str]) -> tuple[str, ...]:
-    match f:
-        case Load(name, index):
-            return (f"load {name}", *(names[t] for t in index))
-        case Number(coefficient, sizes):
-            return (f"number {coefficient} {sizes}",)
-        case Call(body=body, tokens=tokens) | Paren(body=body, tokens=tokens):
-            if len(body.symmetries) == 1:
-                return (body.digest, *(names[t] for t in tokens))
-            return (body.digest, *min(tuple(names[tokens[i]] for i in order) for order in body.symmetries))
+    """What it is, then the names of its tokens."""
+    if isinstance(f, Load):
+        return (f"load {f.name}", *[names[t] for t in f.tokens])
+    if isinstance(f, Number):
+        return (f"number {f.coefficient} {f.sizes}",)
+    if len(f.body.symmetries) == 1:
+        return (f.body.digest, *[names[t] for t in f.tokens])
+    return (f.body.digest, *min(tuple(names[f.tokens[i]] for i in order) for order in f.body.symmetries))
 
 
 def _namings(bound: Iterable[Token], mark: str = "~") -> Iterator[dict[Token, str]]:
@@ -415,16 +414,17 @@ def _namings(bound: Iterable[Token], mark: str = "~") -> Iterator[dict[Token, st
         yield {t: f"{t[0]}{mark}{i}" for i, t in enumerate(order)}
 
 
-def _orders(tokens: Iterable[Token]) -> Iterator[Tokens]:
+def _orders(tokens: Iterable[Token]) -> Iterable[Tokens]:
     """All orders of tokens in which axes ascend; of too many, one."""
     ordered = tuple(sorted(tokens))
+    if len({axis for axis, _ in ordered}) == len(ordered):
+        return (ordered,)
     counts = Counter(axis for axis, _ in ordered)
-    if len(counts) == len(ordered) or math.prod(map(math.factorial, counts.values())) > MOST_ORDERS:
-        yield ordered
-        return
+    if math.prod(map(math.factorial, counts.values())) > MOST_ORDERS:
+        return (ordered,)
     groups = [[t for t in ordered if t[0] == axis] for axis in counts]
-    for orders in itertools.product(*map(itertools.permutations, groups)):
-        yield tuple(itertools.chain(*orders))
+    orders = itertools.product(*map(itertools.permutations, groups))
+    return [tuple(itertools.chain(*order)) for order in orders]
 
 
 # -- evaluation in the fields
