@@ -51,12 +51,9 @@ class Meaning:
 def meaning(program: Program) -> Meaning:
     """The value of every equation of the program."""
     found: dict[str, Value] = {i.name: v.load(i.name, (a.name for a in i.tensor.axes)) for i in program.inputs}
-    base = {a: a for a in program.axes()}
+    base = _bases(program)
     boundaries: list[Equation] = []
     for e in program.equations:
-        if isinstance(e.op, Rename):
-            for old, new in e.op.axes:
-                base[new.name] = base[old]
         value = _equation_value(e, [found[a] for a in e.args])
         if value is None:
             boundaries.append(e)
@@ -64,6 +61,22 @@ def meaning(program: Program) -> Meaning:
         else:
             found[e.target.name] = value
     return Meaning(found, tuple(boundaries), base)
+
+
+def _bases(program: Program) -> dict[str, str]:
+    """One axis for all that are aliases of each other."""
+    above = {a: a for a in program.axes()}
+
+    def top(a: str) -> str:
+        while above[a] != a:
+            a = above[a]
+        return a
+
+    for e in program.equations:
+        if isinstance(e.op, Rename):
+            for old, new in e.op.axes:
+                above[top(new.name)] = top(old)
+    return {a: top(a) for a in above}
 
 
 def _equation_value(e: Equation, args: list[Value]) -> Value | None:
@@ -154,20 +167,14 @@ def hoisted(value: Value) -> Value:
     for f in value[0].factors:
         if isinstance(f, Number) or not v.factor_tokens(f) < free or v.factor_tokens(f) & value[0].bound:
             continue
-        places = [_place(f, rest) for rest in rests]
-        if all(i is not None for i in places):
+        if all(f in rest for rest in rests):
             common.append(f)
-            for i, rest in zip(places, rests, strict=True):
-                del rest[i]  # type: ignore[arg-type]
+            for rest in rests:
+                rest.remove(f)
     if not common:
         return value
     inner = v.add(*((v.normal_term(t.bound, rest),) for t, rest in zip(value, rests, strict=True)))
     return (v.normal_term((), (*common, Paren(inner))),)
-
-
-def _place(f: Factor, factors: list[Factor]) -> int | None:
-    wanted = v.key((Term(v.NOTHING, (f,)),))
-    return next((i for i, g in enumerate(factors) if v.key((Term(v.NOTHING, (g,)),)) == wanted), None)
 
 
 # -- named laws
@@ -184,30 +191,10 @@ class Law:
 
 def _without_max(value: Value) -> Value | None:
     """Substitutes 0 for every maximum taken over an axis."""
-    changed = False
-
-    def in_value(x: Value) -> Value:
-        terms = [t for t in (in_term(t) for t in x) if t is not None]
-        return v.add(*((t,) for t in terms)) if terms else v.number(0)
-
-    def in_term(t: Term) -> Term | None:
-        nonlocal changed
-        factors: list[Factor] = []
-        for f in t.factors:
-            match f:
-                case Call("max", _, bound, _) if bound:
-                    changed = True
-                    return None
-                case Call(fn, attrs, bound, args):
-                    factors.append(Call(fn, attrs, bound, tuple(in_value(a) for a in args)))
-                case Paren(inner):
-                    factors.append(Paren(in_value(inner)))
-                case _:
-                    factors.append(f)
-        return v.normal_term(t.bound, factors)
-
-    result = in_value(value)
-    return result if changed else None
+    if not any("max" in b.calls for b in v.bodies(value)):
+        return None
+    stripped = v.rewritten(value, lambda b, _: v.number(0) if b.fn == "max" and b.bound else None)
+    return None if stripped == value else stripped
 
 
 STRIP_MAX = Law("strip-max", "exp(x - max x) / Σ exp(x - max x) = exp x / Σ exp x", _without_max)

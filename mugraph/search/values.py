@@ -21,7 +21,7 @@ import hashlib
 import itertools
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from typing import Any, Literal, NamedTuple
 
@@ -55,18 +55,20 @@ class Body:
 
     digest      the same for bodies that differ in names of tokens and order alone, where parameters correspond
     symmetries  the orders of the parameters that give the same body; the first is the order that they have
+    places      for each parameter the first that a symmetry puts in its place
     closed      the axes that are summed or reduced over inside
+    calls       the names of the functions inside, its own included
     """
 
-    __slots__ = ("args", "attrs", "bound", "closed", "digest", "fn", "params", "symmetries")
+    __slots__ = ("args", "attrs", "bound", "calls", "closed", "digest", "fn", "params", "places", "symmetries")
 
     def __init__(self, fn: str, attrs: tuple[Any, ...], bound: frozenset[Token], args: tuple[Value, ...]) -> None:
         self.fn, self.attrs, self.bound, self.args = fn, attrs, bound, args
         free = frozenset().union(*map(free_tokens, args))
         best: str | None = None
         orders: list[Tokens] = []
-        for order in _orders(free - bound):
-            names = {t: f"{t[0]}.{i}" for i, t in enumerate(order)}
+        for order in _orders(_places(free - bound, args, fn in COMMUTATIVE)):
+            names = {t: f"{i}" for i, t in enumerate(order)}
             found = self._digest(names, free & bound)
             if best is None or found < best:
                 best, orders = found, [order]
@@ -75,20 +77,22 @@ class Body:
         assert best is not None
         self.digest, self.params = best, orders[0]
         self.symmetries = tuple(tuple(map(self.params.index, order)) for order in orders)
+        self.places = tuple(map(min, zip(*self.symmetries, strict=True)))
         terms = [t for x in args for t in x]
         closing = [bound, *(t.bound for t in terms)]
         self.closed = frozenset(axis for tokens in closing for axis, _ in tokens).union(
             *(closed_axes(f) for t in terms for f in t.factors)
         )
+        self.calls = frozenset((fn,)).union(*(b.calls for b in self.parts()))
 
     def parts(self) -> Iterator[Body]:
         """The bodies that it is made of, one level down."""
-        return (f.body for x in self.args for t in x for f in t.factors if isinstance(f, Applied))
+        return (b for x in self.args for b in bodies(x))
 
     def _digest(self, names: dict[Token, str], bound: Iterable[Token]) -> str:
         """The least over all ways to name the bound tokens."""
         keys = []
-        for own in _namings(bound, "!"):
+        for own in _namings(bound, self.args, "!"):
             args = [value_key(x, names | own) for x in self.args]
             keys.append(sorted(args) if self.fn in COMMUTATIVE else args)
         text = repr((self.fn, self.attrs, sorted(t[0] for t in self.bound), list(names.values()), min(keys)))
@@ -209,6 +213,11 @@ def factor_tokens(f: Factor) -> frozenset[Token]:
     if isinstance(f, Applied):
         return f.free
     return frozenset(f.tokens) if isinstance(f, Load) else NOTHING
+
+
+def bodies(value: Value) -> Iterator[Body]:
+    """The bodies at the top of a value."""
+    return (f.body for t in value for f in t.factors if isinstance(f, Applied))
 
 
 def free_tokens(value: Value) -> frozenset[Token]:
@@ -372,6 +381,38 @@ def invert(value: Value) -> Value:
     return (normal_term((), factors),)
 
 
+def rewritten(value: Value, rule: Callable[[Body, tuple[Value, ...]], Value | None]) -> Value:
+    """The value with `rule` applied to every call and reduction in it, innermost first.  The rule gets a body and its
+    arguments, which are rewritten already, and gives the value that takes its place, or None for the same call."""
+    known: dict[str, tuple[Tokens, Value] | None] = {}  # over its parameters; None: as it was
+    pending = list(bodies(value))
+    while pending:
+        top = pending[-1]
+        inside = [] if top.digest in known else [b for b in top.parts() if b.digest not in known]
+        pending += inside
+        if not inside:
+            pending.pop()
+            if top.digest not in known:
+                args = tuple(_replaced(x, known) for x in top.args)
+                new = rule(top, args) if top.fn else args[0]
+                if new is None and args != top.args:
+                    new = ((Term(NOTHING, (Call(top.fn, top.attrs, top.bound, args),))),)
+                known[top.digest] = None if new is None or new == top.args[:1] else (top.params, new)
+    return _replaced(value, known)
+
+
+def _replaced(value: Value, known: Mapping[str, tuple[Tokens, Value] | None]) -> Value:
+    """The value with other values in place of its bodies."""
+    if not any(known[b.digest] for b in bodies(value)):
+        return value
+
+    def factor(f: Factor) -> Factor:
+        new = known[f.body.digest] if isinstance(f, Applied) else None
+        return f if new is None else Paren(rename(new[1], dict(zip(new[0], f.tokens, strict=True))))  # type: ignore[union-attr]
+
+    return add(*((normal_term(t.bound, map(factor, t.factors)),) for t in value))
+
+
 # -- a syntactic key, equal for values that differ only in bound names and in order
 
 Key = tuple[Any, ...]
@@ -391,7 +432,7 @@ def term_key(term: Term, names: Mapping[Token, str]) -> Key:
     if not term.bound:
         return (), tuple(sorted([factor_key(f, names) for f in term.factors]))
     found = []
-    for own in _namings(term.bound):
+    for own in _namings(term.bound, ((Term(NOTHING, term.factors),),)):
         inner = {**names, **own}
         found.append((tuple(sorted(own.values())), tuple(sorted([factor_key(f, inner) for f in term.factors]))))
     return min(found) if len(found) > 1 else found[0]
@@ -408,23 +449,39 @@ def factor_key(f: Factor, names: Mapping[Token, str]) -> tuple[str, ...]:
     return (f.body.digest, *min(tuple(names[f.tokens[i]] for i in order) for order in f.body.symmetries))
 
 
-def _namings(bound: Iterable[Token], mark: str = "~") -> Iterator[dict[Token, str]]:
+def _namings(bound: Iterable[Token], args: Iterable[Value], mark: str = "~") -> Iterator[dict[Token, str]]:
     """All namings of bound tokens by axis and number; tokens of different axes are never confused."""
-    for order in _orders(bound):
+    axes: dict[Token, Any] = {t: t[0] for t in bound}
+    if len(set(axes.values())) < len(axes):
+        axes = {t: (t[0], places) for t, places in _places(bound, args, True).items()}
+    for order in _orders(axes):
         yield {t: f"{t[0]}{mark}{i}" for i, t in enumerate(order)}
 
 
-def _orders(tokens: Iterable[Token]) -> Iterable[Tokens]:
-    """All orders of tokens in which axes ascend; of too many, one."""
-    ordered = tuple(sorted(tokens))
-    if len({axis for axis, _ in ordered}) == len(ordered):
-        return (ordered,)
-    counts = Counter(axis for axis, _ in ordered)
-    if math.prod(map(math.factorial, counts.values())) > MOST_ORDERS:
-        return (ordered,)
-    groups = [[t for t in ordered if t[0] == axis] for axis in counts]
-    orders = itertools.product(*map(itertools.permutations, groups))
-    return [tuple(itertools.chain(*order)) for order in orders]
+def _places(tokens: Iterable[Token], args: Iterable[Value], unordered: bool) -> dict[Token, Any]:
+    """Where each token stands: what must be the same for tokens that a symmetry exchanges."""
+    found: dict[Token, Any] = {t: [] for t in tokens}
+    for i, x in enumerate(args):
+        for term in x:
+            for f in term.factors:
+                if isinstance(f, Number):
+                    continue
+                name, places = (f.name, None) if isinstance(f, Load) else (f.body.digest, f.body.places)
+                for at, t in enumerate(f.tokens):
+                    if t in found and t not in term.bound:
+                        found[t].append((0 if unordered else i, name, places[at] if places else at))
+    for places in found.values():
+        places.sort()
+    return found
+
+
+def _orders(ranks: Mapping[Token, Any]) -> Sequence[Tokens]:
+    """All orders of tokens in which their ranks ascend; of too many, one."""
+    ordered = sorted(ranks, key=lambda t: (ranks[t], t))
+    groups = [list(group) for _, group in itertools.groupby(ordered, key=ranks.__getitem__)]
+    if len(groups) == len(ordered) or math.prod(math.factorial(len(g)) for g in groups) > MOST_ORDERS:
+        return (tuple(ordered),)
+    return [tuple(itertools.chain(*order)) for order in itertools.product(*map(itertools.permutations, groups))]
 
 
 # -- evaluation in the fields
@@ -460,7 +517,7 @@ class Fingerprinter:
         aliased = {b for a, b in base.items() if a != b}
         self.wide = {a for a in base if base[a] in aliased}
         self.omega = np.asarray(fields.order_q_element("search", key), dtype=U)
-        self._bodies: dict[str, Point] = {}  # tokens stand in the order of the parameters
+        self._bodies: dict[tuple[str, tuple[int, ...]], Words] = {}  # by digest and sizes; dimensions as parameters
         self._loads: dict[tuple[str, tuple[str, ...]], Words] = {}
         self._weights: dict[str, Words] = {}
 
@@ -524,30 +581,32 @@ class Fingerprinter:
             case Number(coefficient, sizes):
                 return Point((), self.number(coefficient, sizes))
             case Call(body=body, tokens=tokens) | Paren(body=body, tokens=tokens):
-                found = self.body(body)
-                sampled = len(found.words.shape) > len(tokens) + 1
-                return Point((SAMPLE, *tokens) if sampled else tokens, found.words)
+                words = self.body(body)
+                sampled = words.ndim > len(tokens) + 1
+                return Point((SAMPLE, *tokens) if sampled else tokens, words)
 
     def _random(self, name: str, shape: tuple[int, ...]) -> Words:
         if self.samples > 1:
             shape = (self.samples, *shape)
         return np.stack([fields.random_words(("input", name, self.key), shape, m) for m in (P, Q)])
 
-    def body(self, body: Body) -> Point:
-        """The body at its parameters, in their order; what is inside comes first, without recursion."""
+    def body(self, body: Body) -> Words:
+        """The body, with dimensions as parameters.  What is inside comes first, without recursion."""
         pending = [body]
         while pending:
             top = pending[-1]
-            inside = [b for b in top.parts() if b.digest not in self._bodies]
-            if inside and top.digest not in self._bodies:
-                pending += inside
-                continue
-            pending.pop()
-            if top.digest not in self._bodies:
-                found = self.called(top.fn, top.attrs, top.bound, [self.value(x) for x in top.args])
-                order = top.params if SAMPLE not in found.tokens else (SAMPLE, *top.params)
-                self._bodies[top.digest] = Point(order, spread(found, order))
-        return self._bodies[body.digest]
+            inside = [] if self._at(top) in self._bodies else [b for b in top.parts() if self._at(b) not in self._bodies]
+            pending += inside
+            if not inside:
+                pending.pop()
+                if self._at(top) not in self._bodies:
+                    found = self.called(top.fn, top.attrs, top.bound, [self.value(x) for x in top.args])
+                    order = top.params if SAMPLE not in found.tokens else (SAMPLE, *top.params)
+                    self._bodies[self._at(top)] = spread(found, order)
+        return self._bodies[self._at(body)]
+
+    def _at(self, body: Body) -> tuple[str, tuple[int, ...]]:
+        return body.digest, tuple([self.length(axis) for axis, _ in body.params])
 
     def called(self, fn: str, attrs: tuple[Any, ...], bound: frozenset[Token], args: Sequence[Point]) -> Point:
         """The function at points; "" is a value in parentheses."""
