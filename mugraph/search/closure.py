@@ -16,14 +16,18 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 from mugraph.search import values as v
+from mugraph.search.report import StopReason
 from mugraph.search.values import Call, Factor, Fingerprinter, Key, Load, Number, Paren, Term, Token, Value
 
 MOST_ALIKE = 4  # factors with the same indices of which each is split off in turn; of more, the last one
+MOST_TERMS = 4  # of a sum that is shared out in all ways; of more, all terms at once and what sums there are
+MOST_PAIRS = 1_000_000  # of a sum and a part of it that are looked at
+MOST_WORDS = 1 << 23  # 64-bit words that the values of the closure may take: 64 MiB
 
 EdgeKind = Literal["load", "number", "product", "sum", "add", "call", "reduce"]
 
@@ -114,42 +118,48 @@ class Factors:
         return tuple(sorted(t[0] for i, t in enumerate(self.tokens) if both >> i & 1))
 
 
-class Split(NamedTuple):
-    """A split that is neither index-closed nor holder-closed: it counts only if both sides exist anyway."""
-
-    owner: int
-    factors: Factors
-    left: int
+Sum = frozenset[tuple[int, int]]  # terms by number, each with how many of the same came before
 
 
 @dataclass
 class Closure:
-    """The class graph.  `order` lists classes children first."""
+    """The class graph.  `order` lists classes children first.  limit: the budget that ran out, if one did."""
 
     classes: list[Class]
     order: list[int]
     rules: Counter[str]
     deduplicated: int
     expressions: int
-    truncated: bool
+    limit: StopReason | None = None
+
+    @property
+    def truncated(self) -> bool:
+        return self.limit is not None
 
     def axes(self, c: int) -> tuple[str, ...]:
         return self.classes[c].axes
 
 
 class Builder:
+    """budget: factors of all expressions.  When it is spent, or MOST_WORDS are, only what is there is linked, and what
+    has no other way to be computed is taken apart one factor at a time: so the program itself is always in the graph.
+    """
+
     def __init__(self, fingerprinter: Fingerprinter, budget: int, stop: Callable[[], bool] = lambda: False) -> None:
         self.prints, self.budget, self.stop = fingerprinter, budget, stop
         self.classes: list[Class] = []
         self.by_print: dict[tuple[tuple[str, ...], bytes], int] = {}
         self.by_key: dict[Key, int] = {}
         self.products: set[tuple[str, ...]] = set()  # what the factors of the products among them are
+        self.terms: dict[Key, int] = {}
+        self.sums: dict[Sum, int] = {}
         self.work: deque[tuple[int, Value]] = deque()
-        self.shared: list[Split] = []
+        self.shared: list[tuple[int, Factors, list[int]]] = []  # splits that count if both sides exist anyway
         self.alike: list[tuple[int, Factors]] = []
+        self.factored: dict[str, tuple[v.Tokens, list[Value]]] = {}
         self.rules: Counter[str] = Counter()
         self.deduplicated = 0
-        self.truncated = False
+        self.limit: StopReason | None = None
         self.weight = 0
 
     # -- classes and edges
@@ -162,15 +172,19 @@ class Builder:
     def plain(self, value: Value) -> Value:
         return v.rename(value, {t: (t[0], 0) for t in v.free_tokens(value)})
 
-    def class_of(self, value: Value) -> int | None:
-        return self.class_at(self.plain_key(value), lambda: value)
+    def class_of(self, value: Value, needed: bool = False) -> int | None:
+        return self.class_at(self.plain_key(value), lambda: value, needed)
 
-    def class_at(self, key: Key | None, value: Callable[[], Value]) -> int | None:
-        """The class of the value that has this key, made where there is none; None where there is no key."""
+    def class_at(self, key: Key | None, value: Callable[[], Value], needed: bool = False) -> int | None:
+        """The class of the value that has this key, made where there is none; None where there is no key, where the
+        value has too many axes, or where a budget is spent and the value is not needed."""
         if key is None:
             return None
         known = self.by_key.get(key)
-        return self._new_expression(self.plain(value()), key) if known is None else known
+        if known is not None or (self.limit and not needed):
+            return known
+        new = value()
+        return self._new_expression(self.plain(new), key) if v.width(new) <= v.MOST_AXES else None
 
     def _new_expression(self, value: Value, key: Key) -> int:
         axes, _ = fingerprint = self.prints.fingerprint(value)
@@ -181,8 +195,7 @@ class Builder:
         else:
             self.deduplicated += 1
         self.note(c, value, key)
-        if not self.truncated:
-            self.work.append((c, value))
+        self.work.append((c, value))
         return c
 
     def note(self, c: int, value: Value, key: Key) -> None:
@@ -190,8 +203,22 @@ class Builder:
         self.by_key[key] = c
         if len(value) == 1:
             self.products.add(tuple(sorted(name for name, *_ in key[0][1])))
+        else:
+            self.sums[self.sum(key)] = c
         self.weight += v.weight(value)
-        self.truncated |= self.weight > self.budget
+        if self.weight > self.budget:
+            self.limit = self.limit or StopReason("NodeLimit", self.budget)
+        elif self.prints.words > MOST_WORDS:
+            self.limit = self.limit or StopReason("MemoryLimit", MOST_WORDS)
+
+    def sum(self, keys: Iterable[Key]) -> Sum:
+        seen: Counter[int] = Counter()
+        found = []
+        for key in keys:
+            number = self.terms.setdefault(key, len(self.terms))
+            found.append((number, seen[number]))
+            seen[number] += 1
+        return frozenset(found)
 
     def edge(self, c: int, rule: str, kind: EdgeKind, children: list[int | None], **fields: object) -> None:
         found = tuple(x for x in children if x is not None)
@@ -207,45 +234,67 @@ class Builder:
     # -- rules
 
     def run(self) -> None:
+        steps = 0
         while self.work:
-            while self.work and not (len(self.classes) % 16 == 15 and self.stop()):
+            while self.work:
+                steps += 1
+                if steps % 8 == 0 and self.stop():
+                    return  # what is not expanded has no edges
                 c, value = self.work.popleft()
                 if len(value) == 1:
                     self.expand_term(c, value[0])
                 else:
                     self.expand_sum(c, value)
-            if self.work:
-                break  # stopped: what is not expanded has no edges
-            for s in self.shared:
-                self.share(s)
+            for owner, factors, sides in self.shared:
+                for left in sides:
+                    self.share(owner, factors, left)
             self.split_alike()
+        self.share_sums()
 
     def expand_sum(self, c: int, value: Value) -> None:
-        if len(value) <= 4:
-            plain = {t: t[0] for t in v.free_tokens(value)}
-            keys = [v.term_key(t, plain) for t in value]
+        plain = {t: t[0] for t in v.free_tokens(value)}
+        keys = [v.term_key(t, plain) for t in value]
+        if len(value) <= MOST_TERMS:
             for size in range(1, len(value) // 2 + 1):
                 for chosen in itertools.combinations(range(len(value)), size):
                     if 2 * size == len(value) and 0 not in chosen:
                         continue
                     rest = tuple(i for i in range(len(value)) if i not in chosen)
                     self.edge(c, "add", "add", [self.part(value, keys, chosen), self.part(value, keys, rest)])
-        else:
-            self.edge(c, "add", "add", [self.class_of((t,)) for t in value])
-        for together, others in factorings(value):
+        if len(value) > MOST_TERMS or self.limit:
+            self.edge(c, "add", "add", [self.part(value, keys, (i,), needed=True) for i in range(len(value))])
+        for together, others in [] if self.limit else factorings(value):
             if others:
                 self.edge(c, "factor", "add", [self.class_of((together,)), self.class_of(tuple(others))])
             elif self.is_new(c, (together,)):
                 self.expand_term(c, together)
 
-    def part(self, value: Value, keys: list[Key], chosen: tuple[int, ...]) -> int | None:
+    def part(self, value: Value, keys: list[Key], chosen: tuple[int, ...], needed: bool = False) -> int | None:
         """The class of some terms of a sum."""
-        return self.class_at(tuple(sorted(keys[i] for i in chosen)), lambda: tuple(value[i] for i in chosen))
+        return self.class_at(tuple(sorted(keys[i] for i in chosen)), lambda: tuple(value[i] for i in chosen), needed)
+
+    def share_sums(self) -> None:
+        """Sums of many terms, as what other sums there are and the rest."""
+        known = list(self.sums.items())
+        large = [(terms, c) for terms, c in known if len(terms) > MOST_TERMS]
+        if len(large) * len(known) > MOST_PAIRS:
+            large = []
+        single = {number: self.by_key.get((key,)) for key, number in self.terms.items()}
+        for whole, c in large:
+            for part, d in known:
+                if part < whole:
+                    left = sorted(number for number, _ in whole - part)
+                    seen: Counter[int] = Counter()
+                    for i, number in enumerate(left):
+                        seen[number] += 1
+                        left[i] = (number, seen[number] - 1)  # type: ignore[call-overload]
+                    rest = single[left[0][0]] if len(left) == 1 else self.sums.get(frozenset(left))  # type: ignore[index,arg-type]
+                    self.edge(c, "add", "add", [d, rest])
 
     def is_new(self, c: int, value: Value) -> bool:
-        """Notes another expression of the class; False if it was there, or if the budget is spent."""
+        """Notes another expression of the class; False if it was there, or if a budget is spent."""
         key = self.plain_key(value)
-        if key is None or key in self.by_key or self.truncated:
+        if key is None or key in self.by_key or self.limit or v.width(value) > v.MOST_AXES:
             return False
         self.note(c, value, key)
         return True
@@ -257,33 +306,35 @@ class Builder:
             if len(factors) == 1:
                 self.edge(c, "number", "number", [], leaf=first)
             else:
-                number = self.class_of((Term(v.NOTHING, (first,)),))
-                self.edge(c, "coefficient", "product", [number, self.class_of((Term(bound, factors[1:]),))])
+                number = self.class_of((Term(v.NOTHING, (first,)),), needed=True)
+                rest = self.class_of((Term(bound, factors[1:]),), needed=True)
+                self.edge(c, "coefficient", "product", [number, rest])
             return
         if len(factors) == 1:
             self.expand_factor(c, bound, first)
         else:
             self.split(c, term)
             self.distribute(c, term)
+            self.splice(c, term)
 
     def expand_factor(self, c: int, bound: frozenset[Token], f: Factor) -> None:
         if bound:
             for group in self.closing_groups(bound):
-                inner = self.class_of((Term(bound - group, (f,)),))
+                inner = self.class_of((Term(bound - group, (f,)),), needed=group == bound)
                 self.edge(c, "close", "sum", [inner], axes=tuple(sorted(t[0] for t in group)))
-            if isinstance(f, Paren):
-                self.distribute(c, Term(bound, (f,)))
+            self.distribute(c, Term(bound, (f,)))
+            self.splice(c, Term(bound, (f,)))
             return
         match f:
             case Load():
                 self.edge(c, "load", "load", [], leaf=f)
             case Call(fn, _, over, (arg,)) if over:
-                inner = self.class_of(arg)
+                inner = self.class_of(arg, needed=True)
                 self.edge(c, "close", "reduce", [inner], axes=tuple(sorted(t[0] for t in over)), fn=fn)
             case Call(fn, attrs, _, args):
-                self.edge(c, "argument", "call", [self.class_of(a) for a in args], fn=fn, attrs=attrs)
+                self.edge(c, "argument", "call", [self.class_of(a, needed=True) for a in args], fn=fn, attrs=attrs)
             case Paren(value):
-                if self.is_new(c, value):
+                if self.is_new(c, value) or (self.limit and not self.classes[c].edges):
                     self.work.append((c, value))
             case Number():
                 self.edge(c, "number", "number", [], leaf=f)
@@ -295,46 +346,76 @@ class Builder:
     def split(self, c: int, term: Term) -> None:
         """Rule a.  Factor 0 stays on the right, so that each partition is seen once."""
         factors = Factors(term)
-        apart = False
+        apart, open_sides = False, list[int]()
         for left in range(2, factors.whole, 2):
-            if factors.is_closed(left) or factors.is_closed(factors.whole ^ left):
+            if self.limit:
+                self.share(c, factors, left)
+            elif factors.is_closed(left) or factors.is_closed(factors.whole ^ left):
                 apart |= self.add_split(c, factors, left, "split")
             else:
-                self.shared.append(Split(c, factors, left))
+                open_sides.append(left)
+        if open_sides:
+            self.shared.append((c, factors, open_sides))
         if not apart:
             self.alike.append((c, factors))
 
     def split_alike(self) -> None:
         """Factors that indices do not tell apart (x / y, element by element), of which no share is known, are split
-        off one at a time."""
+        off one at a time.  So are those that no split within the budget tells apart."""
         alike, self.alike = self.alike, []
         for c, factors in alike:
             n = len(factors.held)
             if not self.classes[c].edges:
-                for i in range(n if 2 < n <= MOST_ALIKE else 1):
-                    self.add_split(c, factors, 1 << (n - 1 - i), "split")
+                for i in range(n if 2 < n <= MOST_ALIKE and not self.limit else 1):
+                    self.add_split(c, factors, 1 << (n - 1 - i), "split", needed=True)
+            for i in range(n):
+                if not self.classes[c].edges:
+                    self.add_split(c, factors, 1 << i, "split", needed=True)
 
-    def share(self, s: Split) -> None:
-        sides = (s.left, s.factors.whole ^ s.left)
-        if all(s.factors.names(side) in self.products for side in sides):
-            keys = [s.factors.key(side) for side in sides]
+    def share(self, owner: int, factors: Factors, left: int) -> None:
+        sides = (left, factors.whole ^ left)
+        if all(factors.names(side) in self.products for side in sides):
+            keys = [factors.key(side) for side in sides]
             children = [None if key is None else self.by_key.get(key) for key in keys]
-            self.edge(s.owner, "share", "product", children, axes=s.factors.closes(s.left))
+            self.edge(owner, "share", "product", children, axes=factors.closes(left))
 
-    def add_split(self, c: int, factors: Factors, left: int, rule: str) -> bool:
+    def add_split(self, c: int, factors: Factors, left: int, rule: str, needed: bool = False) -> bool:
         """Adds the edge; False if a side has no class."""
         children: list[int | None] = []
         for side in (left, factors.whole ^ left):
-            children.append(self.class_at(factors.key(side), lambda side=side: (factors.side(side),)))  # type: ignore[misc]
-            if children[-1] is None:
+            new = self.class_at(factors.key(side), lambda side=side: (factors.side(side),), needed)  # type: ignore[misc]
+            if new is None:
                 return False
+            children.append(new)
         self.edge(c, rule, "product", children, axes=factors.closes(left))
         return True
+
+    def splice(self, c: int, term: Term) -> None:
+        """A sum that rule d makes one product joins the product around it, where that frees a factor of an axis that
+        is closed there, or brings another to close."""
+        for i, f in enumerate(term.factors):
+            closed = v.factor_tokens(f) & term.bound
+            if not isinstance(f, Paren) or not closed or self.limit:
+                continue
+            for bound, factors in self.products_of(f):
+                if bound or any(closed - v.factor_tokens(g) for g in factors if not isinstance(g, Number)):
+                    whole = v.normal_term(term.bound | bound, (*term.factors[:i], *factors, *term.factors[i + 1 :]))
+                    if self.is_new(c, (whole,)):
+                        self.rules["splice"] += 1
+                        self.expand_term(c, whole)
+
+    def products_of(self, f: Paren) -> list[Term]:
+        """The products that rule d makes of a sum."""
+        known = self.factored.get(f.body.digest)
+        if known is None:
+            found = [(together,) for together, rest in factorings(f.body.args[0]) if not rest]
+            known = self.factored[f.body.digest] = f.body.params, found
+        return [v.freshened(v.rename(x, dict(zip(known[0], f.tokens, strict=True)))[0]) for x in known[1]]
 
     def distribute(self, c: int, term: Term) -> None:
         """Rule c."""
         for i, f in enumerate(term.factors):
-            if not isinstance(f, Paren) or not worth_distributing(f.value, term.bound):
+            if not isinstance(f, Paren) or self.limit or not worth_distributing(f.value, term.bound):
                 continue
             others = term.factors[:i] + term.factors[i + 1 :]
             terms = []
@@ -437,17 +518,13 @@ def close(
 ) -> tuple[Closure, list[int]]:
     """The closure of the seeds, and the class of each seed.  `stop` is asked between expansions."""
     builder = Builder(fingerprinter, budget, stop)
-    roots = [builder.class_of(s) for s in seeds]
+    roots = [builder.class_of(s, needed=True) for s in seeds]
     builder.run()
     found = [r for r in roots if r is not None]
-    assert len(found) == len(seeds), "a seed has one axis free twice"
+    assert len(found) == len(seeds), "a seed has one axis free twice, or too many axes"
     order = topological(builder.classes, found)
-    return (
-        Closure(
-            builder.classes, order, builder.rules, builder.deduplicated, len(builder.by_key), builder.truncated
-        ),
-        found,
-    )  # fmt: skip
+    expressions = len(builder.by_key)
+    return Closure(builder.classes, order, builder.rules, builder.deduplicated, expressions, builder.limit), found
 
 
 def topological(classes: list[Class], roots: list[int]) -> list[int]:

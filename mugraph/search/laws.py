@@ -34,6 +34,8 @@ from mugraph.search import values as v
 from mugraph.search.values import Call, Factor, Number, Paren, Term, Value
 
 MOST_FACTORS = 10  # of a term: rule a looks at all their subsets
+MOST_TERMS = 64  # of a sum; a longer one has sums as terms
+MOST_BITS = 1024  # of a coefficient
 MOST_NAMINGS = 120  # of the bound axes of a term: each axis five times, say
 IOTA = "#iota"  # the index along an axis: computed where it is used, not loaded
 
@@ -120,22 +122,36 @@ def _equation_value(e: Equation, args: list[Value]) -> Value | None:
 
 
 def _is_tractable(value: Value) -> bool:
-    """Whether no term has more factors, or more ways to name its bound axes, than rule a and the key can go through.
-    A longer product is a function of its own, a longer contraction a boundary."""
+    """Whether no term has more factors, or more ways to name its bound axes, than rule a and the key can go through,
+    nor a longer coefficient or more axes than are computed with.  What is not is a function of its own, or a
+    boundary."""
 
     def namings(t: Term) -> int:
         return math.prod(map(math.factorial, Counter(axis for axis, _ in t.bound).values()))
 
-    return all(len(t.factors) <= MOST_FACTORS and namings(t) <= MOST_NAMINGS for t in value)
+    def bits(t: Term) -> int:
+        numbers = [f.coefficient for f in t.factors if isinstance(f, Number)]
+        return max((max(abs(n.numerator), n.denominator).bit_length() for n in numbers), default=0)
+
+    return v.width(value) <= v.MOST_AXES and all(
+        len(t.factors) <= MOST_FACTORS and namings(t) <= MOST_NAMINGS and bits(t) <= MOST_BITS for t in value
+    )
+
+
+def _sum(*values: Value) -> Value:
+    """The sum; terms of a long one stay in parentheses."""
+    if sum(map(len, values)) > MOST_TERMS:
+        return tuple(v.as_term(x) for x in values)
+    return v.add(*values)
 
 
 def _function(fn: str, attrs: Mapping[str, str | Fraction], args: list[Value]) -> Value:
     x = args[0]
     match fn:
         case "add":
-            return hoisted(v.add(*args))
+            return hoisted(_sum(*args))
         case "sub":
-            return hoisted(v.add(x, v.negate(args[1])))
+            return hoisted(_sum(x, v.negate(args[1])))
         case "mul":
             return v.multiply(*args)
         case "div":

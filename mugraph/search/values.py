@@ -58,9 +58,10 @@ class Body:
     places      for each parameter the first that a symmetry puts in its place
     closed      the axes that are summed or reduced over inside
     calls       the names of the functions inside, its own included
+    width       the most axes that evaluation meets inside at once
     """
 
-    __slots__ = ("args", "attrs", "bound", "calls", "closed", "digest", "fn", "params", "places", "symmetries")
+    __slots__ = ("args", "attrs", "bound", "calls", "closed", "digest", "fn", "params", "places", "symmetries", "width")
 
     def __init__(self, fn: str, attrs: tuple[Any, ...], bound: frozenset[Token], args: tuple[Value, ...]) -> None:
         self.fn, self.attrs, self.bound, self.args = fn, attrs, bound, args
@@ -84,6 +85,7 @@ class Body:
             *(closed_axes(f) for t in terms for f in t.factors)
         )
         self.calls = frozenset((fn,)).union(*(b.calls for b in self.parts()))
+        self.width = max(len(free), *map(width, args))
 
     def parts(self) -> Iterator[Body]:
         """The bodies that it is made of, one level down."""
@@ -141,7 +143,7 @@ class Applied:
         return hash((self.body.digest, self.tokens))
 
     def __repr__(self) -> str:
-        return _factor_text(self)  # type: ignore[arg-type]
+        return f"{type(self).__name__}({self.body.fn}#{self.body.digest[:6]}{list(self.tokens)})"
 
 
 class Call(Applied):
@@ -197,6 +199,7 @@ class Term(NamedTuple):
 
 Value = tuple[Term, ...]
 
+MOST_AXES = 10  # of a value, and of what is multiplied on the way to it: its points have 2 elements or 3 an axis
 COMMUTATIVE = frozenset({"max", "min", "and", "or"})
 ONE = Number(Fraction(1))
 NOTHING: frozenset[Token] = frozenset()
@@ -233,6 +236,37 @@ def _held(factors: Iterable[Factor]) -> frozenset[Token]:
 def weight(value: Value) -> int:
     """The number of factors, those within calls and parentheses not counted: what it costs to look at."""
     return sum(len(t.factors) for t in value)
+
+
+def width(value: Value) -> int:
+    """The most axes that evaluation meets at once."""
+    inside = [b.width for b in bodies(value)]
+    return max(len(free_tokens(value)), *inside, *map(_term_width, value))
+
+
+def _term_width(term: Term) -> int:
+    held = len(_held(term.factors))
+    return held if held <= MOST_AXES else max(n for _, _, n in elimination(term))
+
+
+def elimination(term: Term) -> list[tuple[Factor, Iterable[Token], int]]:
+    """The factors in an order to multiply them in, the bound tokens that are summed over after each, and the number of
+    tokens before that.  Of many tokens, the factor that brings the fewest comes next."""
+    if len(term.factors) == 1:
+        return [(term.factors[0], term.bound, len(factor_tokens(term.factors[0])))]
+    left = [(f, factor_tokens(f)) for f in term.factors]
+    greedy = len(frozenset().union(*(ts for _, ts in left))) > MOST_AXES
+    found: list[tuple[Factor, Iterable[Token], int]] = []
+    held: frozenset[Token] = NOTHING
+    while left:
+        at = min(range(len(left)), key=lambda i: len(held | left[i][1])) if greedy else 0
+        f, tokens = left.pop(at)
+        held |= tokens
+        done = held & term.bound
+        done = done.difference(*(ts for _, ts in left)) if done else done
+        found.append((f, done, len(held)))
+        held -= done
+    return found
 
 
 def closed_axes(f: Factor) -> frozenset[str]:
@@ -520,6 +554,7 @@ class Fingerprinter:
         self._bodies: dict[tuple[str, tuple[int, ...]], Words] = {}  # by digest and sizes; dimensions as parameters
         self._loads: dict[tuple[str, tuple[str, ...]], Words] = {}
         self._weights: dict[str, Words] = {}
+        self.words = 0  # that what is kept takes
 
     def length(self, axis: str) -> int:
         return 3 if axis in self.wide else 2
@@ -538,7 +573,9 @@ class Fingerprinter:
         return found
 
     def fingerprint(self, value: Value) -> Print:
-        return print_of(self.value(value))
+        found = print_of(self.value(value))
+        self.words += len(found[1]) // 8
+        return found
 
     def value(self, value: Value) -> Point:
         found = self.term(value[0])
@@ -547,11 +584,12 @@ class Fingerprinter:
         return found
 
     def term(self, term: Term) -> Point:
-        point = self.factor(term.factors[0])
-        for f in term.factors[1:]:
-            point = self.join(point, self.factor(f), multiply_them=True)
-        for token in term.bound:
-            point = self.integral(point, token)
+        point: Point | None = None
+        for f, closed, _ in elimination(term):
+            point = self.factor(f) if point is None else self.join(point, self.factor(f), multiply_them=True)
+            for token in closed:
+                point = self.integral(point, token)
+        assert point is not None
         return point
 
     def integral(self, point: Point, token: Token) -> Point:
@@ -586,6 +624,8 @@ class Fingerprinter:
                 return Point((SAMPLE, *tokens) if sampled else tokens, words)
 
     def _random(self, name: str, shape: tuple[int, ...]) -> Words:
+        # beyond MOST_AXES it is constant: then no value is compared, only the name
+        shape = shape[:MOST_AXES] + (1,) * len(shape[MOST_AXES:])
         if self.samples > 1:
             shape = (self.samples, *shape)
         return np.stack([fields.random_words(("input", name, self.key), shape, m) for m in (P, Q)])
@@ -603,6 +643,7 @@ class Fingerprinter:
                     found = self.called(top.fn, top.attrs, top.bound, [self.value(x) for x in top.args])
                     order = top.params if SAMPLE not in found.tokens else (SAMPLE, *top.params)
                     self._bodies[self._at(top)] = spread(found, order)
+                    self.words += found.words.size
         return self._bodies[self._at(body)]
 
     def _at(self, body: Body) -> tuple[str, tuple[int, ...]]:
