@@ -151,7 +151,7 @@ class Builder:
         self.by_print: dict[tuple[tuple[str, ...], bytes], int] = {}
         self.by_key: dict[Key, int] = {}
         self.products: set[tuple[str, ...]] = set()  # what the factors of the products among them are
-        self.terms: dict[Key, int] = {}
+        self.numbered: dict[Key, int] = {}
         self.sums: dict[Sum, int] = {}
         self.work: deque[tuple[int, Value]] = deque()
         self.shared: list[tuple[int, Factors, list[int]]] = []  # splits that count if both sides exist anyway
@@ -215,7 +215,7 @@ class Builder:
         seen: Counter[int] = Counter()
         found = []
         for key in keys:
-            number = self.terms.setdefault(key, len(self.terms))
+            number = self.numbered.setdefault(key, len(self.numbered))
             found.append((number, seen[number]))
             seen[number] += 1
         return frozenset(found)
@@ -279,7 +279,7 @@ class Builder:
         large = [(terms, c) for terms, c in known if len(terms) > MOST_TERMS]
         if len(large) * len(known) > MOST_PAIRS:
             large = []
-        single = {number: self.by_key.get((key,)) for key, number in self.terms.items()}
+        single = {number: self.by_key.get((key,)) for key, number in self.numbered.items()}
         for whole, c in large:
             for part, d in known:
                 if part < whole:

@@ -41,6 +41,10 @@ class Load(NamedTuple):
     tokens: Tokens
     kind: Literal["load"] = "load"
 
+    @property
+    def free(self) -> frozenset[Token]:
+        return frozenset(self.tokens)
+
 
 class Number(NamedTuple):
     """An exact coefficient: a rational times powers of axis sizes."""
@@ -48,6 +52,10 @@ class Number(NamedTuple):
     coefficient: Fraction
     sizes: tuple[tuple[str, int], ...] = ()
     kind: Literal["number"] = "number"
+
+    @property
+    def free(self) -> frozenset[Token]:
+        return NOTHING
 
 
 class Body:
@@ -213,9 +221,7 @@ _uids = itertools.count(1)
 
 def factor_tokens(f: Factor) -> frozenset[Token]:
     """The tokens that are free in a factor."""
-    if isinstance(f, Applied):
-        return f.free
-    return frozenset(f.tokens) if isinstance(f, Load) else NOTHING
+    return f.free
 
 
 def bodies(value: Value) -> Iterator[Body]:
@@ -226,11 +232,11 @@ def bodies(value: Value) -> Iterator[Body]:
 def free_tokens(value: Value) -> frozenset[Token]:
     if len(value) == 1:
         return _held(value[0].factors) - value[0].bound
-    return frozenset().union(*(_held(t.factors) - t.bound for t in value))
+    return frozenset().union(*[_held(t.factors) - t.bound for t in value])
 
 
 def _held(factors: Iterable[Factor]) -> frozenset[Token]:
-    return frozenset().union(*map(factor_tokens, factors))
+    return frozenset().union(*[f.free for f in factors])
 
 
 def weight(value: Value) -> int:
@@ -253,8 +259,8 @@ def elimination(term: Term) -> list[tuple[Factor, Iterable[Token], int]]:
     """The factors in an order to multiply them in, the bound tokens that are summed over after each, and the number of
     tokens before that.  Of many tokens, the factor that brings the fewest comes next."""
     if len(term.factors) == 1:
-        return [(term.factors[0], term.bound, len(factor_tokens(term.factors[0])))]
-    left = [(f, factor_tokens(f)) for f in term.factors]
+        return [(term.factors[0], term.bound, len(term.factors[0].free))]
+    left = [(f, f.free) for f in term.factors]
     greedy = len(frozenset().union(*(ts for _, ts in left))) > MOST_AXES
     found: list[tuple[Factor, Iterable[Token], int]] = []
     held: frozenset[Token] = NOTHING
