@@ -184,7 +184,7 @@ class Builder:
         if known is not None or (self.limit and not needed):
             return known
         new = value()
-        return self._new_expression(self.plain(new), key) if v.width(new) <= v.MOST_AXES else None
+        return self._new_expression(self.plain(new), key) if needed or v.width(new) <= v.MOST_AXES else None
 
     def _new_expression(self, value: Value, key: Key) -> int:
         axes, _ = fingerprint = self.prints.fingerprint(value)
@@ -451,11 +451,13 @@ def factorings(value: Value) -> list[tuple[Term, list[Term]]]:
     Bound tokens of the shared factor are matched, so Σ_k a·x + Σ_k b·x becomes Σ_k (a + b)·x.
     """
     found: list[tuple[Term, list[Term]]] = []
-    seen: set[frozenset[tuple[int, int]]] = set()
+    seen: set[tuple[int, int]] = set()  # where a factor stands that a group shares
     names = [[_name(f) for f in t.factors] for t in value]
     for i, term in enumerate(value):
         for at, f in enumerate(term.factors):
             name = names[i][at]
+            if (i, at) in seen:
+                continue
             group: list[tuple[int, int, dict[Token, Token]]] = [(i, at, {})]
             for j, other in enumerate(value):
                 if j == i or not name or name not in names[j]:
@@ -465,13 +467,13 @@ def factorings(value: Value) -> list[tuple[Term, list[Term]]]:
                     if matching is not None:
                         group.append((j, at2, matching))
                         break
-            members = frozenset((j, at2) for j, at2, _ in group)
-            if len(group) < 2 or members in seen:
+            if len(group) < 2:
                 continue
-            seen.add(members)
+            seen.update((j, at2) for j, at2, _ in group)
             shared = v.factor_tokens(f) & term.bound
             quotients = tuple(_quotient(value[j], at2, matching, shared) for j, at2, matching in group)
-            rest = [t for j, t in enumerate(value) if j not in {j for j, _, _ in group}]
+            inside = {j for j, _, _ in group}
+            rest = [t for j, t in enumerate(value) if j not in inside]
             found.append((v.normal_term(shared, (f, Paren(quotients))), rest))
     return found
 

@@ -31,6 +31,7 @@ from mugraph.ir.ops import (
     Transpose,
 )  # fmt: skip
 from mugraph.search import values as v
+from mugraph.search.canonical import bases
 from mugraph.search.values import Call, Factor, Number, Paren, Term, Value
 
 MOST_FACTORS = 10  # of a term: rule a looks at all their subsets
@@ -53,32 +54,16 @@ class Meaning:
 def meaning(program: Program) -> Meaning:
     """The value of every equation of the program."""
     found: dict[str, Value] = {i.name: v.load(i.name, (a.name for a in i.tensor.axes)) for i in program.inputs}
-    base = _bases(program)
+    base = bases(program)
     boundaries: list[Equation] = []
     for e in program.equations:
         value = _equation_value(e, [found[a] for a in e.args])
-        if value is None:
+        if value is None or v.width(value) > v.MOST_AXES:
             boundaries.append(e)
             found.update((t.name, v.load(t.name, (a.name for a in t.axes))) for t in e.targets)
         else:
             found[e.target.name] = value
     return Meaning(found, tuple(boundaries), base)
-
-
-def _bases(program: Program) -> dict[str, str]:
-    """One axis for all that are aliases of each other."""
-    above = {a: a for a in program.axes()}
-
-    def top(a: str) -> str:
-        while above[a] != a:
-            a = above[a]
-        return a
-
-    for e in program.equations:
-        if isinstance(e.op, Rename):
-            for old, new in e.op.axes:
-                above[top(new.name)] = top(old)
-    return {a: top(a) for a in above}
 
 
 def _equation_value(e: Equation, args: list[Value]) -> Value | None:

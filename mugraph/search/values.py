@@ -21,7 +21,7 @@ import hashlib
 import itertools
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from typing import Any, Literal, NamedTuple
 
@@ -295,12 +295,32 @@ def rename(value: Value, names: Mapping[Token, Token]) -> Value:
 
 
 def _renamed_term(t: Term, names: Mapping[Token, Token]) -> Term:
-    """A token may be free in one term and bound in another.  What a new name would capture is freshened."""
+    """A token may be free in one term and bound in another.  What a new name would capture is freshened.  Where the
+    new name is of another axis (an alias), sums over that axis go over one that is free no more: Σ_k x[b,k]·w[k,n]
+    with k for n is Σ_n x[b,n]·w[n,k], so that no part has one axis twice."""
     if not t.bound.isdisjoint(names):
         names = {old: new for old, new in names.items() if old not in t.bound}
+    own: dict[Token, Token] = {}
+    exchanged = {new[0]: old[0] for old, new in names.items() if old[0] != new[0]}
+    if exchanged:
+        left = {names.get(token, token)[0] for token in _held(t.factors) - t.bound}
+        for b in sorted(t.bound):
+            if b[0] in left and b[0] in exchanged:
+                own[b] = (_spare(b[0], exchanged[b[0]], left), next(_uids))
     if not t.bound.isdisjoint(names.values()):
-        t = freshened(t)
-    return Term(t.bound, tuple(rename_factor(f, names) for f in t.factors))
+        own = fresh_tokens(t.bound - own.keys()) | own
+    inner = {**names, **own}
+    return Term(frozenset(own.get(b, b) for b in t.bound), tuple(rename_factor(f, inner) for f in t.factors))
+
+
+def _spare(axis: str, alias: str, taken: Collection[str]) -> str:
+    """An alias of the axis that is not taken, or the axis.  Aliases share the name before "_": then it is the first
+    that is not taken, so that all sums which must evade an axis go over the same one."""
+    group = axis.partition("_")[0]
+    if alias.partition("_")[0] == group:
+        names = itertools.chain([group], (f"{group}_{i}" for i in itertools.count(1)))
+        alias = next(name for name in names if name == alias or name not in taken)
+    return axis if alias in taken else alias
 
 
 def fresh_tokens(tokens: Iterable[Token]) -> dict[Token, Token]:
