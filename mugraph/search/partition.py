@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -18,29 +18,30 @@ from numpy.typing import NDArray
 
 from mugraph.search.closure import Edge
 from mugraph.search.cost import STAGES, Prediction, beside, predict
+from mugraph.search.derive import KernelSearch
 from mugraph.search.extract import (
-    COMPUTED_TILE,
-    LOADED_TILE,
     Assignment,
     Derivation,
-    Footprint,
-    KernelSearch,
     Loop,
+    Outcome,
     Problem,
     Roles,
     Survey,
-    work_of,
 )  # fmt: skip
-from mugraph.search.library import Attention, LibraryCall, library_calls, operands
+from mugraph.search.footprint import Footprint, work_of
+from mugraph.search.library import Added, Attention, LibraryCall, library_calls, operands
 from mugraph.search.space import SearchSpace
 
-KEPT = 4  # derivations per kernel that the full model ranks
+KEPT = 16  # derivations per kernel that the full model ranks
 WHOLE = 128  # a shorter axis is whole in the tile at first
+ACCUMULATED = 40_960  # elements of all accumulators together: 160 of the 256 KiB of registers
 SPLIT_MARGIN = 1.15  # the model is no surer than this, so a split must promise more for its second launch
 MATMUL_TILE, ROW_TILE = 256, 4096  # the longest side of a tile, in a matmul and elsewhere
-SLACK = 2.0  # additive costs that far above the best are not ranked
+SLACK = 4.0  # additive costs that far above the best are not ranked
 RUNS = 24  # assignments of roles that are extracted, cheapest bound first
 ATTEMPTS = ((WHOLE, (1, 4)), (1, (1, 4, 16, 64)))  # (shortest loop, divisors of the first tiles): until one works
+
+Fit = tuple[float, float]  # how far tiles exceed the device, and the predicted seconds
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class Choice:
     def derivations(self) -> tuple[Derivation, ...]:
         """Those of our own kernels."""
         match self.how:
-            case Edge() | Attention():
+            case Edge() | Added() | Attention():
                 return ()
             case Derivation():
                 return (self.how,)
@@ -71,6 +72,8 @@ class Partition:
         self.choices: dict[tuple[int, ...], list[Choice]] = {}
         self._batch: dict[tuple[int, ...], tuple[frozenset[str], frozenset[str]]] = {}
         self._alone: dict[tuple[int, ...], list[Choice]] = {}
+        self._derived: dict[tuple[Survey, int, bool], tuple[float, float, Derivation | None]] = {}
+        self._at_prices: dict[tuple[tuple[int, ...], tuple[tuple[int, float], ...]], list[Choice]] = {}
         self._surveys: dict[tuple[tuple[int, ...], int], Survey] = {}
         self.configurations = self.entries = 0
         self.seconds = 0.0
@@ -85,14 +88,16 @@ class Partition:
         if self.spent() and not required:
             self.p.truncated += 1
             return []
+        slack = 1.0  # the cheapest alone, until all that it needs has its price
         while True:
-            found = self.library(roots) + self.kernels(roots)
+            found = self.library(roots) + self.kernels(roots, slack)
             found.sort(key=self.rank)
             unpriced = [c for c in found[0].needs if c not in self.p.memory] if found else []
             for c in unpriced:
                 self.solve((c,))
-            if not unpriced or self.stop() or self.spent():
+            if self.stop() or self.spent() or (not unpriced and slack == SLACK):
                 break
+            slack = slack if unpriced else SLACK
         found = [f for f in found if all(self.p.memory.get(c, math.inf) < math.inf for c in f.needs)]
         self.choices[roots] = found
         if len(roots) == 1:
@@ -119,12 +124,15 @@ class Partition:
     def at_prices(self, memory: dict[int, float], roots: tuple[int, ...]) -> list[Choice]:
         """The kernels for these roots where the classes of `memory`, and no others, may be loaded."""
         p = self.p
-        known = p.memory, p.bound
-        p.memory, p.bound = memory, {}
-        try:
-            return self.kernels(roots)
-        finally:
-            p.memory, p.bound = known
+        key = roots, tuple(memory.items())
+        if key not in self._at_prices:
+            known = p.memory, p.bound, self._derived
+            p.memory, p.bound, self._derived = memory, {}, {}
+            try:
+                self._at_prices[key] = self.kernels(roots)
+            finally:
+                p.memory, p.bound, self._derived = known
+        return self._at_prices[key]
 
     def before(self, needs: tuple[int, ...]) -> float:
         """Seconds until all of these are in memory, or a lower bound."""
@@ -145,15 +153,15 @@ class Partition:
 
     # -- kernels
 
-    def kernels(self, roots: tuple[int, ...]) -> list[Choice]:
+    def kernels(self, roots: tuple[int, ...], slack: float = SLACK) -> list[Choice]:
         """The best derivations over all roles, ranked by the full model at their best tiles."""
         if roots not in self._alone:
-            self._alone[roots] = self.best(self.derivations(roots, alone=True))
+            self._alone[roots] = self.best(self.derivations(roots, True, SLACK))
         found = list(self._alone[roots])
         if found and (self.spent() or min(map(self.rank, found)) <= self.least_seconds(roots)):
             return found
         if self.space.kernels > 1 or self.space.library:
-            found += self.best([d for d in self.derivations(roots, alone=False) if self.needs(d)])
+            found += self.best([d for d in self.derivations(roots, False, slack) if self.needs(d)])
         return found
 
     def least_seconds(self, roots: tuple[int, ...]) -> float:
@@ -164,15 +172,18 @@ class Partition:
 
     def best(self, derivations: list[Derivation]) -> list[Choice]:
         """The few that the full model likes best, each at its best tiles."""
-        scored = sorted((self.fit(d)[1] + self.before(self.needs(d)), n) for n, d in enumerate(derivations))
+        scored = sorted(
+            (self.fit(Footprint(self.p, d), dict(d.tiles))[1] + self.before(self.needs(d)), n)
+            for n, d in enumerate(derivations)
+        )
         return [c for c in (self.ranked(derivations[n]) for _, n in scored[:KEPT]) if c is not None]
 
     def needs(self, d: Derivation) -> tuple[int, ...]:
         """What the derivation loads beside inputs."""
         return tuple(sorted({s.entry[0] for s in d.loads() if not self.is_input(s.entry[0])}))
 
-    def derivations(self, roots: tuple[int, ...], alone: bool) -> list[Derivation]:
-        """The derivations whose additive cost is within SLACK of the least, one for each assignment of roles."""
+    def derivations(self, roots: tuple[int, ...], alone: bool, slack: float) -> list[Derivation]:
+        """The derivations whose additive cost is within `slack` of the least, one for each assignment of roles."""
         for least, shrinks in ATTEMPTS:
             survey = self.survey(roots, least, shrinks)
             if survey is None:
@@ -197,13 +208,28 @@ class Partition:
                 if survey.assignments[n].roles in done:
                     continue
                 done.add(survey.assignments[n].roles)
-                d = KernelSearch(outcome, int(n)).run(upper - float(fixed[n]))
+                d = self.derivation(outcome, int(n), upper - float(fixed[n]))
                 if d is not None:
                     found.append(d)
-                    upper = min(upper, (d.cost + float(fixed[n])) * SLACK)
+                    before = self.before(self.needs(d))
+                    upper = min(upper, before + (d.cost - before + float(fixed[n])) * slack)
             if found or self.stop():
                 return found
         return []
+
+    def derivation(self, outcome: Outcome, n: int, upper: float) -> Derivation | None:
+        """The cheapest derivation of one assignment.  Prices only rise, from bounds to what launches take: the
+        cheapest at former prices whose own have not changed is the cheapest still."""
+        key = outcome.survey, n, outcome.alone
+        if key in self._derived:
+            before, most, known = self._derived[key]
+            if known is None and upper <= most:
+                return None
+            if known is not None and self.before(self.needs(known)) == before:
+                return known if known.cost < upper else None
+        d = KernelSearch(outcome, n).run(upper)
+        self._derived[key] = self.before(self.needs(d)) if d else 0.0, upper, d
+        return d
 
     def fixed_seconds(self, survey: Survey) -> NDArray[np.float64]:
         """What each assignment costs whatever is computed: its launch, and a second one for the combine of a split."""
@@ -326,48 +352,59 @@ class Partition:
     # -- tiles
 
     def ranked(self, d: Derivation) -> Choice | None:
-        """The derivation at the tile sizes that the full model likes best (coordinate descent), or None if no tile
-        fits the device."""
-        fixed = {a for a, _ in self.space.tiles}
-        best = dict(d.tiles)
-        multiplied = {
-            a
-            for s in d.steps
-            if s.option.edge and self.p.is_matmul(s.entry[0], s.option.edge)
-            for a in self.p.joined_axes(s.entry[0], s.option.children)
-        }
-        most = {a: MATMUL_TILE if a in multiplied else ROW_TILE for a in best}
+        """The derivation at the tile sizes that the full model likes best, or None if no tile fits the device."""
         footprint = Footprint(self.p, d)
-        excess, seconds = self.fit(d, footprint)
-        improved = True
-        while improved:
-            improved = False
-            for axis in sorted(best):
-                for tile in (best[axis] * 2, best[axis] // 2):
-                    if axis in fixed or not 1 <= tile <= min(most[axis], power_of_two(self.p.sizes[axis])):
-                        continue
-                    trial = {**best, axis: tile}
-                    score = self.fit(replace(d, tiles=tuple(sorted(trial.items()))), footprint)
-                    if score < (excess, seconds * (1 - 1e-9)):
-                        best, (excess, seconds), improved = trial, score, True
+        known: dict[tuple[int, ...], Fit] = {}
+        found = [self.descended(footprint, start, known) for start in self.starts(d)]
+        (excess, _), tiles = min(found, key=lambda x: x[0])
         if excess > 0:
             return None
-        d = replace(d, tiles=tuple(sorted(best.items())))
-        return Choice(d.roots, d, predict(work_of(self.p, d), self.p.device), self.needs(d))
+        d = replace(d, tiles=tuple(sorted(tiles.items())))
+        return Choice(d.roots, d, predict(footprint.work(tiles), self.p.device), self.needs(d))
 
-    def fit(self, d: Derivation, footprint: Footprint | None = None) -> tuple[float, float]:
-        """(how far the tiles exceed the device, predicted seconds)."""
-        p, tiles = self.p, dict(d.tiles)
-        work = (footprint or Footprint(p, d)).work(tiles)
-        excess = 0.0
-        for s in d.steps:
-            if s.option.edge is not None and not s.option.edge.children:
-                continue
-            elements = math.prod(tiles.get(a, p.limits[a]) for a in p.axes(s.entry[0]))
-            excess += max(0.0, elements - (LOADED_TILE if s.option.edge is None else COMPUTED_TILE))
-        excess += max(0.0, STAGES * work.stage + work.resident - p.device.shared_bytes_per_block)
-        excess += max(0.0, work.accumulators - COMPUTED_TILE)
-        return excess, predict(work, p.device).seconds
+    def starts(self, d: Derivation) -> list[dict[str, int]]:
+        """The tile sizes that the extraction may start from under these roles, those of the derivation first."""
+        found = [dict(d.tiles)]
+        for shrink, single in itertools.product((1, 4), (True, False)):
+            tiles = self.default_tiles(d.roots, d.roles, shrink, single)
+            if tiles not in found:
+                found.append(tiles)
+        return found
+
+    def descended(
+        self, footprint: Footprint, tiles: dict[str, int], known: dict[tuple[int, ...], Fit]
+    ) -> tuple[Fit, dict[str, int]]:
+        """Steepest descent by factors of two."""
+        axes = sorted(tiles)
+        fixed = {a for a, _ in self.space.tiles}
+        most = {a: MATMUL_TILE if a in footprint.multiplied else ROW_TILE for a in axes}
+
+        def fit(tiles: dict[str, int]) -> Fit:
+            key = tuple(tiles[a] for a in axes)
+            if key not in known:
+                known[key] = self.fit(footprint, tiles)
+            return known[key]
+
+        score = fit(tiles)
+        while True:
+            steps = [
+                {**tiles, axis: tile}
+                for axis in axes
+                if axis not in fixed
+                for tile in (tiles[axis] * 2, tiles[axis] // 2)
+                if 1 <= tile <= min(most[axis], power_of_two(self.p.sizes[axis]))
+            ]
+            (excess, seconds), n = min(((fit(t), n) for n, t in enumerate(steps)), default=((math.inf, math.inf), 0))
+            if (excess, seconds) >= (score[0], score[1] * (1 - 1e-9)):
+                return score, tiles
+            tiles, score = steps[n], (excess, seconds)
+
+    def fit(self, footprint: Footprint, tiles: Mapping[str, int]) -> Fit:
+        work = footprint.work(tiles)
+        excess = footprint.excess(tiles)
+        excess += max(0.0, STAGES * work.stage + work.resident - self.p.device.shared_bytes_per_block)
+        excess += max(0.0, work.accumulators - ACCUMULATED)
+        return excess, predict(work, self.p.device).seconds
 
 
 def power_of_two(n: int) -> int:
@@ -458,31 +495,40 @@ def _with_needs(run: Partition, plan: Sequence[Choice]) -> list[Choice]:
 def joined_up(run: Partition, plan: list[Choice], targets: tuple[int, ...]) -> list[Choice]:
     """The plan with two launches made one, as long as some pair makes it cheaper.  A price counts a value in full for
     each of its users, and knows nothing of what two kernels both load or compute: this step does."""
-    improved = True
-    while improved and len(plan) > 1 and not run.stop() and not run.spent():
-        improved = False
-        for a, b in itertools.combinations(plan, 2):
-            joint = _joint(run, plan, a, b)
+    while len(plan) > 1 and not run.stop() and not run.spent():
+        trials = []
+        for pair in itertools.combinations(plan, 2):
+            group = _with_between(plan, pair)
+            joint = _joint(run, plan, group, targets)
             if joint is None:
                 continue
             try:
-                trial = _live(_with_needs(run, [c for c in plan if c not in (a, b)] + [joint]), targets)
+                trials.append(_live(_with_needs(run, [c for c in plan if c not in group] + [joint]), targets))
             except Circular:  # what the joint kernel needs is made from one of its results
                 continue
-            if run.cost(trial) < run.cost(plan) * (1 - 1e-6):
-                plan, improved = trial, True
-                break
+        best = min(trials, key=run.cost, default=plan)
+        if run.cost(best) >= run.cost(plan) * (1 - 1e-6):
+            break
+        plan = best
     return plan
 
 
-def _joint(run: Partition, plan: list[Choice], a: Choice, b: Choice) -> Choice | None:
-    """The cheapest kernel for the roots of both, which may load what the rest of the plan has in memory by then."""
-    roots = tuple(sorted(a.roots + b.roots))
-    after = _downstream(plan, set(roots))
-    if any(set(c.roots) & after and set(roots) & _downstream(plan, set(c.roots)) for c in plan if c not in (a, b)):
-        return None  # a launch needs one of them and is needed by the other
-    there = run.p.inputs | {r for c in plan if c not in (a, b) for r in c.roots}
-    prices = dict.fromkeys(sorted(there - after), 0.0)
+def _with_between(plan: list[Choice], pair: tuple[Choice, ...]) -> list[Choice]:
+    """The pair, and the launches that need one of it and are needed by the other."""
+    roots = {r for c in pair for r in c.roots}
+    after = _downstream(plan, roots)
+    between = [c for c in plan if c not in pair and after & set(c.roots) and roots & _downstream(plan, set(c.roots))]
+    return [*pair, *between]
+
+
+def _joint(run: Partition, plan: list[Choice], group: list[Choice], targets: tuple[int, ...]) -> Choice | None:
+    """The cheapest kernel for what others want of a group, which may load what the rest of the plan has in memory by
+    then."""
+    rest = [c for c in plan if c not in group]
+    made = {r for c in group for r in c.roots}
+    roots = tuple(sorted(made & set(targets).union(*(c.needs for c in rest))))
+    there = run.p.inputs | {r for c in rest for r in c.roots}
+    prices = dict.fromkeys(sorted(there - _downstream(plan, made)), 0.0)
     found = run.at_prices(prices, roots)
     return min(found, key=run.rank, default=None)
 

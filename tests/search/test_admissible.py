@@ -11,8 +11,9 @@ from hypothesis import given, settings
 
 from mugraph.ir.graph import Program
 from mugraph.search.cost import device
+from mugraph.search.derive import KernelSearch
 from mugraph.search.driver import search
-from mugraph.search.extract import KernelSearch, Survey
+from mugraph.search.extract import Survey
 from mugraph.search.partition import ATTEMPTS, SLACK, Partition, partition
 from mugraph.search.space import SearchSpace
 from tests.search import programs
@@ -57,7 +58,7 @@ def test_branch_and_bound_finds_the_least_of_all_assignments(name: str) -> None:
     survey, costs = everything(run, targets[:1])
     fixed = dict(zip((a.roles for a in survey.assignments), run.fixed_seconds(survey), strict=True))
     least = min(c + fixed[a.roles] for c, a in zip(costs, survey.assignments, strict=True))
-    found = run.derivations(targets[:1], alone=True)
+    found = run.derivations(targets[:1], True, SLACK)
     assert min(d.cost + fixed[d.roles] for d in found) == pytest.approx(least, rel=1e-9)
     assert problem.truncated == 0
 

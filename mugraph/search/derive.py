@@ -1,0 +1,432 @@
+"""The cheapest derivation of one kernel under one assignment of roles: A* over cuts.
+
+A state is the set of open entries, as bits in topological order; the highest is expanded, so each entry is paid once
+and sharing is exact.  A value outside loops is needed once, before the earliest pass that asks for it.
+
+Two lower bounds guide the search.  The cheap one pays the longest of the cheapest paths below an open entry, and every
+class that each derivation of an open entry holds.  Searches that remain hard get landmarks.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cached_property
+from typing import NamedTuple
+
+from mugraph.search.extract import (
+    INFEASIBLE,
+    Assignment,
+    Derivation,
+    Entry,
+    Option,
+    Outcome,
+    Problem,
+    Roles,
+    Step,
+    Survey,
+    intersection,
+    union,
+)  # fmt: skip
+
+SHARE = 32  # one extraction may use that part of the budget of states
+BEAM = 8  # states kept per topological level when A* exceeds its budget
+EASY, HARD = 48, 128  # states after which A* begins again with landmarks, and with a tolerance
+TOLERANCE = 1e-3  # of a cost, which is less than the model is sure of
+MOST_CUTS = 64
+NEGLIGIBLE = 1e-4  # of the cost, below which no more cuts are sought
+
+Trail = tuple[object, ...]  # the moves to a state: those before the last, its entry, the last
+
+
+class Move(NamedTuple):
+    """One way to get an entry, the `place`-th: the option, its operands as entries and as bits."""
+
+    place: int
+    option: Option
+    children: tuple[Entry, ...]
+    bits: int
+    closed: tuple[int, ...]  # where the bits of each operand begin that lies outside loops
+
+
+class _Exhausted(Exception):
+    """A* came to the end of its states."""
+
+
+class _Queued(NamedTuple):
+    rank: float
+    highest: int
+    ticket: int
+    bound: float
+    cost: float
+    state: int
+    unmet: int  # landmarks
+    trail: Trail
+
+
+class KernelSearch:
+    """The cheapest derivation under assignment `n` of an outcome."""
+
+    def __init__(self, outcome: Outcome, n: int) -> None:
+        s = outcome.survey
+        self.p, self.roots, self.order = s.p, s.roots, s.order
+        self.roles, self.tiles = s.assignments[n]
+        self.last = len(self.roles.passes)
+        self.stride = self.last + 2
+        self.open, self.least, self.local, self.chain = outcome.column(n)
+        self.starts = {r: int(at[n]) for r, at in outcome.starts.items()}
+        self.mandatory = outcome.mandatory
+        self._outcome, self._n = outcome, n
+        self._options: dict[int, list[Option]] = {}
+        self._moves: dict[Entry, list[Move]] = {}
+        self._paid: dict[int, float] = {}
+
+    def options(self, c: int) -> list[Option]:
+        """The feasible ways to get a class, without those that a cheaper one makes useless."""
+        if c not in self._options:
+            self._options[c] = undominated(self.all_options(c))
+        return self._options[c]
+
+    def all_options(self, c: int) -> list[Option]:
+        s, n = self._outcome.survey, self._n
+        found = []
+        for seconds, at, way in self._outcome.ways[c]:
+            if at[n] >= INFEASIBLE:
+                continue
+            if way is None:
+                found.append(Option(float(seconds[n]), None, (), None))
+            else:
+                closed = tuple(a for a in way.edge.axes if int(s.loops[n]) & s.bit.get(a, 0))
+                found.append(Option(float(seconds[n]), way.edge, way.edge.children, closed or None))
+        return found
+
+    def start(self) -> frozenset[Entry] | None:
+        """The roots as entries, or None if some root cannot be computed under these roles."""
+        if any(at >= INFEASIBLE for at in self.starts.values()):
+            return None
+        return frozenset(self.starts.items())
+
+    # -- states
+
+    def bit(self, entry: Entry) -> int:
+        return self.p.position[entry[0]] * self.stride + entry[1]
+
+    def encoded(self, state: Iterable[Entry]) -> int:
+        return sum(1 << self.bit(entry) for entry in state)
+
+    def entry(self, bit: int) -> Entry:
+        place, at = divmod(bit, self.stride)
+        return self.p.closure.order[place], at
+
+    def moves(self, entry: Entry) -> list[Move]:
+        """The options of an entry, in each place that their operands may have."""
+        found = self._moves.get(entry)
+        if found is None:
+            ways = [(o, children) for o in self.options(entry[0]) for children in self._placements(entry, o)]
+            found = self._moves[entry] = [
+                Move(n, option, children, self.encoded(frozenset(children)), self._closed(children))
+                for n, (option, children) in enumerate(ways)
+            ]
+        return found
+
+    def _closed(self, children: tuple[Entry, ...]) -> tuple[int, ...]:
+        """Operands outside loops, which states hold once."""
+        if not self.last:
+            return ()
+        return tuple(self.p.position[c] * self.stride for c, _ in children if not self.open[c])
+
+    def _placements(self, entry: Entry, option: Option) -> Iterator[tuple[Entry, ...]]:
+        """The passes in which the children may be computed."""
+        c, at = entry
+        if self.open[c] or option.loop is None:  # open children in the same pass, others before it
+            if all(self.least[x] <= at for x in option.children):
+                yield tuple((x, at) for x in option.children)
+            return
+        for q, loop in enumerate(self.roles.passes[: at - 1], 1):
+            if set(loop) != set(option.loop) or any(self.least[x] > q for x in option.children):
+                continue
+            if self.roles.split and self.roles.split[0] in loop and q != self.last:
+                continue
+            yield tuple((x, q) for x in option.children)
+
+    def successors(self, state: int) -> Iterator[tuple[Move, int]]:
+        highest = state.bit_length() - 1
+        rest = state ^ 1 << highest
+        one_class = (1 << self.stride) - 1
+        for move in self.moves(self.entry(highest)):
+            successor = rest | move.bits
+            for base in move.closed:
+                later = successor >> base & one_class
+                successor ^= (later & later - 1) << base  # the earliest pass remains
+            yield move, successor
+
+    def bound(self, state: int) -> float:
+        """No completion of a state costs less: it pays the longest cheapest path below an open entry, and every class
+        that each derivation of an open entry holds (all of them are still to be paid: the highest go first)."""
+        held, stride = self._held, self.stride
+        must, longest = 0, 0.0
+        while state:
+            low = state & -state
+            state ^= low
+            classes, chain = held[(low.bit_length() - 1) // stride]
+            must |= classes
+            if chain > longest:
+                longest = chain
+        paid = self._paid.get(must)
+        if paid is None:
+            paid = self._paid[must] = math.fsum([self._local[i] for i in bits(must)])
+        return max(longest, paid)
+
+    @cached_property
+    def _held(self) -> dict[int, tuple[int, float]]:
+        """By place in topological order: the classes that every derivation of a class holds, and its cheapest path."""
+        computed, below = self.mandatory
+        return {self.p.position[c]: (computed[c] if c in self.starts else below[c], self.chain[c]) for c in self.order}
+
+    @cached_property
+    def _local(self) -> dict[int, float]:
+        return {self.p.position[c]: self.local[c] for c in self.order}
+
+    # -- extraction
+
+    def run(self, upper: float) -> Derivation | None:
+        """The cheapest derivation with cost below `upper`, or None.  Hard searches begin again with landmarks, then
+        with costs that differ by less than TOLERANCE taken for equal; beyond the budget, a beam."""
+        p = self.p
+        entries = self.start()
+        if entries is None:
+            p.infeasible += 1
+            return None
+        start, landmarks = self.encoded(entries), None
+        for most, tolerance in ((EASY, 0.0), (HARD, 0.0), (p.states // SHARE, TOLERANCE)):
+            try:
+                return self.cheapest(start, upper, landmarks, min(most, p.states - p.expanded), tolerance)
+            except _Exhausted:
+                landmarks = landmarks or Landmarks(self)
+        p.truncated += 1
+        return self.beam(start)
+
+    def cheapest(
+        self, start: int, upper: float, landmarks: Landmarks | None, most: int, tolerance: float
+    ) -> Derivation | None:
+        """A* over states.  Raises _Exhausted after `most` of them."""
+        p, tickets = self.p, itertools.count()
+
+        def queued(cost: float, state: int, unmet: int, trail: Trail) -> _Queued:
+            rest = self.bound(state) if landmarks is None else max(self.bound(state), landmarks.seconds(unmet))
+            f = cost + rest
+            rank = math.ceil(math.log(f) / tolerance) if tolerance and f else f
+            return _Queued(rank, state.bit_length(), next(tickets), f, cost, state, unmet, trail)
+
+        best = {start: 0.0}
+        queue = [queued(0.0, start, landmarks.all if landmarks else 0, ())]
+        expanded = bounded = 0
+        while queue:
+            _, _, _, f, cost, state, unmet, trail = heapq.heappop(queue)
+            if f >= upper:
+                bounded = 1
+                continue
+            if cost > best[state]:
+                continue
+            if not state:
+                return self.derivation(cost, trail)
+            if expanded >= most:
+                raise _Exhausted
+            expanded += 1
+            p.expanded += 1
+            highest = self.entry(state.bit_length() - 1)
+            for move, successor in self.successors(state):
+                total = cost + move.option.cost
+                if total < best.get(successor, math.inf):
+                    best[successor] = total
+                    p.generated += 1
+                    left = landmarks.left(unmet, highest, move) if landmarks else 0
+                    heapq.heappush(queue, queued(total, successor, left, (trail, highest, move)))
+        p.bounded += bounded
+        p.infeasible += 1 - bounded
+        return None
+
+    def derivation(self, cost: float, trail: Trail) -> Derivation | None:
+        steps: list[Step] = []
+        while trail:
+            trail, entry, move = trail  # type: ignore[assignment]
+            steps.append(Step(entry, move.option, move.children))  # type: ignore[attr-defined, arg-type]
+        if self.roles.split and not any(self.roles.split[0] in s.option.edge.axes for s in steps if s.option.edge):
+            return None  # the split axis must be closed in this kernel
+        used = {s.entry[1] for s in steps if self.open[s.entry[0]]}
+        if not used.issuperset(range(1, self.last + 1)):
+            return None  # a loop without a body
+        return Derivation(self.roots, self.roles, tuple(sorted(self.tiles.items())), tuple(steps[::-1]), cost)
+
+    def beam(self, start: int) -> Derivation | None:
+        """What A* does, a topological level at a time, keeping the BEAM most promising states of each level."""
+        levels: dict[int, dict[int, tuple[float, Trail]]] = {start.bit_length(): {start: (0.0, ())}}
+        while top := max(levels):
+            kept = sorted(levels.pop(top).items(), key=lambda item: item[1][0] + self.bound(item[0]))[:BEAM]
+            for state, (cost, trail) in kept:
+                self.p.expanded += 1
+                highest = self.entry(top - 1)
+                for move, successor in self.successors(state):
+                    total = cost + move.option.cost
+                    there = levels.setdefault(successor.bit_length(), {})
+                    if successor not in there or total < there[successor][0]:
+                        there[successor] = (total, (trail, highest, move))
+            if not levels:
+                return None
+        cost, trail = levels[0][0]
+        return self.derivation(cost, trail)
+
+
+class Landmarks:
+    """Sets of moves of which every derivation takes at least one, with seconds that add up: a lower bound near the
+    cost itself.  Of a state, those count that no move on the way to it has met.
+
+    Source: LM-cut, Helmert and Domshlak, Landmarks, Critical Paths and Abstractions (ICAPS 2009), section 4.  Entries
+    are facts, moves are actions, and a derivation that pays each entry once is a plan without deletes.
+    """
+
+    def __init__(self, search: KernelSearch) -> None:
+        self.search = search
+        self._earliest: dict[Entry, Entry] = {}
+        self.cost = [0.0]  # by move; the first: a closed value is there later too
+        self.ways: dict[Entry, list[tuple[int, tuple[Entry, ...]]]] = {}  # entry -> moves and their operands
+        self.start = [self.earliest(entry) for entry in search.starts.items()]
+        waiting = list(self.start)
+        while waiting:
+            entry = waiting.pop()
+            if entry not in self.ways:
+                self.ways[entry] = self._ways(entry)
+                waiting += (x for _, below in self.ways[entry] for x in below)
+        self.order = sorted(self.ways, key=search.bit)
+        number = {entry: n for n, entry in enumerate(self.order)}
+        self._below = [[(m, [number[x] for x in below]) for m, below in self.ways[entry]] for entry in self.order]
+        self._roots = [number[entry] for entry in self.start]
+        self.meets = [0] * len(self.cost)
+        self.gains: list[float] = []
+        self._mandatory()
+        least = sum(search.chain[r] for r in search.starts) * NEGLIGIBLE
+        cuts = 0
+        while cuts < MOST_CUTS and (cut := self._cut(least)):
+            self._gain(cut)
+            cuts += 1
+        self.all = (1 << len(self.gains)) - 1
+        self._seconds: dict[int, float] = {}
+
+    def _ways(self, entry: Entry) -> list[tuple[int, tuple[Entry, ...]]]:
+        c, at = entry
+        found = []
+        for move in self.search.moves(entry):
+            found.append((len(self.cost), tuple(map(self.earliest, move.children))))
+            self.cost.append(move.option.cost)
+        if not self.search.open[c] and self.search.least[c] < at:
+            found.append((0, (self.earliest((c, at - 1)),)))
+        return found
+
+    def earliest(self, entry: Entry) -> Entry:
+        """A closed value at the earliest pass where it can be had in the same ways."""
+        found = self._earliest.get(entry)
+        if found is None:
+            c, at = found = entry
+            if not self.search.open[c] and self.search.least[c] < at and self._alike(entry, (c, at - 1)):
+                found = self.earliest((c, at - 1))
+            self._earliest[entry] = found
+        return found
+
+    def _alike(self, a: Entry, b: Entry) -> bool:
+        x, y = self.search.moves(a), self.search.moves(b)
+        return len(x) == len(y) and all(
+            m.option is n.option and list(map(self.earliest, m.children)) == list(map(self.earliest, n.children))
+            for m, n in zip(x, y, strict=True)
+        )
+
+    def _mandatory(self) -> None:
+        """All moves of an entry that every derivation holds; all of a class that is held at some pass or other."""
+        held: list[int] = []
+        for n, ways in enumerate(self._below):
+            held.append(intersection([union(held[x] for x in below) for _, below in ways]) | 1 << n)
+        must = union(held[n] for n in self._roots)
+        for n, ways in enumerate(self._below):
+            if must >> n & 1:
+                self._gain([m for m, _ in ways])
+        computed, position = self.search.mandatory.computed, self.search.p.position
+        must = union(computed[r] for r in self.search.starts)
+        for c, entries in itertools.groupby(self.order, key=lambda entry: entry[0]):
+            if must >> position[c] & 1:
+                self._gain([m for entry in entries for m, _ in self.ways[entry] if m])
+
+    def _gain(self, moves: list[int]) -> None:
+        """A landmark: every derivation takes one of the moves."""
+        gain = min(self.cost[m] for m in moves)
+        if gain <= 0:
+            return
+        for m in moves:
+            self.cost[m] -= gain
+            self.meets[m] |= 1 << len(self.gains)
+        self.gains.append(gain)
+
+    def _cut(self, least: float) -> list[int]:
+        """The moves that lead into the zone from which free moves reach the dearest root; none if it is free."""
+        cost = self.cost
+        chain: list[float] = []
+        for ways in self._below:
+            found = math.inf
+            for m, below in ways:
+                dearest = cost[m]
+                if below:
+                    dearest += max([chain[x] for x in below])
+                if dearest < found:
+                    found = dearest
+            chain.append(found)
+        top = max(self._roots, key=chain.__getitem__)
+        if chain[top] <= least:
+            return []
+        zone = {top}
+        border: list[tuple[int, int]] = []
+        for entry in range(top, -1, -1):
+            if entry not in zone:
+                continue
+            for m, below in self._below[entry]:
+                supporter = max(below, key=chain.__getitem__) if below else -1
+                if below and chain[supporter] == math.inf:
+                    continue
+                if below and cost[m] <= least:
+                    zone.add(supporter)
+                else:
+                    border.append((m, supporter))
+        return [m for m, supporter in border if supporter not in zone]
+
+    def left(self, unmet: int, entry: Entry, move: Move) -> int:
+        """The landmarks that are left to meet after a move."""
+        number, _ = self.ways[self.earliest(entry)][move.place]
+        return unmet & ~self.meets[number]
+
+    def seconds(self, unmet: int) -> float:
+        found = self._seconds.get(unmet)
+        if found is None:
+            found = self._seconds[unmet] = math.fsum(self.gains[i] for i in bits(unmet))
+        return found
+
+
+def kernel_search(
+    problem: Problem, roots: tuple[int, ...], roles: Roles, tiles: Mapping[str, int], alone: bool = False
+) -> KernelSearch:
+    """The search for one assignment of roles.  `alone`: the kernel loads inputs only."""
+    return KernelSearch(Survey(problem, roots, [Assignment(roles, tiles)]).outcome(alone), 0)
+
+
+def undominated(options: list[Option]) -> list[Option]:
+    """Without options that need at least the children of a cheaper one that closes the same axis."""
+    kept: list[Option] = []
+    for o in sorted(options, key=lambda o: (o.cost, len(o.children))):
+        if not any(k.loop == o.loop and k.edge is not None and set(k.children) <= set(o.children) for k in kept):
+            kept.append(o)
+    return kept
+
+
+def bits(mask: int) -> Iterator[int]:
+    while mask:
+        low = mask & -mask
+        yield low.bit_length() - 1
+        mask ^= low
