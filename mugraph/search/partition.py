@@ -32,6 +32,7 @@ from mugraph.search.footprint import Footprint, work_of
 from mugraph.search.library import Added, Attention, LibraryCall, library_calls, operands
 from mugraph.search.space import SearchSpace
 
+JOINED = 3  # plans of a group whose launches are joined
 KEPT = 16  # derivations per kernel that the full model ranks
 WHOLE = 128  # a shorter axis is whole in the tile at first
 ACCUMULATED = 40_960  # elements of all accumulators together: 160 of the 256 KiB of registers
@@ -409,16 +410,34 @@ def partition(
 def _plans(run: Partition, groups: tuple[tuple[int, ...], ...]) -> list[list[Choice]]:
     """The cheapest plan of every group together, then the second of those that have one, and so on; and the cheapest
     with launches joined."""
-    ways = [sorted(_complete(run, _ways(run, targets)), key=run.cost) for targets in groups]
+    ways = [sorted(_with_variants(run, targets), key=run.cost) for targets in groups]
     most = max(map(len, ways), default=0) if all(ways) else 0
     plans = [[c for way in ways for c in way[min(n, len(way) - 1)]] for n in range(most)]
     if most:
-        joined = [joined_up(run, way[0], targets) for way, targets in zip(ways, groups, strict=True)]
+        joined = [
+            min((joined_up(run, plan, targets) for plan in way[:JOINED]), key=run.cost)
+            for way, targets in zip(ways, groups, strict=True)
+        ]
         if run.space.beside:
             joined = [side_by_side(run, way) for way in joined]
         plans.append([c for way in joined for c in way])
     unique = dict.fromkeys(tuple(dict.fromkeys(plan)) for plan in plans)
     return sorted(map(list, unique), key=run.cost)
+
+
+def _with_variants(run: Partition, targets: tuple[int, ...]) -> list[list[Choice]]:
+    """The complete plans of a group; and the cheapest with each launch replaced by others for the same values: one for
+    each set of values that they need."""
+    plans = list(_complete(run, _ways(run, targets)))
+    best = min(plans, key=run.cost, default=[])
+    for choice in best:
+        others: dict[tuple[int, ...], Choice] = {}
+        for other in run.choices.get(choice.roots, ()):
+            others.setdefault(other.needs, other)
+        rest = [c for c in best if c is not choice]
+        made = _complete(run, ([*rest, other] for other in others.values() if other.needs != choice.needs))
+        plans += (_live(plan, targets) for plan in made)
+    return plans
 
 
 def _complete(run: Partition, ways: Iterable[Sequence[Choice]]) -> Iterator[list[Choice]]:
