@@ -408,7 +408,7 @@ class Builder:
         """The products that rule d makes of a sum."""
         known = self.factored.get(f.body.digest)
         if known is None:
-            found = [(together,) for together, rest in factorings(f.body.args[0]) if not rest]
+            found: list[Value] = [(together,) for together, rest in factorings(f.body.args[0]) if not rest]
             known = self.factored[f.body.digest] = f.body.params, found
         return [v.freshened(v.rename(x, dict(zip(known[0], f.tokens, strict=True)))[0]) for x in known[1]]
 
@@ -500,16 +500,11 @@ def match_tokens(
     f: Factor, g: Factor, bound_f: frozenset[Token], bound_g: frozenset[Token]
 ) -> dict[Token, Token] | None:
     """A map of g's bound tokens to f's that makes the factors equal, or None."""
-    match f, g:
-        case Load(), Load():
-            orders = [f.tokens] if f.name == g.name else []
-        case (Call(), Call()) | (Paren(), Paren()):
-            same = f.body.digest == g.body.digest
-            orders = [tuple(f.tokens[i] for i in order) for order in f.body.symmetries] if same else []
-        case _:
-            orders = []
-    for tokens in orders:
-        pairs = list(zip(tokens, g.tokens, strict=True))
+    if isinstance(f, Number) or isinstance(g, Number) or _name(f) != _name(g):
+        return None
+    orders = [range(len(f.tokens))] if isinstance(f, Load) else f.body.symmetries
+    for order in orders:
+        pairs = [(f.tokens[i], b) for i, b in zip(order, g.tokens, strict=True)]
         if all(a[0] == b[0] if b in bound_g and a in bound_f else a == b for a, b in pairs):
             return {b: a for a, b in pairs if b in bound_g}
     return None

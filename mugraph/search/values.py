@@ -20,7 +20,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from typing import Any, Literal, NamedTuple
@@ -69,6 +69,7 @@ class Body:
     width       the most axes that evaluation meets inside at once
     """
 
+    calls: frozenset[str]
     __slots__ = ("args", "attrs", "bound", "calls", "closed", "digest", "fn", "params", "places", "symmetries", "width")
 
     def __init__(self, fn: str, attrs: tuple[Any, ...], bound: frozenset[Token], args: tuple[Value, ...]) -> None:
@@ -143,9 +144,7 @@ class Applied:
     def __eq__(self, other: object) -> bool:
         if self is other:
             return True
-        return (
-            isinstance(other, Applied) and self.body.digest == other.body.digest and self.tokens == other.tokens
-        )
+        return isinstance(other, Applied) and self.body.digest == other.body.digest and self.tokens == other.tokens
 
     def __hash__(self) -> int:
         return hash((self.body.digest, self.tokens))
@@ -456,8 +455,9 @@ def rewritten(value: Value, rule: Callable[[Body, tuple[Value, ...]], Value | No
                 args = tuple(_replaced(x, known) for x in top.args)
                 new = rule(top, args) if top.fn else args[0]
                 if new is None and args != top.args:
-                    new = ((Term(NOTHING, (Call(top.fn, top.attrs, top.bound, args),))),)
-                known[top.digest] = None if new is None or new == top.args[:1] else (top.params, new)
+                    new = (Term(NOTHING, (Call(top.fn, top.attrs, top.bound, args),)),)
+                same = new is None or (not top.fn and args == top.args)
+                known[top.digest] = None if new is None or same else (top.params, new)
     return _replaced(value, known)
 
 
@@ -661,11 +661,12 @@ class Fingerprinter:
         pending = [body]
         while pending:
             top = pending[-1]
-            inside = [] if self._at(top) in self._bodies else [b for b in top.parts() if self._at(b) not in self._bodies]
+            known = self._at(top) in self._bodies
+            inside = [] if known else [b for b in top.parts() if self._at(b) not in self._bodies]
             pending += inside
             if not inside:
                 pending.pop()
-                if self._at(top) not in self._bodies:
+                if not known:
                     found = self.called(top.fn, top.attrs, top.bound, [self.value(x) for x in top.args])
                     order = top.params if SAMPLE not in found.tokens else (SAMPLE, *top.params)
                     self._bodies[self._at(top)] = spread(found, order)

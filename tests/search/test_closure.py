@@ -4,6 +4,8 @@ from collections.abc import Callable
 
 import pytest
 
+import mugraph as mg
+from mugraph.dsl.tensor import Tensor
 from mugraph.ir.graph import Program
 from mugraph.search import values as v
 from mugraph.search.canonical import canonical
@@ -102,6 +104,43 @@ def test_common_factors_are_factored_out() -> None:
     closure, _ = close([both], Fingerprinter({a: a for a in "bkn"}, {}), 1000)
     assert "(W1[k,n] + W2[k,n])" in texts(closure)
     assert wrong_edges(closure) == []
+
+
+def test_a_sum_of_matmuls_is_spliced_into_the_matmul_after_it() -> None:
+    """(X@W + X@V)@H has X@((W + V)@H); X@W + Z stays a sum, whose (W + Z)@H there is not."""
+    x, w, u, h = v.load("X", "bk"), v.load("W", "kn"), v.load("V", "kn"), v.load("H", "nm")
+
+    def closure_with(other: v.Value) -> Closure:
+        inner = v.add(v.total(v.multiply(x, w), "k"), v.total(v.multiply(other, u), "k"))
+        return close([v.total(v.multiply(inner, h), "n")], Fingerprinter({a: a for a in "bknm"}, {}), 4_000)[0]
+
+    found = closure_with(x)
+    assert "Σn (W[k,n] + V[k,n])·H[n,m]" in texts(found)
+    assert found.rules["splice"]
+    assert wrong_edges(found) == []
+    assert not closure_with(v.load("Z", "bk")).rules["splice"]
+
+
+def square_residual(x: Tensor, w: Tensor) -> Tensor:
+    return x + mg.silu(x @ w)
+
+
+def test_a_sum_evades_the_axis_that_its_result_is_renamed_to() -> None:
+    """x + silu(x @ w) with a square w: Σ_k x[b,k]·w[k,n] with n renamed to k has parts all the same."""
+    program = mg.trace(square_residual, [mg.f32[64, 128], mg.f32[128, 128]], "residual")
+    closure, root = closure_of(program)
+    computable: set[int] = set()
+    for c in closure.order:
+        if any(computable.issuperset(e.children) for e in closure.classes[c].edges):
+            computable.add(c)
+    assert root in computable
+    b, k, n = ((a, 0) for a in ("b", "k", "n"))
+    inner = v.total(v.multiply(v.load("x", "bk"), v.load("w", "kn")), "k")
+    (term,) = v.rename(inner, {n: k})
+    assert {t[0] for t in term.bound} == {"n"}
+    assert v.free_tokens((term,)) == {b, k}
+    (kept,) = v.rename(inner, {b: ("c", 0)})
+    assert {t[0] for t in kept.bound} == {"k"}
 
 
 def test_factors_that_no_axis_tells_apart_are_multiplied_one_by_one() -> None:
