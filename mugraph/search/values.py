@@ -66,11 +66,25 @@ class Body:
     places      for each parameter the first that a symmetry puts in its place
     closed      the axes that are summed or reduced over inside
     calls       the names of the functions inside, its own included
+    degree      how many exponentials it carries more than it divides by
     width       the most axes that evaluation meets inside at once
     """
 
     calls: frozenset[str]
-    __slots__ = ("args", "attrs", "bound", "calls", "closed", "digest", "fn", "params", "places", "symmetries", "width")
+    __slots__ = (
+        "args",
+        "attrs",
+        "bound",
+        "calls",
+        "closed",
+        "degree",
+        "digest",
+        "fn",
+        "params",
+        "places",
+        "symmetries",
+        "width",
+    )
 
     def __init__(self, fn: str, attrs: tuple[Any, ...], bound: frozenset[Token], args: tuple[Value, ...]) -> None:
         self.fn, self.attrs, self.bound, self.args = fn, attrs, bound, args
@@ -94,6 +108,10 @@ class Body:
             *(closed_axes(f) for t in terms for f in t.factors)
         )
         self.calls = frozenset((fn,)).union(*(b.calls for b in self.parts()))
+        self.degree = int(fn in ("exp", "masked_exp"))
+        if fn in ("", "inv"):
+            most = max(sum(map(degree, t.factors)) for t in terms)
+            self.degree = -most if fn else most
         self.width = max(len(free), *map(width, args))
 
     def parts(self) -> Iterator[Body]:
@@ -277,6 +295,11 @@ def elimination(term: Term) -> list[tuple[Factor, Iterable[Token], int]]:
 def closed_axes(f: Factor) -> frozenset[str]:
     """The axes that are summed or reduced over inside a factor."""
     return f.body.closed if isinstance(f, Applied) else frozenset()
+
+
+def degree(f: Factor) -> int:
+    """How many exponentials a factor carries more than it divides by."""
+    return f.body.degree if isinstance(f, Applied) else 0
 
 
 def rename_factor(f: Factor, names: Mapping[Token, Token]) -> Factor:
@@ -690,6 +713,12 @@ class Fingerprinter:
                 return self.opaque(("exp",), args)
             case "max" | "min":
                 return self.extreme(fn, bound, args)
+            case "relu":
+                return self.extreme("max", NOTHING, [x, Point((), np.zeros((2,), dtype=U))])
+            case "silu":
+                return self.join(x, self.called("sigmoid", (), NOTHING, args), multiply_them=True)
+            case "and" | "or":
+                return self.opaque(fn, args, ordered=False)
             case _:
                 return self.opaque((fn, attrs, sorted(t[0] for t in bound)), args)
 
@@ -703,9 +732,12 @@ class Fingerprinter:
             found.append(result)
         return np.array(found, dtype=U)
 
-    def opaque(self, fn: object, args: Sequence[Point]) -> Point:
+    def opaque(self, fn: object, args: Sequence[Point], ordered: bool = True) -> Point:
         tokens = tuple(dict.fromkeys(t for a in args for t in a.tokens))
         mixed: Words = np.zeros((1,), dtype=U)
+        if not ordered:
+            each = (fields.keyed_hash(spread(a, tokens)[:1], (fn, "each"), 2**62) for a in args)
+            args = [Point(tokens, sum(each, mixed))]
         for i, a in enumerate(args):
             x = spread(a, tokens)[:1]
             mixed = fields.keyed_hash(np.asarray(x * U(2) if i == 0 else mixed + x * U(2)), (fn, i), 2**62)
