@@ -408,7 +408,8 @@ class Builder:
         """The products that rule d makes of a sum."""
         known = self.factored.get(f.body.digest)
         if known is None:
-            found: list[Value] = [(together,) for together, rest in factorings(f.body.args[0]) if not rest]
+            (terms,) = f.body.args
+            found: list[Value] = [(together,) for together, _ in factorings(terms, least=len(terms))]
             known = self.factored[f.body.digest] = f.body.params, found
         return [v.freshened(v.rename(x, dict(zip(known[0], f.tokens, strict=True)))[0]) for x in known[1]]
 
@@ -445,8 +446,8 @@ def worth_distributing(value: Value, bound: frozenset[Token]) -> bool:
     return False
 
 
-def factorings(value: Value) -> list[tuple[Term, list[Term]]]:
-    """Rule d: groups of terms that share a factor, as (factor · (rest of each), terms outside the group).
+def factorings(value: Value, least: int = 2) -> list[tuple[Term, list[Term]]]:
+    """Rule d: groups of at least so many terms that share a factor, as (factor · (rest of each), terms outside).
 
     Bound tokens of the shared factor are matched, so Σ_k a·x + Σ_k b·x becomes Σ_k (a + b)·x.
     """
@@ -456,18 +457,18 @@ def factorings(value: Value) -> list[tuple[Term, list[Term]]]:
     for i, term in enumerate(value):
         for at, f in enumerate(term.factors):
             name = names[i][at]
-            if (i, at) in seen:
+            if (i, at) in seen or not name or sum(name in others for others in names) < least:
                 continue
             group: list[tuple[int, int, dict[Token, Token]]] = [(i, at, {})]
             for j, other in enumerate(value):
-                if j == i or not name or name not in names[j]:
+                if j == i or name not in names[j]:
                     continue
                 for at2, g in enumerate(other.factors):
                     matching = match_tokens(f, g, term.bound, other.bound) if names[j][at2] == name else None
                     if matching is not None:
                         group.append((j, at2, matching))
                         break
-            if len(group) < 2:
+            if len(group) < least:
                 continue
             seen.update((j, at2) for j, at2, _ in group)
             shared = v.factor_tokens(f) & term.bound
