@@ -13,6 +13,7 @@ import heapq
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from functools import cached_property
 from typing import NamedTuple
 
 from mugraph.search.extract import (
@@ -30,7 +31,7 @@ from mugraph.search.extract import (
     union,
 )  # fmt: skip
 
-SHARE = 16  # one extraction may use that part of the budget of states
+SHARE = 32  # one extraction may use that part of the budget of states
 BEAM = 8  # states kept per topological level when A* exceeds its budget
 EASY, HARD = 48, 128  # states after which A* begins again with landmarks, and with a tolerance
 TOLERANCE = 1e-3  # of a cost, which is less than the model is sure of
@@ -164,19 +165,29 @@ class KernelSearch:
     def bound(self, state: int) -> float:
         """No completion of a state costs less: it pays the longest cheapest path below an open entry, and every class
         that each derivation of an open entry holds (all of them are still to be paid: the highest go first)."""
-        computed, below = self.mandatory
-        order, stride = self.p.closure.order, self.stride
+        held, stride = self._held, self.stride
         must, longest = 0, 0.0
         while state:
             low = state & -state
             state ^= low
-            c = order[(low.bit_length() - 1) // stride]
-            must |= computed[c] if c in self.starts else below[c]
-            longest = max(longest, self.chain[c])
+            classes, chain = held[(low.bit_length() - 1) // stride]
+            must |= classes
+            if chain > longest:
+                longest = chain
         paid = self._paid.get(must)
         if paid is None:
-            paid = self._paid[must] = math.fsum(self.local.get(order[i], 0.0) for i in bits(must))
+            paid = self._paid[must] = math.fsum([self._local[i] for i in bits(must)])
         return max(longest, paid)
+
+    @cached_property
+    def _held(self) -> dict[int, tuple[int, float]]:
+        """By place in topological order: the classes that every derivation of a class holds, and its cheapest path."""
+        computed, below = self.mandatory
+        return {self.p.position[c]: (computed[c] if c in self.starts else below[c], self.chain[c]) for c in self.order}
+
+    @cached_property
+    def _local(self) -> dict[int, float]:
+        return {self.p.position[c]: self.local[c] for c in self.order}
 
     # -- extraction
 
@@ -289,6 +300,9 @@ class Landmarks:
                 self.ways[entry] = self._ways(entry)
                 waiting += (x for _, below in self.ways[entry] for x in below)
         self.order = sorted(self.ways, key=search.bit)
+        number = {entry: n for n, entry in enumerate(self.order)}
+        self._below = [[(m, [number[x] for x in below]) for m, below in self.ways[entry]] for entry in self.order]
+        self._roots = [number[entry] for entry in self.start]
         self.meets = [0] * len(self.cost)
         self.gains: list[float] = []
         self._mandatory()
@@ -329,14 +343,13 @@ class Landmarks:
 
     def _mandatory(self) -> None:
         """All moves of an entry that every derivation holds; all of a class that is held at some pass or other."""
-        held: dict[Entry, int] = {}
-        for n, entry in enumerate(self.order):
-            each = [union(held[x] for x in below) for _, below in self.ways[entry]]
-            held[entry] = intersection(each) | 1 << n
-        must = union(held[entry] for entry in self.start)
-        for n, entry in enumerate(self.order):
+        held: list[int] = []
+        for n, ways in enumerate(self._below):
+            held.append(intersection([union(held[x] for x in below) for _, below in ways]) | 1 << n)
+        must = union(held[n] for n in self._roots)
+        for n, ways in enumerate(self._below):
             if must >> n & 1:
-                self._gain([m for m, _ in self.ways[entry]])
+                self._gain([m for m, _ in ways])
         computed, position = self.search.mandatory.computed, self.search.p.position
         must = union(computed[r] for r in self.search.starts)
         for c, entries in itertools.groupby(self.order, key=lambda entry: entry[0]):
@@ -355,30 +368,30 @@ class Landmarks:
 
     def _cut(self, least: float) -> list[int]:
         """The moves that lead into the zone from which free moves reach the dearest root; none if it is free."""
-        cost, ways = self.cost, self.ways
-        chain: dict[Entry, float] = {}
-        for entry in self.order:
+        cost = self.cost
+        chain: list[float] = []
+        for ways in self._below:
             found = math.inf
-            for m, below in ways[entry]:
+            for m, below in ways:
                 dearest = cost[m]
                 if below:
                     dearest += max([chain[x] for x in below])
                 if dearest < found:
                     found = dearest
-            chain[entry] = found
-        top = max(self.start, key=chain.__getitem__)
+            chain.append(found)
+        top = max(self._roots, key=chain.__getitem__)
         if chain[top] <= least:
             return []
-        zone: set[Entry | None] = {top}
-        border: list[tuple[int, Entry | None]] = []
-        for entry in reversed(self.order):
+        zone = {top}
+        border: list[tuple[int, int]] = []
+        for entry in range(top, -1, -1):
             if entry not in zone:
                 continue
-            for m, below in ways[entry]:
-                supporter = max(below, key=chain.__getitem__) if below else None
-                if supporter is not None and chain[supporter] == math.inf:
+            for m, below in self._below[entry]:
+                supporter = max(below, key=chain.__getitem__) if below else -1
+                if below and chain[supporter] == math.inf:
                     continue
-                if supporter is not None and cost[m] <= least:
+                if below and cost[m] <= least:
                     zone.add(supporter)
                 else:
                     border.append((m, supporter))

@@ -22,7 +22,7 @@ from mugraph.search.cost import Device, device, floor_seconds, predict_library
 from mugraph.search.enumerate import widen
 from mugraph.search.extract import Derivation, Problem, Roles, is_leaf_edge
 from mugraph.search.laws import LAWS, Meaning, meaning
-from mugraph.search.library import Attention, contraction
+from mugraph.search.library import Added, Attention, contraction
 from mugraph.search.partition import Choice, Partition
 from mugraph.search.pieces import is_free, joints, pieces
 from mugraph.search.report import CandidateReport, KernelCost, SearchReport, StopReason, StructureReport
@@ -625,6 +625,8 @@ def structure(plan: Sequence[Choice], axes: Mapping[str, Axis], fixed: Fixed | N
         match c.how:
             case Edge():
                 texts.append(f"library contraction over {named(c.how.axes)}")
+            case Added():
+                texts.append(f"library contraction over {named(c.how.product.axes)} added")
             case Attention():
                 texts.append(f"library attention over {named((c.how.key,))}")
             case Derivation(roles=roles):

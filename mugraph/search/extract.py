@@ -248,7 +248,7 @@ class Survey:
         }
         self._copies: dict[int, Floats] = {}
         self._elements: dict[tuple[str, ...], Floats] = {}
-        self._costs: dict[tuple[int, Edge], Floats] = {}
+        self._computed: dict[int, list[tuple[Way, Floats, Ints]]] = {}
         self._seconds: dict[tuple[frozenset[str], bool], Floats] = {}
         self._passes: dict[tuple[tuple[str, ...], int, int], Ints] = {}
         self.blocks = self.replication(()) * self.parts
@@ -289,13 +289,17 @@ class Survey:
             found = found | (opened & ~self.passes[q] == 0)
         return found
 
+    def computed(self, c: int) -> list[tuple[Way, Floats, Ints]]:
+        """The ways to compute the class, with their seconds and passes."""
+        if c not in self._computed:
+            self._computed[c] = [
+                (way, self.seconds(c, way), self.passes_of(self.p.axes(c), self.mask(way.edge.axes), COMPUTED_TILE))
+                for way in self.p.ways[c]
+            ]
+        return self._computed[c]
+
     def seconds(self, c: int, way: Way) -> Floats:
         """Seconds of computing the class that way, in each assignment."""
-        if (c, way.edge) not in self._costs:
-            self._costs[c, way.edge] = self._cost(c, way)
-        return self._costs[c, way.edge]
-
-    def _cost(self, c: int, way: Way) -> Floats:
         if not way.edge.children:
             return np.full(len(self.assignments), 1e-12)
         key = (frozenset(way.axes), way.matmul)
@@ -418,9 +422,7 @@ class Outcome:
         price = p.memory.get(c, p.bound.get(c))
         if price is not None and (c in p.inputs or (c not in s.roots and not self.alone)):
             yield None, s.loaded(c) + price, s.passes_of(p.axes(c), 0, LOADED_TILE)
-        for way in p.ways[c]:
-            table = s.passes_of(p.axes(c), s.mask(way.edge.axes), COMPUTED_TILE)
-            yield way, s.seconds(c, way), table
+        yield from s.computed(c)
 
     def _start(self, r: int) -> Ints:
         """The pass in which a root is written: the epilogue (or combine), or the last loop over its open axes."""

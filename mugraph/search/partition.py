@@ -29,7 +29,7 @@ from mugraph.search.extract import (
     Survey,
 )  # fmt: skip
 from mugraph.search.footprint import Footprint, work_of
-from mugraph.search.library import Attention, LibraryCall, library_calls, operands
+from mugraph.search.library import Added, Attention, LibraryCall, library_calls, operands
 from mugraph.search.space import SearchSpace
 
 KEPT = 16  # derivations per kernel that the full model ranks
@@ -38,7 +38,7 @@ ACCUMULATED = 40_960  # elements of all accumulators together: 160 of the 256 Ki
 SPLIT_MARGIN = 1.15  # the model is no surer than this, so a split must promise more for its second launch
 MATMUL_TILE, ROW_TILE = 256, 4096  # the longest side of a tile, in a matmul and elsewhere
 SLACK = 4.0  # additive costs that far above the best are not ranked
-RUNS = 96  # assignments of roles that are extracted, cheapest bound first
+RUNS = 24  # assignments of roles that are extracted, cheapest bound first
 ATTEMPTS = ((WHOLE, (1, 4)), (1, (1, 4, 16, 64)))  # (shortest loop, divisors of the first tiles): until one works
 
 Fit = tuple[float, float]  # how far tiles exceed the device, and the predicted seconds
@@ -58,7 +58,7 @@ class Choice:
     def derivations(self) -> tuple[Derivation, ...]:
         """Those of our own kernels."""
         match self.how:
-            case Edge() | Attention():
+            case Edge() | Added() | Attention():
                 return ()
             case Derivation():
                 return (self.how,)
