@@ -650,8 +650,8 @@ def _report(
     stop = StopReason("Saturated")
     if watch.stopped:
         stop = StopReason(watch.stopped, watch.budget if watch.stopped == "TimeLimit" else None)
-    elif closure.truncated:
-        stop = StopReason("NodeLimit", space.nodes)
+    elif closure.limit:
+        stop = closure.limit
     elif any(at.run.entries >= space.entries for at in solved):
         stop = StopReason("EntryLimit", space.entries)
     elif any(at.problem.truncated for at in solved):
