@@ -652,7 +652,7 @@ def _report(
         stop = StopReason(watch.stopped, watch.budget if watch.stopped == "TimeLimit" else None)
     elif closure.limit:
         stop = closure.limit
-    elif any(at.run.entries >= space.entries for at in solved):
+    elif any(at.run.limited for at in solved):
         stop = StopReason("EntryLimit", space.entries)
     elif any(at.problem.truncated for at in solved):
         stop = StopReason("StateLimit", space.states)
