@@ -40,8 +40,10 @@ class Canonical:
 
 
 def canonical(program: Program) -> Canonical:
-    """Inputs, values and axes named in order of their first use in the equations, commutative operands in the order of
-    their colours.  Aliases of an axis have its name, "_" and a number.  Unused inputs are dropped."""
+    """Inputs and values named in order of their first use in the equations, commutative operands in the order of their
+    colours.  The axes of outputs come first, in their order, so that the order of blocks does not depend on how the
+    program is associated; others by first use.  Aliases of an axis have its name, "_" and a number.  Unused inputs are
+    dropped."""
     program = ordered(program)
     tensors = program.tensors()
     used = dict.fromkeys([n for e in program.equations for n in (*e.args, *(t.name for t in e.targets))])
@@ -50,7 +52,8 @@ def canonical(program: Program) -> Canonical:
     axes: dict[str, Axis] = {}
     base, groups = bases(program), dict[str, list[str]]()
     brought = [a for e in program.equations for a in _op_axes(e.op)]
-    for a in [*(a for name in used for a in tensors[name].axes), *brought]:
+    first = [a for o in program.outputs for a in tensors[o.value].axes]
+    for a in [*first, *(a for name in used for a in tensors[name].axes), *brought]:
         if a.name not in axes:
             group = groups.setdefault(base.get(a.name, a.name), [f"a{len(groups):04d}"])
             axes[a.name] = Axis(group[-1], a.size)

@@ -143,9 +143,7 @@ class Applied:
     def __eq__(self, other: object) -> bool:
         if self is other:
             return True
-        return (
-            isinstance(other, Applied) and self.body.digest == other.body.digest and self.tokens == other.tokens
-        )
+        return isinstance(other, Applied) and self.body.digest == other.body.digest and self.tokens == other.tokens
 
     def __hash__(self) -> int:
         return hash((self.body.digest, self.tokens))
@@ -661,7 +659,9 @@ class Fingerprinter:
         pending = [body]
         while pending:
             top = pending[-1]
-            inside = [] if self._at(top) in self._bodies else [b for b in top.parts() if self._at(b) not in self._bodies]
+            inside = (
+                [] if self._at(top) in self._bodies else [b for b in top.parts() if self._at(b) not in self._bodies]
+            )
             pending += inside
             if not inside:
                 pending.pop()
