@@ -268,7 +268,8 @@ def optimize(
     """Search, stabilise, verify, emit, check; from the cache where it was done before.
 
     Ctrl-C (or the end of the budget) stops the search with the best so far; a second Ctrl-C during the search quits.
-    Ctrl-C after the search ends the checks: the result then says which tiers it reached.  Where the emitted source
+    Ctrl-C after the search ends the checks: the result then says which tiers it reached.  Only a result that another run
+    would find again is kept in the cache.  Where the emitted source
     disagrees with float64, or the search cannot handle the program, the program runs as library calls and a note says
     why.
     Raises GraphError for a malformed program, UnsupportedOpError where the target has no form for an operator,
@@ -298,10 +299,11 @@ def optimize(
         )
     result = _optimized(program, chosen, space, budget, delta, number, say)
     report = result.report
-    saturated = not (isinstance(report, SearchReport) and report.stop.kind in ("TimeLimit", "Interrupted"))
-    if not settings.skip_cache.get() and saturated and not result.interrupted:
-        entry = store.put(key, result.files(), {"notes": list(result.notes), "target": str(chosen)})
-        result = replace(result, directory=entry.path if entry else None)
+    reproducible = not isinstance(report, SearchReport) or report.stop.reproducible
+    if not settings.skip_cache.get() and reproducible and not result.interrupted:
+        with interruptible() as interrupted:  # what was found is kept, whatever comes
+            entry = store.put(key, result.files(), {"notes": list(result.notes), "target": str(chosen)})
+        result = replace(result, directory=entry.path if entry else None, interrupted=interrupted())
     if settings.print_output_code.get():
         say(result.source)
     return result

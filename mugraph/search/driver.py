@@ -90,8 +90,48 @@ def search(
     `accept` verifies a μGraph and returns what it made of it, or raises VerificationError (the next plan is tried).
     The program's own equations as library calls are the last plan, so there is always an answer; when nothing
     beats them by the model, they are it.  Same program, same space, same result, whatever names are used.
+
+    Budgets beyond the default ones never make a result costlier: where these run out, the space under them is searched
+    first, and its result is kept unless the wider one is as cheap.
     """
     space, on = space or SearchSpace(), on or device()
+    started = time.perf_counter()
+    narrow = space.under_default_budgets()
+    if narrow == space:
+        return _searched(program, accept, space, on, budget_seconds, interrupted)
+    first = _searched(program, accept, narrow, on, budget_seconds, interrupted)
+    stop = first.report.stop
+    if not stop.reproducible or (stop.kind == "Saturated" and not space.candidates):
+        return replace(first, report=replace(first.report, space=str(space)))
+    left = max(0.0, budget_seconds - (time.perf_counter() - started))
+    return _cheaper(first, _searched(program, accept, space, on, left, interrupted), budget_seconds)
+
+
+def _cheaper(narrow: Found, wide: Found, budget_seconds: float) -> Found:
+    """The cheaper of two results, with the report on both searches."""
+    stop = wide.report.stop
+    if stop.kind == "TimeLimit":
+        stop = StopReason("TimeLimit", budget_seconds)
+    phases = {*narrow.report.seconds, *wide.report.seconds}
+    times = {p: narrow.report.seconds.get(p, 0.0) + wide.report.seconds.get(p, 0.0) for p in sorted(phases)}
+    if narrow.report.predicted_seconds >= wide.report.predicted_seconds:
+        return replace(wide, report=replace(wide.report, stop=stop, seconds=times))
+    note = "found under the default budgets; the wider ones gave nothing as cheap"
+    report = replace(
+        narrow.report, space=wide.report.space, stop=stop, seconds=times, notes=(*narrow.report.notes, note)
+    )
+    return replace(narrow, report=report)
+
+
+def _searched(
+    program: Program,
+    accept: Accept,
+    space: SearchSpace,
+    on: Device,
+    budget_seconds: float,
+    interrupted: Callable[[], bool],
+) -> Found:
+    """One search, within one space."""
     program = program if space.ahead else program.without_constants()
     watch = Watch(budget_seconds)
 
@@ -656,7 +696,7 @@ def _report(
         stop = StopReason(watch.stopped, watch.budget if watch.stopped == "TimeLimit" else None)
     elif closure.limit:
         stop = closure.limit
-    elif any(at.run.entries >= space.entries for at in solved):
+    elif any(at.run.limited for at in solved):
         stop = StopReason("EntryLimit", space.entries)
     elif any(at.problem.truncated for at in solved):
         stop = StopReason("StateLimit", space.states)

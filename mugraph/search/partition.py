@@ -77,6 +77,7 @@ class Partition:
         self._at_prices: dict[tuple[tuple[int, ...], tuple[tuple[int, float], ...]], list[Choice]] = {}
         self._surveys: dict[tuple[tuple[int, ...], int], Survey] = {}
         self.configurations = self.entries = 0
+        self.limited = False  # whether the budget of entries left assignments out
         self.seconds = 0.0
 
     # -- prices
@@ -239,10 +240,13 @@ class Partition:
         """All assignments of roles, from several tile sizes; None beyond the budget."""
         if (roots, least) not in self._surveys:
             if self.entries >= self.space.entries:
+                self.limited = True
                 return None
             members = len(frozenset().union(*(self.p.below[r] for r in roots)))
             most = max(1, (self.space.entries - self.entries) // members)
-            assignments = list(itertools.islice(self.assignments(roots, least, shrinks), most))
+            assignments = list(itertools.islice(self.assignments(roots, least, shrinks), most + 1))
+            self.limited |= len(assignments) > most
+            assignments = assignments[:most]
             self.configurations += len(assignments)
             self.entries += len(assignments) * members
             self._surveys[roots, least] = Survey(self.p, roots, assignments)
