@@ -1,13 +1,10 @@
 """A wider space never gives a costlier result than a narrower one."""
 
-import pytest
 
-from benchmarks.programs import PROGRAMS
 from mugraph.ir.graph import Program
 from mugraph.search.driver import search
 from mugraph.search.space import SearchSpace
-from tests.search.programs import SMALL
-from tests.search.test_random import QUICK, run
+from tests.search.test_random import QUICK
 
 WIDE = QUICK.but(states=4_000, entries=200_000)
 # Pairs of a narrower and a wider space; the first two are the tiers that a user names.
