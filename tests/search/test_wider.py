@@ -1,6 +1,5 @@
 """A wider space never gives a costlier result than a narrower one."""
 
-
 from mugraph.ir.graph import Program
 from mugraph.search.driver import search
 from mugraph.search.space import SearchSpace
