@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -244,9 +244,20 @@ class _Task:
             run,
             fixed,
             plans,
-            _equations_seconds(ordered(self.program).equations, self.program, symbolic, problem),
-            all(may_be_materialised(problem, self.seeds[n]) for n in _computed(self.here.program, self.known)),
+            _equations_seconds(self.equations, self.program, symbolic, problem),
+            self.all_materialised(problem),
         )
+
+    @cached_property
+    def equations(self) -> tuple[Equation, ...]:
+        """The program's equations, whatever the order of commutative operands."""
+        return ordered(self.program).equations
+
+    def all_materialised(self, problem: Problem) -> bool:
+        """Whether all that the source materialises may be."""
+        exponents = _exponents(problem)
+        computed = {self.seeds[n] for n in _computed(self.here.program, self.known)}
+        return all(may_be_materialised(problem, c, exponents) for c in computed)
 
     def is_fixed(self, e: Equation) -> bool:
         """Whether the equation works on constant inputs alone."""
@@ -259,8 +270,10 @@ class _Task:
         constants = {n: t for n, t in program.tensors().items() if lasting.get(self.here.names[n])}
         outputs = {self.seeds[o.value] for o in program.outputs}
 
+        exponents, kept = _exponents(problem), forced | inside | problem.scaled
+
         def foldable(c: int) -> bool:
-            return c not in forced | inside and c not in problem.scaled and may_be_materialised(problem, c)
+            return c not in kept and may_be_materialised(problem, c, exponents)
 
         return fixed_classes(problem, constants, self.here.axes, outputs, foldable)
 
@@ -407,7 +420,7 @@ def _written_sizes(program: Program) -> dict[str, int]:
 
 def _takes_extremes(program: Program) -> bool:
     return any(
-        (isinstance(e.op, Elementwise) and e.op.fn in ("max", "min"))
+        (isinstance(e.op, Elementwise) and e.op.fn in ("max", "min", "relu"))
         or (isinstance(e.op, Reduce) and e.op.kind in ("max", "min"))
         for e in program.equations
     )
@@ -518,14 +531,14 @@ def _problem(program: Program, closure: Closure, seeds: Mapping[str, int], space
     problem = Problem(closure, sizes, limits, on, dtype, memory, {}, leaves, set(), space.states, innermost)
     targets = {seeds[o.value] for o in program.outputs}
     room = sum(problem.bytes(c) for c in {*leaves, *targets})
-    inside = {seeds[n] for n in space.inside}
+    inside, exponents = {seeds[n] for n in space.inside}, _exponents(problem)
     written = set(seeds.values())  # values of the program itself
     for c in closure.order:
         result = c in written or any(e.closes or e.kind == "call" for e in closure.classes[c].edges)
         if c in leaves or c in inside or not result or problem.bytes(c) > room:
             continue
-        if not may_be_materialised(problem, c):
-            if c in targets or c in _exponents(problem) or not any(e.closes for e in closure.classes[c].edges):
+        if not may_be_materialised(problem, c, exponents):
+            if c in targets or c in exponents or not any(e.closes for e in closure.classes[c].edges):
                 continue
             problem.scaled.add(c)
             problem.dtypes[c] = DType.f32
@@ -537,27 +550,16 @@ def _limit(axis: Axis) -> int:
     return size_value(axis.size, {d.name: d.max for d in dims_of(axis.size)})
 
 
-def may_be_materialised(p: Problem, c: int) -> bool:
+def may_be_materialised(p: Problem, c: int, exponents: Collection[int] | None = None) -> bool:
     """Not what 16-bit storage would ruin: an exponential that is not yet normalised overflows, and the rounding of
-    an exponent is a relative error of the exponential."""
-    return p.dtype.bits >= 32 or not (exponential_degree(p.closure.classes[c].value) or c in _exponents(p))
+    an exponent is a relative error of the exponential.  `exponents` are those of the problem, where they are known."""
+    exponents = _exponents(p) if exponents is None else exponents
+    return p.dtype.bits >= 32 or not (c in exponents or exponential_degree(p.closure.classes[c].value))
 
 
 def exponential_degree(value: v.Value) -> bool:
     """Whether some term carries more exponentials than it divides by."""
-    return any(sum(_degree(f) for f in t.factors) != 0 for t in value)
-
-
-def _degree(f: v.Factor) -> int:
-    match f:
-        case v.Call("exp" | "masked_exp"):
-            return 1
-        case v.Call("inv", _, _, (arg,)):
-            return -max((sum(_degree(g) for g in t.factors) for t in arg), default=0)
-        case v.Paren(value):
-            return max((sum(_degree(g) for g in t.factors) for t in value), default=0)
-        case _:
-            return 0
+    return any(sum(map(v.degree, t.factors)) != 0 for t in value)
 
 
 def _exponents(p: Problem) -> set[int]:
@@ -586,9 +588,11 @@ def _operations(sizes: Mapping[str, int], op: Op, axes: set[str]) -> float:
 def _equations_seconds(equations: Sequence[Equation], program: Program, symbolic: int, p: Problem) -> float:
     """Equations of the program as library calls, one launch each; scalars and views are free, unless they
     are given back."""
+    if not equations:
+        return 0.0
     tensors, seconds = program.tensors(), 0.0
     given = {o.value for o in program.outputs}
-    sizes = {a.name: representative(a.size, symbolic) for t in tensors.values() for a in t.axes}
+    sizes = {a.name: representative(a.size, symbolic) for a in program.axes().values()}
     for e in equations:
         if not e.args or (is_free(e) and e.target.name not in given):
             continue
