@@ -9,8 +9,8 @@ from typing import Any
 
 @dataclass(frozen=True)
 class StopReason:
-    """Saturated: the whole space was covered.  NodeLimit, EntryLimit, StateLimit: a budget of the space ran out.
-    TimeLimit, Interrupted: the best so far was returned (such a run is not reproducible)."""
+    """Saturated: the whole space was covered.  NodeLimit, EntryLimit, StateLimit, SegmentLimit: a budget of the
+    space ran out.  TimeLimit, Interrupted: the best so far was returned (such a run is not reproducible)."""
 
     kind: str
     limit: float | None = None
@@ -55,6 +55,26 @@ class StructureReport:
 
 
 @dataclass(frozen=True)
+class SegmentReport:
+    """One segment of a large program: its operators (those of the order from `start` on), what it gives, the structure
+    that was found, and the segment before it that is the same up to names (None: it was searched for itself)."""
+
+    start: int
+    operators: int
+    gives: tuple[str, ...]
+    program: str
+    structure: str
+    seconds: float
+    stop: str
+    shared_with: int | None = None
+
+    def __str__(self) -> str:
+        shared = "" if self.shared_with is None else f", as segment {self.shared_with}"
+        values = ", ".join(self.gives)
+        return f"{values} ({self.operators} operators{shared}): {1e6 * self.seconds:.1f} µs, {self.structure}"
+
+
+@dataclass(frozen=True)
 class SearchReport:
     """Counts and times of one search.
 
@@ -66,6 +86,7 @@ class SearchReport:
     seconds             wall time by phase (does not count in equality)
     predicted_seconds   of each call of the chosen plan, on the device named; floor_seconds: no kernel is faster
     ahead               what is done once, on constant inputs alone, and not counted in predicted_seconds
+    segments            of a program too large to be searched as a whole; counts are then those of the searches made
     """
 
     program: str
@@ -88,6 +109,7 @@ class SearchReport:
     notes: tuple[str, ...] = ()
     structures: tuple[StructureReport, ...] = ()
     ahead: tuple[KernelCost, ...] = ()
+    segments: tuple[SegmentReport, ...] = ()
     seconds: Mapping[str, float] = field(default_factory=dict, compare=False)
 
     @property
@@ -128,6 +150,10 @@ class SearchReport:
             lines.append(f"  ahead, once while the constants stay as they are: {1e6 * self.ahead_seconds:.1f} µs")
             lines += [f"    {k.name}: {1e6 * k.seconds:.1f} µs, bound by {k.bound}" for k in self.ahead]
         lines += [f"  {c.verdict}: {1e6 * c.seconds:.1f} µs  {c.structure}" for c in self.candidates]
+        if self.segments:
+            alone = sum(s.shared_with is None for s in self.segments)
+            lines.append(f"  {len(self.segments)} segments, {alone} different:")
+            lines += [f"    {i}: {s}" for i, s in enumerate(self.segments)]
         if len(self.structures) > 1:
             lines += [f"  {s}" for s in self.structures]
         lines += [f"  note: {n}" for n in self.notes]
