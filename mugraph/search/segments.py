@@ -3,9 +3,9 @@
     order       operators by the number of contractions below them, then by level: it depends on no names, and parallel
                 branches (the projections before attention) lie side by side.  Intervals of it are convex.
     cuts        borders of levels at which all values in memory may lie there, few bytes of them first
-    choice      the shortest path over cuts, where an edge is a segment and costs what its search says.  Only segments on
-                the shortest path are searched: the others stand for a proxy, the floor of their bytes and operations.
-                (Lazy shortest paths: Dellin and Srinivasa, ICAPS 2016, section 3.)
+    choice      the shortest path over cuts, where an edge is a segment and costs what its search says.  Segments between
+                neighbouring cuts are all searched; a longer one only if it lies on the shortest path when it is priced by
+                what it may cost at least.  (Lazy shortest paths: Dellin and Srinivasa, ICAPS 2016, section 3.)
     sharing     a segment is searched under canonical names, so that equal ones are one search
     joining     the μGraphs of the segments in order, under the program's own names
 
@@ -35,6 +35,7 @@ from mugraph.search.space import SearchSpace
 
 STEM = r"\b[va]\d{4}"  # a canonical name, or what the name of something made from it begins with
 NOT_SEARCHED = "library calls"
+MARGIN = 0.02  # of the time of its parts that a longer segment must promise to save; the model is no surer
 NAME = "segment"  # of every segment's program: equal segments are equal texts
 
 
@@ -59,6 +60,7 @@ class Done:
     report: SearchReport
 
 
+Interval = tuple[int, int]  # of the order: from, to
 Solve = Callable[[Sequence[Task]], Sequence[Done | None]]  # None: it was stopped before
 
 
@@ -90,6 +92,10 @@ class Partitioned:
     @property
     def seconds(self) -> float:
         return sum(seconds for _, _, seconds in self.segments)
+
+
+def bytes_of(tensors: Iterable[Tensor], sizes: Mapping[str, int]) -> float:
+    return math.fsum(math.prod(sizes[a.name] for a in t.axes) * t.dtype.bits / 8 for t in tensors)
 
 
 # -- the order
@@ -180,9 +186,6 @@ def line(program: Program, sizes: Mapping[str, int]) -> Line:
         for b in {id(b): b for b in below}.values():
             users[id(b)].append(e)
 
-    def size(t: Tensor) -> float:
-        return math.prod(sizes[a.name] for a in t.axes) * t.dtype.bits / 8
-
     given = {o.value for o in program.outputs}
     for e in reversed(equations):
         if not users[id(e)] or any(t.name in given for t in e.targets):
@@ -190,7 +193,7 @@ def line(program: Program, sizes: Mapping[str, int]) -> Line:
         later = min(depth[id(u)] for u in users[id(e)])
         kept = [n for n in reads[id(e)] if all(depth[id(u)] < later for u in users[id(made[n])] if u is not e)]
         shared = any(len(users[id(made[n])]) > 1 for n in kept)
-        saved, more = sum(map(size, e.targets)), sum(size(tensors[n]) for n in kept)
+        saved, more = bytes_of(e.targets, sizes), bytes_of((tensors[n] for n in kept), sizes)
         if more < saved or (more == saved and not shared):
             depth[id(e)] = later
     shade = colours(program)
@@ -257,7 +260,7 @@ def cuts(whole: Line, most: int, sizes: Mapping[str, int], inside: Iterable[str]
         live = whole.live(cut)
         if not never.isdisjoint(live) or not ruined.isdisjoint(live):
             return math.inf
-        return sum(math.prod(sizes[a.name] for a in whole.tensors[n].axes) * whole.tensors[n].dtype.bits for n in live)
+        return bytes_of((whole.tensors[n] for n in live), sizes)
 
     borders = list(whole.groups)
     weight = {b: bytes_at(b) for b in borders}
@@ -362,54 +365,87 @@ def partitioned(
         for high in marks[i + 1 :]
         if high - low <= space.operators or high == marks[i + 1]
     ]
-    known: dict[tuple[int, int], Segment] = {}
-    done: dict[str, Done] = {}
-    failed: set[str] = set()
-    proxy = {e: on.launch_seconds + least_seconds(extract(whole, *e), sizes, on) for e in edges}
+    run = _Run(whole, space, on, solve, sizes, marks, stop)
     calls = {edge: library(whole.operators[slice(*edge)]) for edge in edges}
-
-    def found(edge: tuple[int, int]) -> Done | None:
-        return done.get(known[edge].task.key) if edge in known else None
-
-    def price(edge: tuple[int, int], sure: bool) -> float:
-        result = found(edge)
-        if result is not None:
-            return result.report.predicted_seconds
-        return calls[edge] if sure or (edge in known and known[edge].task.key in failed) else ratio * proxy[edge]
-
-    truncated = False
-    ratio = 1.0
-    while not truncated:
-        path = _shortest(marks, {e: price(e, sure=False) for e in edges})
-        for edge in path:
-            if edge not in known:
-                known[edge] = segment(whole, *edge, space, on, sizes)
-        wanted = {known[e].task.key: known[e].task for e in path}
-        tasks = [t for key, t in wanted.items() if key not in done and key not in failed]
-        if not tasks:
+    run.search([e for e in edges if e[1] == marks[marks.index(e[0]) + 1]])
+    while not run.truncated:
+        known = {e: seconds for e in edges if (seconds := run.seconds(e)) is not None}
+        price = {e: known[e] if e in known else run.hope(e, known, calls) for e in edges}
+        if not run.search(_shortest(marks, price)):
             break
-        room = space.segments - len(done) - len(failed)
-        truncated = stop() or len(tasks) > room
-        for task, result in zip(tasks[:room], [] if stop() else solve(tasks[:room]), strict=False):
+    price = {e: calls[e] if (seconds := run.seconds(e)) is None else seconds for e in edges}
+    chosen = [(run.segment(e), run.found(e), price[e]) for e in _shortest(marks, price)]
+    return Partitioned(chosen, run.done, run.truncated or bool(run.failed))
+
+
+@dataclass
+class _Run:
+    """The searches of one partition: what is known of each interval of the order."""
+
+    whole: Line
+    space: SearchSpace
+    on: Device
+    solve: Solve
+    sizes: Mapping[str, int]
+    marks: Sequence[int]
+    stop: Callable[[], bool]
+    segments: dict[Interval, Segment] = field(default_factory=dict)
+    done: dict[str, Done] = field(default_factory=dict)
+    failed: set[str] = field(default_factory=set)
+    truncated: bool = False
+
+    def segment(self, edge: Interval) -> Segment:
+        if edge not in self.segments:
+            self.segments[edge] = segment(self.whole, *edge, self.space, self.on, self.sizes)
+        return self.segments[edge]
+
+    def found(self, edge: Interval) -> Done | None:
+        return self.done.get(self.segments[edge].task.key) if edge in self.segments else None
+
+    def seconds(self, edge: Interval) -> float | None:
+        done = self.found(edge)
+        return None if done is None else done.report.predicted_seconds
+
+    def search(self, edges: Sequence[Interval]) -> bool:
+        """Searches what is not known of these, one of each kind; whether there was any."""
+        wanted = {self.segment(e).task.key: self.segment(e).task for e in edges}
+        tasks = [t for key, t in wanted.items() if key not in self.done and key not in self.failed]
+        room = self.space.segments - len(self.done) - len(self.failed)
+        self.truncated = self.truncated or len(tasks) > room or self.stop()
+        tasks = [] if self.stop() else tasks[:room]
+        for task, result in zip(tasks, self.solve(tasks), strict=True):
             if result is None:
-                failed.add(task.key)
+                self.failed.add(task.key)
             else:
-                done[task.key] = result
-        # a search is some way above the floor: the least ratio so far makes the proxy of the others less hopeful
-        ratios = [price(e, sure=True) / proxy[e] for e in known if found(e) is not None]
-        ratio = max(1.0, min(ratios, default=1.0))
-    path = _shortest(marks, {e: price(e, sure=True) for e in edges})
-    for edge in path:
-        if edge not in known:
-            known[edge] = segment(whole, *edge, space, on, sizes)
-    chosen = [(known[e], found(e), price(e, sure=True)) for e in path]
-    return Partitioned(chosen, done, truncated or bool(failed))
+                self.done[task.key] = result
+        return bool(tasks)
 
 
-def _shortest(marks: Sequence[int], price: Mapping[tuple[int, int], float]) -> list[tuple[int, int]]:
+    def hope(self, edge: Interval, known: Mapping[Interval, float], calls: Mapping[Interval, float]) -> float:
+        """The least that a segment which was not searched may cost: what its parts cost, less the launches but one, and
+        the traffic of what lies in memory between them.  Infinite where that gains too little to be looked for."""
+        low, high = edge
+        inside = [m for m in self.marks if low <= m <= high]
+        parts = {e: known.get(e, calls[e]) for e in calls if e != edge and low <= e[0] and e[1] <= high}
+        if self.failed and edge in self.segments and self.segments[edge].task.key in self.failed:
+            return calls[edge]
+        path = _shortest(inside, parts)
+        seconds = sum(parts[e] for e in path)
+        launches = sum(len(done.report.kernels) if (done := self.found(e)) else 1 for e in path)
+        saved = max(0, launches - 1) * self.on.launch_seconds
+        for _, cut in path[:-1]:
+            gone = [n for n in self.whole.live(cut) if self.whole.last_use[n] < high]
+            saved += 2 * self.bytes(gone) / self.on.bandwidth
+        return max(seconds - saved, self.on.launch_seconds) if saved > MARGIN * seconds else math.inf
+
+    def bytes(self, names: Iterable[str]) -> float:
+        return bytes_of((self.whole.tensors[n] for n in names), self.sizes)
+
+
+def _shortest(marks: Sequence[int], price: Mapping[Interval, float]) -> list[Interval]:
     """The cheapest path from the first mark to the last; of equal ones, that of fewest segments."""
-    best: dict[int, tuple[float, int, list[tuple[int, int]]]] = {marks[0]: (0.0, 0, [])}
-    into: dict[int, list[tuple[int, int]]] = {}
+    best: dict[int, tuple[float, int, list[Interval]]] = {marks[0]: (0.0, 0, [])}
+    into: dict[int, list[Interval]] = {}
     for edge in price:
         into.setdefault(edge[1], []).append(edge)
     for mark in marks[1:]:
@@ -423,11 +459,8 @@ def least_seconds(program: Program, sizes: Mapping[str, int], on: Device) -> flo
     """What the program reads and writes, or its contractions, at the sheet rates."""
     tensors = program.tensors()
 
-    def bytes_of(t: Tensor) -> float:
-        return math.prod(sizes[a.name] for a in t.axes) * t.dtype.bits / 8
-
-    moved = sum(bytes_of(i.tensor) for i in program.inputs)
-    moved += sum(bytes_of(tensors[n]) for n in dict.fromkeys(o.value for o in program.outputs))
+    outputs = dict.fromkeys(o.value for o in program.outputs)
+    moved = bytes_of([*(i.tensor for i in program.inputs), *(tensors[n] for n in outputs)], sizes)
     flops = 0.0
     for e in program.equations:
         if isinstance(e.op, Contract):
