@@ -170,7 +170,7 @@ def _reads(e: Equation, free: Mapping[str, Equation], known: Mapping[str, object
 
 
 def line(program: Program, sizes: Mapping[str, int]) -> Line:
-    """The operators by (contractions below, level, colour).  One moves down the line towards its first use where that
+    """The operators by contractions below, level and colour.  One moves down the line towards its first use where that
     keeps no more bytes in memory: what weights alone determine is computed where it is needed."""
     free, tensors = _free(program), program.tensors()
     equations = [e for e in program.equations if e.targets[0].name not in free]
@@ -196,12 +196,20 @@ def line(program: Program, sizes: Mapping[str, int]) -> Line:
         saved, more = bytes_of(e.targets, sizes), bytes_of((tensors[n] for n in kept), sizes)
         if more < saved or (more == saved and not shared):
             depth[id(e)] = later
-    shade = colours(program)
-    place = {id(e): i for i, e in enumerate(equations)}
-    key = {id(e): (depth[id(e)], level[id(e)]) for e in equations}
-    equations.sort(key=lambda e: (key[id(e)], shade[e.targets[0].name], place[id(e)]))
-    borders = [i for i in range(1, len(equations)) if key[id(equations[i])] != key[id(equations[i - 1])]]
-    return Line(program, tuple(equations), (0, *borders, len(equations)), free)
+    groups: dict[tuple[int, int], list[Equation]] = {}
+    for e in equations:
+        groups.setdefault((depth[id(e)], level[id(e)]), []).append(e)
+    shade = colours(replace(program, outputs=()))  # whatever the order of outputs
+    ordered: list[Equation] = []
+    borders, place = [0], dict[str, int]()
+    for _, group in sorted(groups.items()):
+        # of interchangeable operators, those come first whose operands do
+        group.sort(key=lambda e: (shade[e.targets[0].name], sorted(place[n] for n in reads[id(e)])))
+        for e in group:
+            place |= dict.fromkeys((t.name for t in e.targets), len(ordered))
+            ordered.append(e)
+        borders.append(len(ordered))
+    return Line(program, tuple(ordered), tuple(borders), free)
 
 
 # -- the cuts
@@ -262,16 +270,21 @@ def cuts(whole: Line, most: int, sizes: Mapping[str, int], inside: Iterable[str]
             return math.inf
         return bytes_of((whole.tensors[n] for n in live), sizes)
 
-    borders = list(whole.groups)
+    borders: Sequence[int] = whole.groups
     weight = {b: bytes_at(b) for b in borders}
-    kept = {0, len(whole.operators)}
-    for before, b, after in zip(borders, borders[1:], borders[2:], strict=False):
-        ends = any(isinstance(e.op, Contract) for e in whole.operators[before:b])
-        if weight[b] < math.inf and (weight[before] > weight[b] <= weight[after] or ends):
-            kept.add(b)
+    ends = {
+        b
+        for before, b in zip(borders, borders[1:], strict=False)
+        if weight[b] < math.inf and any(isinstance(e.op, Contract) for e in whole.operators[before:b])
+    }
+    kept = {0, *ends, len(whole.operators)}
+    for _ in range(2):  # the least of their neighbours, then of these
+        least = [b for a, b, c in zip(borders, borders[1:], borders[2:], strict=False) if weight[a] > weight[b] <= weight[c]]
+        borders = sorted({0, *least, *kept})
+    kept |= {b for b in least if weight[b] < math.inf}
     for choice in (
-        [b for b in borders if weight[b] < math.inf],
-        [b for b in borders if never.isdisjoint(whole.live(b))],
+        [b for b in whole.groups if weight[b] < math.inf],
+        [b for b in whole.groups if never.isdisjoint(whole.live(b))],
         [i for i in range(len(whole.operators)) if never.isdisjoint(whole.live(i))],
     ):
         marks = sorted(kept)
@@ -423,23 +436,37 @@ class _Run:
 
     def hope(self, edge: Interval, known: Mapping[Interval, float], calls: Mapping[Interval, float]) -> float:
         """The least that a segment which was not searched may cost: what its parts cost, less the launches but one, and
-        the traffic of what lies in memory between them.  Infinite where that gains too little to be looked for."""
-        low, high = edge
-        inside = [m for m in self.marks if low <= m <= high]
-        parts = {e: known.get(e, calls[e]) for e in calls if e != edge and low <= e[0] and e[1] <= high}
-        if self.failed and edge in self.segments and self.segments[edge].task.key in self.failed:
+        the traffic of what lies in memory between them.  Infinite where that gains too little to be looked for, and
+        unless of the two segments that are one cut shorter one paid and the other may."""
+        low, high = (self.marks.index(m) for m in edge)
+        if high - low == 1 or self.segment(edge).task.key in self.failed:
             return calls[edge]
-        path = _shortest(inside, parts)
-        seconds = sum(parts[e] for e in path)
+        shorter = ((edge[0], self.marks[high - 1]), (self.marks[low + 1], edge[1]))
+        paid = [self.paid(e, known, calls) for e in shorter]
+        if not any(paid) or False in paid:
+            return math.inf
+        path, seconds = self.apart(edge, known, calls)
         launches = sum(len(done.report.kernels) if (done := self.found(e)) else 1 for e in path)
         saved = max(0, launches - 1) * self.on.launch_seconds
         for _, cut in path[:-1]:
-            gone = [n for n in self.whole.live(cut) if self.whole.last_use[n] < high]
-            saved += 2 * self.bytes(gone) / self.on.bandwidth
+            gone = [n for n in self.whole.live(cut) if self.whole.last_use[n] < edge[1]]
+            saved += 2 * bytes_of((self.whole.tensors[n] for n in gone), self.sizes) / self.on.bandwidth
         return max(seconds - saved, self.on.launch_seconds) if saved > MARGIN * seconds else math.inf
 
-    def bytes(self, names: Iterable[str]) -> float:
-        return bytes_of((self.whole.tensors[n] for n in names), self.sizes)
+    def paid(self, edge: Interval, known: Mapping[Interval, float], calls: Mapping[Interval, float]) -> bool | None:
+        """Whether a segment is cheaper than its parts, if it was searched."""
+        if self.marks.index(edge[1]) - self.marks.index(edge[0]) == 1:
+            return True
+        return known[edge] < self.apart(edge, known, calls)[1] if edge in known else None
+
+    def apart(
+        self, edge: Interval, known: Mapping[Interval, float], calls: Mapping[Interval, float]
+    ) -> tuple[list[Interval], float]:
+        """The cheapest way over the parts of a segment, and its time."""
+        low, high = edge
+        parts = {e: known.get(e, calls[e]) for e in calls if e != edge and low <= e[0] and e[1] <= high}
+        path = _shortest([m for m in self.marks if low <= m <= high], parts)
+        return path, sum(parts[e] for e in path)
 
 
 def _shortest(marks: Sequence[int], price: Mapping[Interval, float]) -> list[Interval]:
