@@ -23,7 +23,7 @@ from mugraph.search.cost import Device, device, floor_seconds, predict_library
 from mugraph.search.enumerate import widen
 from mugraph.search.extract import Derivation, Problem, Roles, is_leaf_edge
 from mugraph.search.laws import LAWS, Meaning, meaning
-from mugraph.search.library import Attention, contraction
+from mugraph.search.library import Added, Attention, contraction
 from mugraph.search.partition import Choice, Partition
 from mugraph.search.pieces import is_free, joints, pieces
 from mugraph.search.report import (
@@ -754,6 +754,8 @@ def structure(plan: Sequence[Choice], axes: Mapping[str, Axis], fixed: Fixed | N
         match c.how:
             case Edge():
                 texts.append(f"library contraction over {named(c.how.axes)}")
+            case Added():
+                texts.append(f"library contraction over {named(c.how.product.axes)} added")
             case Attention():
                 texts.append(f"library attention over {named((c.how.key,))}")
             case Derivation(roles=roles):
@@ -829,8 +831,8 @@ def _report(
     stop = StopReason("Saturated")
     if watch.stopped:
         stop = StopReason(watch.stopped, watch.budget if watch.stopped == "TimeLimit" else None)
-    elif closure.truncated:
-        stop = StopReason("NodeLimit", space.nodes)
+    elif closure.limit:
+        stop = closure.limit
     elif any(at.run.entries >= space.entries for at in solved):
         stop = StopReason("EntryLimit", space.entries)
     elif any(at.problem.truncated for at in solved):

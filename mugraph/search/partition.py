@@ -29,7 +29,7 @@ from mugraph.search.extract import (
     Survey,
 )  # fmt: skip
 from mugraph.search.footprint import Footprint, work_of
-from mugraph.search.library import Attention, LibraryCall, library_calls, operands
+from mugraph.search.library import Added, Attention, LibraryCall, library_calls, operands
 from mugraph.search.space import SearchSpace
 
 KEPT = 16  # derivations per kernel that the full model ranks
@@ -58,7 +58,7 @@ class Choice:
     def derivations(self) -> tuple[Derivation, ...]:
         """Those of our own kernels."""
         match self.how:
-            case Edge() | Attention():
+            case Edge() | Added() | Attention():
                 return ()
             case Derivation():
                 return (self.how,)

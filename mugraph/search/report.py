@@ -9,8 +9,9 @@ from typing import Any
 
 @dataclass(frozen=True)
 class StopReason:
-    """Saturated: the whole space was covered.  NodeLimit, EntryLimit, StateLimit, SegmentLimit: a budget of the
-    space ran out.  TimeLimit, Interrupted: the best so far was returned (such a run is not reproducible)."""
+    """Saturated: the whole space was covered.  NodeLimit, EntryLimit, StateLimit, SegmentLimit: a budget of the space
+    ran out.  MemoryLimit: the values of the closure took that many 64-bit words (`closure.MOST_WORDS`).
+    TimeLimit, Interrupted: the best so far was returned (such a run is not reproducible)."""
 
     kind: str
     limit: float | None = None

@@ -98,7 +98,7 @@ def missing(case: Case, trees: Trees, kind: type[Recorded] = Recorded) -> tuple[
     root = builder.class_of(case.target)
     assert root is not None
     builder.run()
-    assert not builder.truncated
+    assert builder.limit is None
     known = {of_value(builder.classes[c].value).key for c in topological(builder.classes, [root])}
     unclosed = {side.key for term in builder.terms for side in unclosed_sides(term)}
 
