@@ -30,8 +30,8 @@ def parts(program: Program, graph: KernelGraph, cuts: Sequence[str]) -> list[tup
     found = []
     for group in _groups(program, graph, [n for n in wanted if n not in inputs], given):
         made = _needed(program, group, given), _needed(graph, group, given)
-        read = {a for equations in made for e in equations for a in e.args}
-        both = tuple(i for n, i in given.items() if n in read and n not in group)
+        read = dict.fromkeys(a for equations in reversed(made) for e in equations for a in e.args)
+        both = tuple(given[n] for n in read if n in given and n not in group)
         outputs = tuple(Output(n, Storage(mine[n].dtype)) for n in group)
         found.append(
             (

@@ -157,7 +157,7 @@ def search(
         for e in (task.called(best.plan) if best.plan else ())
     ]
     if not best.plan:
-        notes.append("nothing beats the program as it stands: it runs as library calls")
+        notes.append(UNBEATEN)
     notes += _kept(best.graph)
     ranges = _ranges(structures)
     report = _report(task, space, solved, watch, best, ranges, notes)
@@ -421,6 +421,7 @@ def _kept(graph: KernelGraph) -> list[str]:
 
 
 LIBRARY = "the program as library calls"
+UNBEATEN = "nothing beats the program as it stands: it runs as library calls"
 UNFIT = "would keep in 16 bits what does not fit there"
 OTHERS = 2  # a further size gets that part of the budget of states
 
@@ -788,9 +789,9 @@ def _report_of_segments(
         pruned.update(r.pruned)
     chosen = [(s, done.report) for s, done, _ in solved[0].segments if done] if best.segments else []
     sizes = {a.name: representative(a.size, space.symbolic) for a in program.axes().values()}
-    notes = [f"{n}" for s, r in chosen for n in map(s.spelled, r.notes)]
+    notes = [s.spelled(n) for s, r in chosen for n in r.notes if n != UNBEATEN]
     if not best.segments:
-        notes.append("nothing beats the program as it stands: it runs as library calls")
+        notes.append(UNBEATEN)
     return SearchReport(
         program=program.name,
         device=on.label,

@@ -446,7 +446,7 @@ class _Run:
         if not any(paid) or False in paid:
             return math.inf
         path, seconds = self.apart(edge, known, calls)
-        launches = sum(len(done.report.kernels) if (done := self.found(e)) else 1 for e in path)
+        launches = sum(max(1, len(done.report.kernels)) if (done := self.found(e)) else 1 for e in path)
         saved = max(0, launches - 1) * self.on.launch_seconds
         for _, cut in path[:-1]:
             gone = [n for n in self.whole.live(cut) if self.whole.last_use[n] < edge[1]]
