@@ -1,8 +1,8 @@
 """A program and a μGraph of it, cut at values that both have.
 
-*Composition.*  Let both compute every cut value and every output from inputs and cut values alone, and let each pair of
-these computations agree for all arguments.  Then the whole agrees: by induction over the order of the graph's equations,
-each cut value is the program's.  So it is enough to compare part by part.
+*Composition.*  Let both compute every cut value and every output from inputs and cut values alone, and let each pair
+of these computations agree for all arguments.  Then the whole agrees: by induction over the order of the graph's
+equations, each cut value is the program's.  So it is enough to compare part by part.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 
 from mugraph.errors import GraphError, SettingError, ShapeError, VerificationError
 from mugraph.ir.axes import Axis, dims_of, representative, size_value
@@ -129,7 +129,7 @@ def search(
 
     if operators(program) > space.operators:
         accepting = accept_cut or (lambda graph, _: accept(graph))
-        return _in_segments(program, space, on, accepting, solve or partial(_one_by_one, stop), watch, stop)
+        return _in_segments(program, space, on, accepting, solve or _one_by_one, watch, stop)
     cut = pieces(ordered(program))
     here = canonical(cut)
     known = meaning(here.program)
@@ -167,7 +167,7 @@ def search(
 # -- large programs
 
 
-def _one_by_one(stop: Callable[[], bool], tasks: Sequence[Task]) -> list[Done | None]:
+def _one_by_one(tasks: Sequence[Task], stop: Callable[[], bool]) -> list[Done | None]:
     """Searches segments in this process.  What is wrong with one comes out when all are verified together."""
     found: list[Done | None] = []
     for task in tasks:
@@ -212,9 +212,7 @@ def _in_segments(
         def library(equations: Sequence[Equation], size: int = size) -> float:
             return _equations_seconds(equations, program, size, dtype, on)
 
-        solved.append(
-            partitioned(whole, space.but(symbolic=size, sizes=(), states=states), on, solve, library, stop)
-        )
+        solved.append(partitioned(whole, space.but(symbolic=size, sizes=(), states=states), on, solve, library, stop))
         watch.lap("segments")
         chosen.append(_joined(program, size, solved[-1], library(program.equations), accept))
         watch.lap("verification")
@@ -240,7 +238,7 @@ def _joined(
     accept: AcceptCut,
 ) -> _Joined:
     segments = segment_reports(run)
-    text = " | ".join(dict.fromkeys(s.structure for s in segments))
+    text = " | ".join(s.structure if s.shared_with is None else f"as {s.shared_with}" for s in segments)
     parts = [(s, done.graph if done else baseline(s.task.program)) for s, done, _ in run.segments]
     fits = not any(done and done.report.candidates[-1].verdict == UNFIT for _, done, _ in run.segments)
     verdict = "costlier"

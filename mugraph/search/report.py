@@ -3,8 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+
+def decoded(hint: Any, data: Any) -> Any:
+    """JSON data as a value of a declared type: what `asdict` took apart, put together again.
+
+    >>> decoded(StopReason, {"kind": "NodeLimit", "limit": 4000})
+    StopReason(kind='NodeLimit', limit=4000)
+    """
+    args = get_args(hint)
+    if data is None:
+        return None
+    if isinstance(hint, type) and is_dataclass(hint):
+        hints = get_type_hints(hint)
+        return hint(**{f.name: decoded(hints[f.name], data[f.name]) for f in fields(hint) if f.name in data})
+    if get_origin(hint) in (Union, UnionType):
+        return decoded(next(h for h in args if h is not NoneType), data)
+    if get_origin(hint) is tuple:
+        kinds = args[:1] * len(data) if args[-1] is Ellipsis else args
+        return tuple(decoded(h, x) for h, x in zip(kinds, data, strict=True))
+    if get_origin(hint) is Mapping:
+        return {k: decoded(args[1], x) for k, x in data.items()}
+    return data
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,9 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 from mugraph.ir.axes import representative
 from mugraph.ir.graph import Equation, KernelGraph, Program
@@ -26,11 +27,12 @@ from mugraph.ir.ops import Concat, Contract, Elementwise, Kernel, MaskedExp, Red
 from mugraph.ir.ops import Cast as CastOp
 from mugraph.ir.printer import Names, quoted
 from mugraph.ir.rename import renamed
+from mugraph.ir.serialize import from_json, to_json
 from mugraph.ir.types import DType, Input, Output, Storage, Tensor
 from mugraph.search.canonical import Canonical, canonical, colours
 from mugraph.search.cost import Device, floor_seconds
 from mugraph.search.pieces import is_free
-from mugraph.search.report import SearchReport, SegmentReport
+from mugraph.search.report import SearchReport, SegmentReport, decoded
 from mugraph.search.space import SearchSpace
 
 STEM = r"\b[va]\d{4}"  # a canonical name, or what the name of something made from it begins with
@@ -51,6 +53,14 @@ class Task:
     def key(self) -> str:
         return f"{self.program}\n{self.space}\n{self.on.digest}"
 
+    def to_dict(self) -> dict[str, Any]:
+        """The task as JSON data."""
+        return {"program": to_json(self.program), "space": asdict(self.space), "device": asdict(self.on)}
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> Task:
+        return Task(from_json(data["program"]), decoded(SearchSpace, data["space"]), Device(**data["device"]))
+
 
 @dataclass(frozen=True)
 class Done:
@@ -59,9 +69,17 @@ class Done:
     graph: KernelGraph
     report: SearchReport
 
+    def to_dict(self) -> dict[str, Any]:
+        """The result as JSON data."""
+        return {"graph": to_json(self.graph), "report": asdict(self.report)}
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> Done:
+        return Done(from_json(data["graph"]), decoded(SearchReport, data["report"]))
+
 
 Interval = tuple[int, int]  # of the order: from, to
-Solve = Callable[[Sequence[Task]], Sequence[Done | None]]  # None: it was stopped before
+Solve = Callable[[Sequence[Task], Callable[[], bool]], Sequence[Done | None]]  # None: it was stopped before
 
 
 @dataclass(frozen=True)
@@ -279,7 +297,9 @@ def cuts(whole: Line, most: int, sizes: Mapping[str, int], inside: Iterable[str]
     }
     kept = {0, *ends, len(whole.operators)}
     for _ in range(2):  # the least of their neighbours, then of these
-        least = [b for a, b, c in zip(borders, borders[1:], borders[2:], strict=False) if weight[a] > weight[b] <= weight[c]]
+        least = [
+            b for a, b, c in zip(borders, borders[1:], borders[2:], strict=False) if weight[a] > weight[b] <= weight[c]
+        ]
         borders = sorted({0, *least, *kept})
     kept |= {b for b in least if weight[b] < math.inf}
     for choice in (
@@ -332,9 +352,7 @@ def extract(whole: Line, start: int, stop: int) -> Program:
     return Program(NAME, inputs, tuple(equations), tuple(outputs))
 
 
-def segment(
-    whole: Line, start: int, stop: int, space: SearchSpace, on: Device, sizes: Mapping[str, int]
-) -> Segment:
+def segment(whole: Line, start: int, stop: int, space: SearchSpace, on: Device, sizes: Mapping[str, int]) -> Segment:
     """The interval under canonical names.  Its own order is taken anew, so that it does not depend on what is around;
     fields of the space that name what it lacks are left out."""
     part = line(extract(whole, start, stop), sizes)
@@ -426,13 +444,12 @@ class _Run:
         room = self.space.segments - len(self.done) - len(self.failed)
         self.truncated = self.truncated or len(tasks) > room or self.stop()
         tasks = [] if self.stop() else tasks[:room]
-        for task, result in zip(tasks, self.solve(tasks), strict=True):
+        for task, result in zip(tasks, self.solve(tasks, self.stop), strict=True):
             if result is None:
                 self.failed.add(task.key)
             else:
                 self.done[task.key] = result
         return bool(tasks)
-
 
     def hope(self, edge: Interval, known: Mapping[Interval, float], calls: Mapping[Interval, float]) -> float:
         """The least that a segment which was not searched may cost: what its parts cost, less the launches but one, and
