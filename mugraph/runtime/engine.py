@@ -143,7 +143,7 @@ class Processes:
 
     def run(self, jobs: Sequence[Job], stop: Stop) -> Iterator[tuple[int, Result | None]]:
         waiting: queue.SimpleQueue[tuple[int, int]] = queue.SimpleQueue()  # job, attempts before
-        answers: queue.SimpleQueue[tuple[int, int, Result | None | WorkerError]] = queue.SimpleQueue()
+        answers: queue.SimpleQueue[tuple[int, int, Result | WorkerError | None]] = queue.SimpleQueue()
         for number in range(len(jobs)):
             waiting.put((number, 0))
         ended = threading.Event()

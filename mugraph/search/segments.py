@@ -3,9 +3,9 @@
     order       operators by the number of contractions below them, then by level: it depends on no names, and parallel
                 branches (the projections before attention) lie side by side.  Intervals of it are convex.
     cuts        borders of levels at which all values in memory may lie there, few bytes of them first
-    choice      the shortest path over cuts, where an edge is a segment and costs what its search says.  Segments between
-                neighbouring cuts are all searched; a longer one only if it lies on the shortest path when it is priced by
-                what it may cost at least.  (Lazy shortest paths: Dellin and Srinivasa, ICAPS 2016, section 3.)
+    choice      the shortest path over cuts, where an edge is a segment and costs what its search says.  Segments
+                between neighbouring cuts are all searched; a longer one only if it lies on the shortest path when it is
+                priced by what it may cost at least.  (Lazy shortest paths: Dellin and Srinivasa, ICAPS 2016.)
     sharing     a segment is searched under canonical names, so that equal ones are one search
     joining     the μGraphs of the segments in order, under the program's own names
 
@@ -19,12 +19,12 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 from mugraph.ir.axes import representative
 from mugraph.ir.graph import Equation, KernelGraph, Program
-from mugraph.ir.ops import Concat, Contract, Elementwise, Kernel, MaskedExp, Reduce, Select
-from mugraph.ir.ops import Cast as CastOp
+from mugraph.ir.ops import Cast, Concat, Contract, Elementwise, Kernel, MaskedExp, Reduce, Select
 from mugraph.ir.printer import Names, quoted
 from mugraph.ir.rename import renamed
 from mugraph.ir.serialize import from_json, to_json
@@ -94,7 +94,7 @@ class Segment:
 
     def spelled(self, text: str) -> str:
         """A text about the task in the program's own names."""
-        names = self.here.names | {new: axis.name for new, axis in self.here.axes.items()}
+        names = {**self.here.names} | {new: axis.name for new, axis in self.here.axes.items()}
         return re.sub(STEM, lambda m: names.get(m[0], m[0]), text)
 
 
@@ -193,7 +193,7 @@ def line(program: Program, sizes: Mapping[str, int]) -> Line:
     free, tensors = _free(program), program.tensors()
     equations = [e for e in program.equations if e.targets[0].name not in free]
     made = {t.name: e for e in equations for t in e.targets}
-    reads = {id(e): [n for n in _reads(e, free, made)] for e in equations}
+    reads = {id(e): list(_reads(e, free, made)) for e in equations}
     depth: dict[int, int] = {}
     level: dict[int, int] = {}
     users: dict[int, list[Equation]] = {id(e): [] for e in equations}
@@ -250,7 +250,7 @@ def unsafe(program: Program) -> set[str]:
         if exponents.isdisjoint(t.name for t in e.targets):
             continue
         scales = isinstance(e.op, Elementwise) and e.op.fn in ("add", "sub", "mul", "div", "neg")
-        if scales or isinstance(e.op, CastOp | Select | Concat) or is_free(e):
+        if scales or isinstance(e.op, Cast | Select | Concat) or is_free(e):
             exponents.update(a for a in e.args if len(tensors[a].axes) == len(e.target.axes))
     return {n for n in found | exponents if tensors[n].dtype.is_float and tensors[n].dtype.bits < 32}
 
@@ -268,7 +268,7 @@ def _degree(e: Equation, args: list[float]) -> float:
             return -args[0]
         case Elementwise("square"):
             return 2 * args[0]
-        case Elementwise("add" | "sub" | "max" | "min" | "neg" | "abs") | Concat() | Reduce() | CastOp():
+        case Elementwise("add" | "sub" | "max" | "min" | "neg" | "abs") | Concat() | Reduce() | Cast():
             return max(args, default=0)
         case Select():
             return max(args[1:])
@@ -292,7 +292,7 @@ def cuts(whole: Line, most: int, sizes: Mapping[str, int], inside: Iterable[str]
     weight = {b: bytes_at(b) for b in borders}
     ends = {
         b
-        for before, b in zip(borders, borders[1:], strict=False)
+        for before, b in pairwise(borders)
         if weight[b] < math.inf and any(isinstance(e.op, Contract) for e in whole.operators[before:b])
     }
     kept = {0, *ends, len(whole.operators)}
@@ -308,7 +308,7 @@ def cuts(whole: Line, most: int, sizes: Mapping[str, int], inside: Iterable[str]
         [i for i in range(len(whole.operators)) if never.isdisjoint(whole.live(i))],
     ):
         marks = sorted(kept)
-        for low, high in zip(marks, marks[1:], strict=False):
+        for low, high in pairwise(marks):
             if high - low > most:
                 kept.update(c for c in choice if low < c < high)
     return sorted(kept)
@@ -444,12 +444,14 @@ class _Run:
         room = self.space.segments - len(self.done) - len(self.failed)
         self.truncated = self.truncated or len(tasks) > room or self.stop()
         tasks = [] if self.stop() else tasks[:room]
+        if not tasks:
+            return False
         for task, result in zip(tasks, self.solve(tasks, self.stop), strict=True):
             if result is None:
                 self.failed.add(task.key)
             else:
                 self.done[task.key] = result
-        return bool(tasks)
+        return True
 
     def hope(self, edge: Interval, known: Mapping[Interval, float], calls: Mapping[Interval, float]) -> float:
         """The least that a segment which was not searched may cost: what its parts cost, less the launches but one, and

@@ -47,8 +47,8 @@ FIXED_SIZES = (
 )
 
 COMPOSED = (
-    "program and graph are compared in {} different parts, between values that both have; that the whole agrees follows "
-    "from that by induction over the parts"
+    "program and graph are compared in {} different parts, between values that both have; that the whole agrees "
+    "follows by induction over the parts"
 )
 
 _TOKEN = object()
