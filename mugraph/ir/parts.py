@@ -23,7 +23,7 @@ def parts(program: Program, graph: KernelGraph, cuts: Sequence[str]) -> list[tup
     wanted = dict.fromkeys([*cuts, *(o.value for o in program.outputs)])
     mine, yours = program.tensors(), graph.tensors()
     for name in wanted:
-        if mine.get(name) != yours.get(name):
+        if name not in mine or mine[name] != yours.get(name):
             raise GraphError(f"{name}, where the graph is cut, is {yours.get(name)}, in the program {mine.get(name)}")
     inputs = {i.name: i for i in program.inputs}
     given = inputs | {n: Input(mine[n], Storage(mine[n].dtype)) for n in wanted if n not in inputs}

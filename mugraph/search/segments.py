@@ -208,7 +208,7 @@ def line(program: Program, sizes: Mapping[str, int]) -> Line:
     for e in reversed(equations):
         if not users[id(e)] or any(t.name in given for t in e.targets):
             continue
-        later = min(depth[id(u)] for u in users[id(e)])
+        later = min(depth[id(u)] - isinstance(u.op, Contract) for u in users[id(e)])
         kept = [n for n in reads[id(e)] if all(depth[id(u)] < later for u in users[id(made[n])] if u is not e)]
         shared = any(len(users[id(made[n])]) > 1 for n in kept)
         saved, more = bytes_of(e.targets, sizes), bytes_of((tensors[n] for n in kept), sizes)

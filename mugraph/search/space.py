@@ -53,7 +53,7 @@ class SearchSpace:
     nodes: int = 4_000
     entries: int = 1_000_000
     states: int = 32_000
-    operators: int = 24
+    operators: int = 20
     segments: int = 40
     candidates: int = 0
     abstraction: AbstractionName = "closure"
