@@ -275,9 +275,9 @@ def optimize(
     whatever the engine.
 
     Ctrl-C (or the end of the budget) stops the search with the best so far; a second Ctrl-C during the search quits.
-    Ctrl-C after the search ends the checks: the result then says which tiers it reached.  Where the emitted source
-    disagrees with float64, or the search cannot handle the program, the program runs as library calls and a note says
-    why.
+    Ctrl-C after the search ends the checks: the result then says which tiers it reached.  Only a result that another
+    run would find again is kept in the cache.  Where the emitted source disagrees with float64, or the search cannot
+    handle the program, the program runs as library calls and a note says why.
     Raises GraphError for a malformed program, UnsupportedOpError where the target has no form for an operator,
     VerificationError where no candidate passes, UnknownTargetError for an unknown target.
     """
@@ -307,10 +307,11 @@ def optimize(
     with engine_of(engine) if engine is None or isinstance(engine, str) else nullcontext(engine) as running:
         result = _optimized(program, chosen, space, budget, delta, number, running, jobs, say)
     report = result.report
-    saturated = not (isinstance(report, SearchReport) and report.stop.kind in ("TimeLimit", "Interrupted"))
-    if not settings.skip_cache.get() and saturated and not result.interrupted:
-        entry = store.put(key, result.files(), {"notes": list(result.notes), "target": str(chosen)})
-        result = replace(result, directory=entry.path if entry else None)
+    reproducible = not isinstance(report, SearchReport) or report.stop.reproducible
+    if not settings.skip_cache.get() and reproducible and not result.interrupted:
+        with interruptible() as interrupted:  # what was found is kept, whatever comes
+            entry = store.put(key, result.files(), {"notes": list(result.notes), "target": str(chosen)})
+        result = replace(result, directory=entry.path if entry else None, interrupted=interrupted())
     if settings.print_output_code.get():
         say(result.source)
     return result
@@ -422,7 +423,7 @@ def search_segment(request: Mapping[str, Any], stop: Callable[[], bool]) -> dict
     done = searched(task, lambda graph: accepted(task.program, graph, target, request["delta"], request["seed"]), stop)
     if done is None:
         return {"graph": None}
-    return done.to_dict() | {"whole": done.report.stop.kind not in ("TimeLimit", "Interrupted")}
+    return done.to_dict() | {"whole": done.report.stop.reproducible}
 
 
 def _unsearchable(error: Exception) -> str:

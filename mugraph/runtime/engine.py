@@ -182,10 +182,11 @@ class Processes:
                 yield number, answer
         finally:
             ended.set()
-            if left:
-                self.close()  # what is under way is not waited for
-            for thread in threads:
-                thread.join()
+            while any(thread.is_alive() for thread in threads):
+                for worker in self.pool if left else ():
+                    worker.kill()  # what is under way is not waited for
+                threads[0].join(POLL)
+                threads = [t for t in threads if t.is_alive()]
 
     def close(self) -> None:
         for worker in self.pool:

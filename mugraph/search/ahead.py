@@ -139,7 +139,7 @@ def partition_with_ahead(
             ranked.append((cost * MARGIN, before + plan))
     for other in (first, folding):
         run.configurations += other.configurations
-        run.entries = max(run.entries, other.entries)
+        run.limited |= other.limited
         for count in ("expanded", "generated", "infeasible", "bounded", "truncated"):
             setattr(p, count, getattr(p, count) + getattr(other.p, count))
     return [plan for _, plan in sorted(ranked, key=lambda item: item[0])], run

@@ -408,7 +408,8 @@ class Builder:
         """The products that rule d makes of a sum."""
         known = self.factored.get(f.body.digest)
         if known is None:
-            found = [(together,) for together, rest in factorings(f.body.args[0]) if not rest]
+            (terms,) = f.body.args
+            found: list[Value] = [(together,) for together, _ in factorings(terms, least=len(terms))]
             known = self.factored[f.body.digest] = f.body.params, found
         return [v.freshened(v.rename(x, dict(zip(known[0], f.tokens, strict=True)))[0]) for x in known[1]]
 
@@ -445,8 +446,8 @@ def worth_distributing(value: Value, bound: frozenset[Token]) -> bool:
     return False
 
 
-def factorings(value: Value) -> list[tuple[Term, list[Term]]]:
-    """Rule d: groups of terms that share a factor, as (factor · (rest of each), terms outside the group).
+def factorings(value: Value, least: int = 2) -> list[tuple[Term, list[Term]]]:
+    """Rule d: groups of at least so many terms that share a factor, as (factor · (rest of each), terms outside).
 
     Bound tokens of the shared factor are matched, so Σ_k a·x + Σ_k b·x becomes Σ_k (a + b)·x.
     """
@@ -456,18 +457,18 @@ def factorings(value: Value) -> list[tuple[Term, list[Term]]]:
     for i, term in enumerate(value):
         for at, f in enumerate(term.factors):
             name = names[i][at]
-            if (i, at) in seen:
+            if (i, at) in seen or not name or sum(name in others for others in names) < least:
                 continue
             group: list[tuple[int, int, dict[Token, Token]]] = [(i, at, {})]
             for j, other in enumerate(value):
-                if j == i or not name or name not in names[j]:
+                if j == i or name not in names[j]:
                     continue
                 for at2, g in enumerate(other.factors):
                     matching = match_tokens(f, g, term.bound, other.bound) if names[j][at2] == name else None
                     if matching is not None:
                         group.append((j, at2, matching))
                         break
-            if len(group) < 2:
+            if len(group) < least:
                 continue
             seen.update((j, at2) for j, at2, _ in group)
             shared = v.factor_tokens(f) & term.bound
@@ -500,16 +501,11 @@ def match_tokens(
     f: Factor, g: Factor, bound_f: frozenset[Token], bound_g: frozenset[Token]
 ) -> dict[Token, Token] | None:
     """A map of g's bound tokens to f's that makes the factors equal, or None."""
-    match f, g:
-        case Load(), Load():
-            orders = [f.tokens] if f.name == g.name else []
-        case (Call(), Call()) | (Paren(), Paren()):
-            same = f.body.digest == g.body.digest
-            orders = [tuple(f.tokens[i] for i in order) for order in f.body.symmetries] if same else []
-        case _:
-            orders = []
-    for tokens in orders:
-        pairs = list(zip(tokens, g.tokens, strict=True))
+    if isinstance(f, Number) or isinstance(g, Number) or _name(f) != _name(g):
+        return None
+    orders = [range(len(f.tokens))] if isinstance(f, Load) else f.body.symmetries
+    for order in orders:
+        pairs = [(f.tokens[i], b) for i, b in zip(order, g.tokens, strict=True)]
         if all(a[0] == b[0] if b in bound_g and a in bound_f else a == b for a, b in pairs):
             return {b: a for a, b in pairs if b in bound_g}
     return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -80,7 +80,8 @@ class Found:
 class Watch:
     """Wall time by phase, and the budget."""
 
-    def __init__(self, budget_seconds: float) -> None:
+    def __init__(self, budget_seconds: float, interrupted: Callable[[], bool]) -> None:
+        self.interrupted = interrupted
         self.started = self.mark = time.perf_counter()
         self.budget = budget_seconds
         self.phases: dict[str, float] = {}
@@ -92,7 +93,9 @@ class Watch:
         self.mark = now
 
     def over(self) -> bool:
-        if time.perf_counter() - self.started > self.budget:
+        if self.interrupted():
+            self.stopped = "Interrupted"
+        elif time.perf_counter() - self.started > self.budget:
             self.stopped = "TimeLimit"
         return self.stopped is not None
 
@@ -117,19 +120,53 @@ def search(
     A program of more than `space.operators` operators is searched in segments: `solve` searches them (here, one after
     the other, where it is None), and `accept_cut` takes the μGraph and the values at which it was cut (`accept`, where
     it is None).
+
+    Budgets beyond the default ones never make a result costlier: where these run out, the space under them is searched
+    first, and its result is kept unless the wider one is as cheap.
     """
     space, on = space or SearchSpace(), on or device()
+    started = time.perf_counter()
     program = program if space.ahead else program.without_constants()
-    watch = Watch(budget_seconds)
 
-    def stop() -> bool:
-        if interrupted():
-            watch.stopped = "Interrupted"
-        return watch.over()
+    def within(space: SearchSpace, seconds: float) -> Found:
+        watch = Watch(seconds, interrupted)
+        if operators(program) > space.operators:
+            accepting = accept_cut or (lambda graph, _: accept(graph))
+            return _in_segments(program, space, on, accepting, solve or _one_by_one, watch)
+        return _whole(program, accept, space, on, watch)
 
-    if operators(program) > space.operators:
-        accepting = accept_cut or (lambda graph, _: accept(graph))
-        return _in_segments(program, space, on, accepting, solve or _one_by_one, watch, stop)
+    narrow = space.under_default_budgets()
+    if operators(program) <= narrow.operators:
+        narrow = narrow.but(operators=space.operators)
+    if narrow == space or operators(program) > space.operators:  # segments are each searched within both
+        return within(space, budget_seconds)
+    first = within(narrow, budget_seconds)
+    stop, cut = first.report.stop, operators(program) > narrow.operators
+    if not stop.reproducible or (stop.kind == "Saturated" and not space.candidates and not cut):
+        return replace(first, report=replace(first.report, space=str(space)))
+    left = max(0.0, budget_seconds - (time.perf_counter() - started))
+    return _cheaper(first, within(space, left), budget_seconds)
+
+
+def _cheaper(narrow: Found, wide: Found, budget_seconds: float) -> Found:
+    """The cheaper of two results, with the report on both searches."""
+    stop = wide.report.stop
+    if stop.kind == "TimeLimit":
+        stop = StopReason("TimeLimit", budget_seconds)
+    phases = {*narrow.report.seconds, *wide.report.seconds}
+    times = {p: narrow.report.seconds.get(p, 0.0) + wide.report.seconds.get(p, 0.0) for p in sorted(phases)}
+    if narrow.report.predicted_seconds >= wide.report.predicted_seconds:
+        return replace(wide, report=replace(wide.report, stop=stop, seconds=times))
+    note = "found under the default budgets; the wider ones gave nothing as cheap"
+    report = replace(
+        narrow.report, space=wide.report.space, stop=stop, seconds=times, notes=(*narrow.report.notes, note)
+    )
+    return replace(narrow, report=report)
+
+
+def _whole(program: Program, accept: Accept, space: SearchSpace, on: Device, watch: Watch) -> Found:
+    """One search of a whole program, within one space."""
+    stop = watch.over
     cut = pieces(ordered(program))
     here = canonical(cut)
     known = meaning(here.program)
@@ -193,7 +230,6 @@ def _in_segments(
     accept: AcceptCut,
     solve: Solve,
     watch: Watch,
-    stop: Callable[[], bool],
 ) -> Found:
     """The search of a large program: for each size the segments that cost least together, joined, and accepted as a
     whole.  Where they are refused, the program runs as library calls."""
@@ -205,14 +241,16 @@ def _in_segments(
     solved: list[Partitioned] = []
     chosen: list[_Joined] = []
     for size in (space.symbolic, *_other_sizes(program, space)):
-        if solved and stop():
+        if solved and watch.over():
             break
         states = space.states if not solved else max(1, space.states // OTHERS)
 
         def library(equations: Sequence[Equation], size: int = size) -> float:
             return _equations_seconds(equations, program, size, dtype, on)
 
-        solved.append(partitioned(whole, space.but(symbolic=size, sizes=(), states=states), on, solve, library, stop))
+        solved.append(
+            partitioned(whole, space.but(symbolic=size, sizes=(), states=states), on, solve, library, watch.over)
+        )
         watch.lap("segments")
         chosen.append(_joined(program, size, solved[-1], library(program.equations), accept))
         watch.lap("verification")
@@ -328,9 +366,20 @@ class _Task:
             run,
             fixed,
             plans,
-            _equations_seconds(ordered(self.program).equations, self.program, symbolic, problem.dtype, self.on),
-            all(may_be_materialised(problem, self.seeds[n]) for n in _computed(self.here.program, self.known)),
+            _equations_seconds(self.equations, self.program, symbolic, problem.dtype, self.on),
+            self.all_materialised(problem),
         )
+
+    @cached_property
+    def equations(self) -> tuple[Equation, ...]:
+        """The program's equations, whatever the order of commutative operands."""
+        return ordered(self.program).equations
+
+    def all_materialised(self, problem: Problem) -> bool:
+        """Whether all that the source materialises may be."""
+        exponents = _exponents(problem)
+        computed = {self.seeds[n] for n in _computed(self.here.program, self.known)}
+        return all(may_be_materialised(problem, c, exponents) for c in computed)
 
     def is_fixed(self, e: Equation) -> bool:
         """Whether the equation works on constant inputs alone."""
@@ -343,8 +392,10 @@ class _Task:
         constants = {n: t for n, t in program.tensors().items() if lasting.get(self.here.names[n])}
         outputs = {self.seeds[o.value] for o in program.outputs}
 
+        exponents, kept = _exponents(problem), forced | inside | problem.scaled
+
         def foldable(c: int) -> bool:
-            return c not in forced | inside and c not in problem.scaled and may_be_materialised(problem, c)
+            return c not in kept and may_be_materialised(problem, c, exponents)
 
         return fixed_classes(problem, constants, self.here.axes, outputs, foldable)
 
@@ -493,7 +544,7 @@ def _written_sizes(program: Program) -> dict[str, int]:
 
 def _takes_extremes(program: Program) -> bool:
     return any(
-        (isinstance(e.op, Elementwise) and e.op.fn in ("max", "min"))
+        (isinstance(e.op, Elementwise) and e.op.fn in ("max", "min", "relu"))
         or (isinstance(e.op, Reduce) and e.op.kind in ("max", "min"))
         for e in program.equations
     )
@@ -604,14 +655,14 @@ def _problem(program: Program, closure: Closure, seeds: Mapping[str, int], space
     problem = Problem(closure, sizes, limits, on, dtype, memory, {}, leaves, set(), space.states, innermost)
     targets = {seeds[o.value] for o in program.outputs}
     room = sum(problem.bytes(c) for c in {*leaves, *targets})
-    inside = {seeds[n] for n in space.inside}
+    inside, exponents = {seeds[n] for n in space.inside}, _exponents(problem)
     written = set(seeds.values())  # values of the program itself
     for c in closure.order:
         result = c in written or any(e.closes or e.kind == "call" for e in closure.classes[c].edges)
         if c in leaves or c in inside or not result or problem.bytes(c) > room:
             continue
-        if not may_be_materialised(problem, c):
-            if c in targets or c in _exponents(problem) or not any(e.closes for e in closure.classes[c].edges):
+        if not may_be_materialised(problem, c, exponents):
+            if c in targets or c in exponents or not any(e.closes for e in closure.classes[c].edges):
                 continue
             problem.scaled.add(c)
             problem.dtypes[c] = DType.f32
@@ -623,27 +674,16 @@ def _limit(axis: Axis) -> int:
     return size_value(axis.size, {d.name: d.max for d in dims_of(axis.size)})
 
 
-def may_be_materialised(p: Problem, c: int) -> bool:
+def may_be_materialised(p: Problem, c: int, exponents: Collection[int] | None = None) -> bool:
     """Not what 16-bit storage would ruin: an exponential that is not yet normalised overflows, and the rounding of
-    an exponent is a relative error of the exponential."""
-    return p.dtype.bits >= 32 or not (exponential_degree(p.closure.classes[c].value) or c in _exponents(p))
+    an exponent is a relative error of the exponential.  `exponents` are those of the problem, where they are known."""
+    exponents = _exponents(p) if exponents is None else exponents
+    return p.dtype.bits >= 32 or not (c in exponents or exponential_degree(p.closure.classes[c].value))
 
 
 def exponential_degree(value: v.Value) -> bool:
     """Whether some term carries more exponentials than it divides by."""
-    return any(sum(_degree(f) for f in t.factors) != 0 for t in value)
-
-
-def _degree(f: v.Factor) -> int:
-    match f:
-        case v.Call("exp" | "masked_exp"):
-            return 1
-        case v.Call("inv", _, _, (arg,)):
-            return -max((sum(_degree(g) for g in t.factors) for t in arg), default=0)
-        case v.Paren(value):
-            return max((sum(_degree(g) for g in t.factors) for t in value), default=0)
-        case _:
-            return 0
+    return any(sum(map(v.degree, t.factors)) != 0 for t in value)
 
 
 def _exponents(p: Problem) -> set[int]:
@@ -674,9 +714,11 @@ def _equations_seconds(
 ) -> float:
     """Equations of the program as library calls, one launch each; scalars and views are free, unless they
     are given back."""
+    if not equations:
+        return 0.0
     tensors, seconds = program.tensors(), 0.0
     given = {o.value for o in program.outputs}
-    sizes = {a.name: representative(a.size, symbolic) for t in tensors.values() for a in t.axes}
+    sizes = {a.name: representative(a.size, symbolic) for a in program.axes().values()}
     for e in equations:
         if not e.args or (is_free(e) and e.target.name not in given):
             continue
@@ -832,7 +874,7 @@ def _report(
         stop = StopReason(watch.stopped, watch.budget if watch.stopped == "TimeLimit" else None)
     elif closure.limit:
         stop = closure.limit
-    elif any(at.run.entries >= space.entries for at in solved):
+    elif any(at.run.limited for at in solved):
         stop = StopReason("EntryLimit", space.entries)
     elif any(at.problem.truncated for at in solved):
         stop = StopReason("StateLimit", space.states)

@@ -32,7 +32,7 @@ from mugraph.ir.ops import (
 )  # fmt: skip
 from mugraph.search import values as v
 from mugraph.search.canonical import bases
-from mugraph.search.values import Call, Factor, Number, Paren, Term, Value
+from mugraph.search.values import Factor, Number, Paren, Term, Value
 
 MOST_FACTORS = 10  # of a term: rule a looks at all their subsets
 MOST_TERMS = 64  # of a sum; a longer one has sums as terms

@@ -437,7 +437,7 @@ class _Pieces:
         self.depth += 1
         try:
             if e is not None and computed:
-                found = self.computed(e, full, not changed)
+                found = self.same(e, self.computed(e, full, not changed))
             else:
                 self.whole(name)
                 found = self.view(name, changed)
@@ -551,7 +551,7 @@ class _Pieces:
                 return self.total(e, axes, full, target)
             case Slice(axis, out, start, step):
                 moved = {axis: full[out.name].inside(start, step)}
-                return self.same(e, self.of(e.args[0], {**full, **moved}), target)
+                return self.of(e.args[0], {**full, **moved})
             case Rename(pairs):
                 return self.renamed(e, pairs, full, target)
             case Reshape(dims):
@@ -564,14 +564,11 @@ class _Pieces:
     def of(self, arg: str, full: Demand) -> str:
         return self.piece(arg, {a.name: full[a.name] for a in self.tensors[arg].axes if a.name in full})
 
-    def same(self, e: Equation, found: str, target: Tensor | None) -> str:
-        """A piece that is there already, under its own name only where that name is asked for."""
-        del target
-        return (
-            self.emit(e, Cast(e.target.dtype), [found], e.target.name)
-            if self.values[found].dtype is not e.target.dtype
-            else found
-        )
+    def same(self, e: Equation, found: str) -> str:
+        """A piece in the element type of the whole: without an axis of size 1 it may be a scalar, which counts less."""
+        if self.values[found].dtype is e.target.dtype:
+            return found
+        return self.emit(e, Cast(e.target.dtype), [found], e.target.name)
 
     def index(self, e: Equation, region: Region, target: Tensor | None) -> str:
         """start + Σ stride · index."""
@@ -669,7 +666,7 @@ class _Pieces:
         own = {a.name: Region(0, ((a, 1),)) for a in arg.axes if a.name in kept}
         names = [a.name for region in {**demand, **own}.values() for a in region.axes]
         if len(set(names)) < len(names) or not kept:
-            return self.same(e, self.piece(arg.name, demand), target)
+            return self.piece(arg.name, demand)
         inner = self.piece(arg.name, {**demand, **own})
         return self.emit(e, Rename(tuple(kept.items())), [inner], e.target.name, target)
 
@@ -691,7 +688,7 @@ class _Pieces:
         found = self.piece(arg.name, demand)
         if units:
             return self.emit(e, Broadcast(tuple(units)), [found], e.target.name)
-        return self.same(e, found, target)
+        return found
 
     def picked(
         self, e: Equation, axes: Sequence[str], full: dict[str, Region], region: Region, target: Tensor | None
@@ -703,7 +700,7 @@ class _Pieces:
             if low <= region.start and region.last() < low + size:
                 moved = Region(region.start - low, region.digits)
                 others = {a: r for a, r in full.items() if a != e.op.out.name}  # type: ignore[union-attr]
-                return self.same(e, self.of(arg, {**others, axis: moved}), target)
+                return self.of(arg, {**others, axis: moved})
             low += size
         raise Stuck
 

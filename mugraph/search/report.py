@@ -39,6 +39,11 @@ class StopReason:
     kind: str
     limit: float | None = None
 
+    @property
+    def reproducible(self) -> bool:
+        """Whether another run stops at the same place: budgets are counts, a clock is not."""
+        return self.kind not in ("TimeLimit", "Interrupted")
+
     def __str__(self) -> str:
         return self.kind if self.limit is None else f"{self.kind}({self.limit:g})"
 
@@ -153,6 +158,7 @@ class SearchReport:
         return {
             **asdict(self),
             "stop": str(self.stop),
+            "reproducible": self.stop.reproducible,
             "percent_of_floor": self.percent_of_floor,
             "ahead_seconds": self.ahead_seconds,
         }
@@ -161,8 +167,9 @@ class SearchReport:
         edges = ", ".join(f"{n} {rule}" for rule, n in sorted(self.edges.items()))
         pruned = ", ".join(f"{n} {reason}" for reason, n in sorted(self.pruned.items())) or "none"
         times = ", ".join(f"{phase} {1e3 * s:.0f} ms" for phase, s in self.seconds.items())
+        stop = str(self.stop) if self.stop.reproducible else f"{self.stop} (not reproducible)"
         lines = [
-            f"search of {self.program}: {self.stop}, {1e3 * self.total_seconds:.0f} ms ({times})",
+            f"search of {self.program}: {stop}, {1e3 * self.total_seconds:.0f} ms ({times})",
             f"  {self.classes} classes, edges: {edges}; {self.deduplicated} deduplicated",
             f"  {self.configurations} role assignments, {self.states} states; pruned: {pruned}",
             f"  seeds: {', '.join(self.seeds)}; {self.verified} verified, {self.refused} refused",

@@ -10,6 +10,8 @@ from mugraph.search.abstraction import ABSTRACTIONS, AbstractionName
 from mugraph.search.laws import LAWS
 from mugraph.settings import Effort
 
+BUDGETS = ("nodes", "entries", "states", "operators")
+
 
 @dataclass(frozen=True)
 class SearchSpace:
@@ -80,6 +82,11 @@ class SearchSpace:
     def but(self, **changes: Any) -> SearchSpace:
         """The same space with some fields changed."""
         return replace(self, **changes)
+
+    def under_default_budgets(self) -> SearchSpace:
+        """The space with no budget beyond the default one, and without the enumerator: part of this one."""
+        least = {f.name: min(getattr(self, f.name), f.default) for f in fields(self) if f.name in BUDGETS}
+        return self.but(**least, candidates=0)
 
     def __str__(self) -> str:
         return "SearchSpace(" + ", ".join(f"{f.name}={getattr(self, f.name)!r}" for f in fields(self)) + ")"

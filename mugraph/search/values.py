@@ -20,7 +20,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from typing import Any, Literal, NamedTuple
@@ -66,10 +66,25 @@ class Body:
     places      for each parameter the first that a symmetry puts in its place
     closed      the axes that are summed or reduced over inside
     calls       the names of the functions inside, its own included
+    degree      how many exponentials it carries more than it divides by
     width       the most axes that evaluation meets inside at once
     """
 
-    __slots__ = ("args", "attrs", "bound", "calls", "closed", "digest", "fn", "params", "places", "symmetries", "width")
+    calls: frozenset[str]
+    __slots__ = (
+        "args",
+        "attrs",
+        "bound",
+        "calls",
+        "closed",
+        "degree",
+        "digest",
+        "fn",
+        "params",
+        "places",
+        "symmetries",
+        "width",
+    )
 
     def __init__(self, fn: str, attrs: tuple[Any, ...], bound: frozenset[Token], args: tuple[Value, ...]) -> None:
         self.fn, self.attrs, self.bound, self.args = fn, attrs, bound, args
@@ -93,6 +108,10 @@ class Body:
             *(closed_axes(f) for t in terms for f in t.factors)
         )
         self.calls = frozenset((fn,)).union(*(b.calls for b in self.parts()))
+        self.degree = int(fn in ("exp", "masked_exp"))
+        if fn in ("", "inv"):
+            most = max(sum(map(degree, t.factors)) for t in terms)
+            self.degree = -most if fn else most
         self.width = max(len(free), *map(width, args))
 
     def parts(self) -> Iterator[Body]:
@@ -143,9 +162,7 @@ class Applied:
     def __eq__(self, other: object) -> bool:
         if self is other:
             return True
-        return (
-            isinstance(other, Applied) and self.body.digest == other.body.digest and self.tokens == other.tokens
-        )
+        return isinstance(other, Applied) and self.body.digest == other.body.digest and self.tokens == other.tokens
 
     def __hash__(self) -> int:
         return hash((self.body.digest, self.tokens))
@@ -278,6 +295,11 @@ def elimination(term: Term) -> list[tuple[Factor, Iterable[Token], int]]:
 def closed_axes(f: Factor) -> frozenset[str]:
     """The axes that are summed or reduced over inside a factor."""
     return f.body.closed if isinstance(f, Applied) else frozenset()
+
+
+def degree(f: Factor) -> int:
+    """How many exponentials a factor carries more than it divides by."""
+    return f.body.degree if isinstance(f, Applied) else 0
 
 
 def rename_factor(f: Factor, names: Mapping[Token, Token]) -> Factor:
@@ -456,8 +478,9 @@ def rewritten(value: Value, rule: Callable[[Body, tuple[Value, ...]], Value | No
                 args = tuple(_replaced(x, known) for x in top.args)
                 new = rule(top, args) if top.fn else args[0]
                 if new is None and args != top.args:
-                    new = ((Term(NOTHING, (Call(top.fn, top.attrs, top.bound, args),))),)
-                known[top.digest] = None if new is None or new == top.args[:1] else (top.params, new)
+                    new = (Term(NOTHING, (Call(top.fn, top.attrs, top.bound, args),)),)
+                same = new is None or (not top.fn and args == top.args)
+                known[top.digest] = None if new is None or same else (top.params, new)
     return _replaced(value, known)
 
 
@@ -661,11 +684,12 @@ class Fingerprinter:
         pending = [body]
         while pending:
             top = pending[-1]
-            inside = [] if self._at(top) in self._bodies else [b for b in top.parts() if self._at(b) not in self._bodies]
+            known = self._at(top) in self._bodies
+            inside = [] if known else [b for b in top.parts() if self._at(b) not in self._bodies]
             pending += inside
             if not inside:
                 pending.pop()
-                if self._at(top) not in self._bodies:
+                if not known:
                     found = self.called(top.fn, top.attrs, top.bound, [self.value(x) for x in top.args])
                     order = top.params if SAMPLE not in found.tokens else (SAMPLE, *top.params)
                     self._bodies[self._at(top)] = spread(found, order)
@@ -689,6 +713,12 @@ class Fingerprinter:
                 return self.opaque(("exp",), args)
             case "max" | "min":
                 return self.extreme(fn, bound, args)
+            case "relu":
+                return self.extreme("max", NOTHING, [x, Point((), np.zeros((2,), dtype=U))])
+            case "silu":
+                return self.join(x, self.called("sigmoid", (), NOTHING, args), multiply_them=True)
+            case "and" | "or":
+                return self.opaque(fn, args, ordered=False)
             case _:
                 return self.opaque((fn, attrs, sorted(t[0] for t in bound)), args)
 
@@ -702,9 +732,12 @@ class Fingerprinter:
             found.append(result)
         return np.array(found, dtype=U)
 
-    def opaque(self, fn: object, args: Sequence[Point]) -> Point:
+    def opaque(self, fn: object, args: Sequence[Point], ordered: bool = True) -> Point:
         tokens = tuple(dict.fromkeys(t for a in args for t in a.tokens))
         mixed: Words = np.zeros((1,), dtype=U)
+        if not ordered:
+            each = (fields.keyed_hash(spread(a, tokens)[:1], (fn, "each"), 2**62) for a in args)
+            args = [Point(tokens, sum(each, mixed))]
         for i, a in enumerate(args):
             x = spread(a, tokens)[:1]
             mixed = fields.keyed_hash(np.asarray(x * U(2) if i == 0 else mixed + x * U(2)), (fn, i), 2**62)
