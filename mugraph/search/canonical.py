@@ -89,15 +89,15 @@ def _is_commutative(op: Any) -> bool:
 
 def ordered(program: Program) -> Program:
     """The program with commutative operands in the order of their colours."""
-    colours = _colours(program)
+    shade = colours(program)
 
     def one(e: Equation) -> Equation:
-        return replace(e, args=tuple(sorted(e.args, key=colours.__getitem__))) if _is_commutative(e.op) else e
+        return replace(e, args=tuple(sorted(e.args, key=shade.__getitem__))) if _is_commutative(e.op) else e
 
     return replace(program, equations=tuple(map(one, program.equations)))
 
 
-def _colours(program: Program) -> dict[str, str]:
+def colours(program: Program) -> dict[str, str]:
     """For each value what it is made of and used for, as a digest without names: colour refinement (Weisfeiler and
     Leman, 1968) over values and axes.  Operands of one colour are interchangeable, or too alike to be told apart in a
     few rounds."""

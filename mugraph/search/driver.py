@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -25,10 +26,30 @@ from mugraph.search.laws import LAWS, Meaning, meaning
 from mugraph.search.library import Added, Attention, contraction
 from mugraph.search.partition import Choice, Partition
 from mugraph.search.pieces import is_free, joints, pieces
-from mugraph.search.report import CandidateReport, KernelCost, SearchReport, StopReason, StructureReport
+from mugraph.search.report import (
+    CandidateReport,
+    KernelCost,
+    SearchReport,
+    SegmentReport,
+    StopReason,
+    StructureReport,
+)
+from mugraph.search.segments import (
+    Done,
+    Partitioned,
+    Solve,
+    Task,
+    join,
+    least_seconds,
+    line,
+    operators,
+    partitioned,
+    segment_reports,
+)
 from mugraph.search.space import SearchSpace
 
 Accept = Callable[[KernelGraph], object]
+AcceptCut = Callable[[KernelGraph, tuple[str, ...]], object]
 
 
 @dataclass(frozen=True)
@@ -59,7 +80,8 @@ class Found:
 class Watch:
     """Wall time by phase, and the budget."""
 
-    def __init__(self, budget_seconds: float) -> None:
+    def __init__(self, budget_seconds: float, interrupted: Callable[[], bool]) -> None:
+        self.interrupted = interrupted
         self.started = self.mark = time.perf_counter()
         self.budget = budget_seconds
         self.phases: dict[str, float] = {}
@@ -71,7 +93,9 @@ class Watch:
         self.mark = now
 
     def over(self) -> bool:
-        if time.perf_counter() - self.started > self.budget:
+        if self.interrupted():
+            self.stopped = "Interrupted"
+        elif time.perf_counter() - self.started > self.budget:
             self.stopped = "TimeLimit"
         return self.stopped is not None
 
@@ -84,6 +108,8 @@ def search(
     on: Device | None = None,
     budget_seconds: float = math.inf,
     interrupted: Callable[[], bool] = lambda: False,
+    accept_cut: AcceptCut | None = None,
+    solve: Solve | None = None,
 ) -> Found:
     """The cheapest μGraph of the program that `accept` takes.
 
@@ -91,20 +117,35 @@ def search(
     The program's own equations as library calls are the last plan, so there is always an answer; when nothing
     beats them by the model, they are it.  Same program, same space, same result, whatever names are used.
 
+    A program of more than `space.operators` operators is searched in segments: `solve` searches them (here, one after
+    the other, where it is None), and `accept_cut` takes the μGraph and the values at which it was cut (`accept`, where
+    it is None).
+
     Budgets beyond the default ones never make a result costlier: where these run out, the space under them is searched
     first, and its result is kept unless the wider one is as cheap.
     """
     space, on = space or SearchSpace(), on or device()
     started = time.perf_counter()
+    program = program if space.ahead else program.without_constants()
+
+    def within(space: SearchSpace, seconds: float) -> Found:
+        watch = Watch(seconds, interrupted)
+        if operators(program) > space.operators:
+            accepting = accept_cut or (lambda graph, _: accept(graph))
+            return _in_segments(program, space, on, accepting, solve or _one_by_one, watch)
+        return _whole(program, accept, space, on, watch)
+
     narrow = space.under_default_budgets()
-    if narrow == space:
-        return _searched(program, accept, space, on, budget_seconds, interrupted)
-    first = _searched(program, accept, narrow, on, budget_seconds, interrupted)
-    stop = first.report.stop
-    if not stop.reproducible or (stop.kind == "Saturated" and not space.candidates):
+    if operators(program) <= narrow.operators:
+        narrow = narrow.but(operators=space.operators)
+    if narrow == space or operators(program) > space.operators:  # segments are each searched within both
+        return within(space, budget_seconds)
+    first = within(narrow, budget_seconds)
+    stop, cut = first.report.stop, operators(program) > narrow.operators
+    if not stop.reproducible or (stop.kind == "Saturated" and not space.candidates and not cut):
         return replace(first, report=replace(first.report, space=str(space)))
     left = max(0.0, budget_seconds - (time.perf_counter() - started))
-    return _cheaper(first, _searched(program, accept, space, on, left, interrupted), budget_seconds)
+    return _cheaper(first, within(space, left), budget_seconds)
 
 
 def _cheaper(narrow: Found, wide: Found, budget_seconds: float) -> Found:
@@ -123,23 +164,9 @@ def _cheaper(narrow: Found, wide: Found, budget_seconds: float) -> Found:
     return replace(narrow, report=report)
 
 
-def _searched(
-    program: Program,
-    accept: Accept,
-    space: SearchSpace,
-    on: Device,
-    budget_seconds: float,
-    interrupted: Callable[[], bool],
-) -> Found:
-    """One search, within one space."""
-    program = program if space.ahead else program.without_constants()
-    watch = Watch(budget_seconds)
-
-    def stop() -> bool:
-        if interrupted():
-            watch.stopped = "Interrupted"
-        return watch.over()
-
+def _whole(program: Program, accept: Accept, space: SearchSpace, on: Device, watch: Watch) -> Found:
+    """One search of a whole program, within one space."""
+    stop = watch.over
     cut = pieces(ordered(program))
     here = canonical(cut)
     known = meaning(here.program)
@@ -167,11 +194,106 @@ def _searched(
         for e in (task.called(best.plan) if best.plan else ())
     ]
     if not best.plan:
-        notes.append("nothing beats the program as it stands: it runs as library calls")
+        notes.append(UNBEATEN)
     notes += _kept(best.graph)
     ranges = _ranges(structures)
     report = _report(task, space, solved, watch, best, ranges, notes)
     return Found(best.graph, best.accepted, report, ranges)
+
+
+# -- large programs
+
+
+def _one_by_one(tasks: Sequence[Task], stop: Callable[[], bool]) -> list[Done | None]:
+    """Searches segments in this process.  What is wrong with one comes out when all are verified together."""
+    found: list[Done | None] = []
+    for task in tasks:
+        done = None if stop() else searched(task, lambda graph: graph, stop)
+        found.append(done)
+    return found
+
+
+def searched(task: Task, accept: Accept, stop: Callable[[], bool] = lambda: False) -> Done | None:
+    """The search of one segment: a pure function of the task, unless `stop` ends it.  None where the search cannot
+    handle the segment: its values nest too deeply, or it divides by the constant zero."""
+    try:
+        found = search(task.program, accept=accept, space=task.space, on=task.on, interrupted=stop)
+    except (RecursionError, ZeroDivisionError):
+        return None
+    return Done(found.graph, found.report)
+
+
+def _in_segments(
+    program: Program,
+    space: SearchSpace,
+    on: Device,
+    accept: AcceptCut,
+    solve: Solve,
+    watch: Watch,
+) -> Found:
+    """The search of a large program: for each size the segments that cost least together, joined, and accepted as a
+    whole.  Where they are refused, the program runs as library calls."""
+    _canonical_space(space, canonical(program), program)  # refuses unknown names
+    tensors = program.tensors()
+    dtype = tensors[program.outputs[0].value].dtype
+    whole = line(program, {a.name: representative(a.size, space.symbolic) for a in program.axes().values()})
+    watch.lap("segments")
+    solved: list[Partitioned] = []
+    chosen: list[_Joined] = []
+    for size in (space.symbolic, *_other_sizes(program, space)):
+        if solved and watch.over():
+            break
+        states = space.states if not solved else max(1, space.states // OTHERS)
+
+        def library(equations: Sequence[Equation], size: int = size) -> float:
+            return _equations_seconds(equations, program, size, dtype, on)
+
+        solved.append(
+            partitioned(whole, space.but(symbolic=size, sizes=(), states=states), on, solve, library, watch.over)
+        )
+        watch.lap("segments")
+        chosen.append(_joined(program, size, solved[-1], library(program.equations), accept))
+        watch.lap("verification")
+    ranges = _ranges([c.structure for c in chosen])
+    report = _report_of_segments(program, space, on, solved, chosen[0], watch, ranges)
+    return Found(chosen[0].structure.graph, chosen[0].structure.accepted, report, ranges)
+
+
+@dataclass
+class _Joined:
+    """The μGraph of a large program at one size, and what became of it and of the library calls."""
+
+    structure: Structure
+    segments: tuple[SegmentReport, ...]
+    candidates: tuple[CandidateReport, ...]
+
+
+def _joined(
+    program: Program,
+    size: int,
+    run: Partitioned,
+    base_seconds: float,
+    accept: AcceptCut,
+) -> _Joined:
+    segments = segment_reports(run)
+    text = " | ".join(s.structure if s.shared_with is None else f"as {s.shared_with}" for s in segments)
+    parts = [(s, done.graph if done else baseline(s.task.program)) for s, done, _ in run.segments]
+    fits = not any(done and done.report.candidates[-1].verdict == UNFIT for _, done, _ in run.segments)
+    verdict = "costlier"
+    if run.seconds <= base_seconds or not fits:
+        graph = join(program, parts)
+        try:
+            accepted = accept(graph, tuple(o.value for s, _ in parts for o in s.program.outputs))
+        except (VerificationError, GraphError, ShapeError) as error:
+            verdict = f"refused: {error.message}"
+        else:
+            rest = CandidateReport(LIBRARY, base_seconds, "costlier" if fits else UNFIT)
+            made = Structure(size, size, size, graph, accepted, run.seconds, text)
+            return _Joined(made, segments, (CandidateReport(text, run.seconds, "chosen"), rest))
+    graph = baseline(program)
+    made = Structure(size, size, size, graph, accept(graph, ()), base_seconds, LIBRARY)
+    tried = (CandidateReport(text, run.seconds, verdict), CandidateReport(LIBRARY, base_seconds, "chosen"))
+    return _Joined(made, (), tried)
 
 
 @dataclass
@@ -244,7 +366,7 @@ class _Task:
             run,
             fixed,
             plans,
-            _equations_seconds(self.equations, self.program, symbolic, problem),
+            _equations_seconds(self.equations, self.program, symbolic, problem.dtype, self.on),
             self.all_materialised(problem),
         )
 
@@ -298,7 +420,7 @@ class _Task:
         for plan in at.plans:
             seconds = sum(c.prediction.seconds for c in at.fixed.calls(plan))
             called = [e for e in self.called(plan) if not self.is_fixed(e)]
-            seconds += _equations_seconds(called, self.cut, at.symbolic, at.problem)
+            seconds += _equations_seconds(called, self.cut, at.symbolic, at.problem.dtype, self.on)
             text = structure(plan, self.here.axes, at.fixed)
             kernels = sum(bool(c.derivations) for c in at.fixed.calls(plan))
             if kernels > self.space.kernels:
@@ -321,7 +443,7 @@ class _Task:
                     tried.append(CandidateReport(text, seconds, f"refused: {error.message}"))
                 except Unbuildable as error:
                     tried.append(CandidateReport(text, seconds, f"passed over: {error}"))
-        verdict = "costlier" if at.fits else "would keep in 16 bits what does not fit there"
+        verdict = "costlier" if at.fits else UNFIT
         if best is None:
             verdict = "chosen"
             if LIBRARY in accepted:
@@ -348,6 +470,8 @@ def _kept(graph: KernelGraph) -> list[str]:
 
 
 LIBRARY = "the program as library calls"
+UNBEATEN = "nothing beats the program as it stands: it runs as library calls"
+UNFIT = "would keep in 16 bits what does not fit there"
 OTHERS = 2  # a further size gets that part of the budget of states
 
 
@@ -585,7 +709,9 @@ def _operations(sizes: Mapping[str, int], op: Op, axes: set[str]) -> float:
     return (2.0 if isinstance(op, Contract) else 1.0) * math.prod(sizes[a] for a in axes)
 
 
-def _equations_seconds(equations: Sequence[Equation], program: Program, symbolic: int, p: Problem) -> float:
+def _equations_seconds(
+    equations: Sequence[Equation], program: Program, symbolic: int, dtype: DType, on: Device
+) -> float:
     """Equations of the program as library calls, one launch each; scalars and views are free, unless they
     are given back."""
     if not equations:
@@ -606,9 +732,9 @@ def _equations_seconds(equations: Sequence[Equation], program: Program, symbolic
             if isinstance(e.op, Contract) and len(e.args) == 2:
                 left, right = (tuple(a.name for a in tensors[x].axes) for x in e.args)
                 out = tuple(a.name for a in e.target.axes)
-                seconds += contraction(sizes, left, right, out, moved, p.dtype, p.device).seconds
+                seconds += contraction(sizes, left, right, out, moved, dtype, on).seconds
             else:
-                seconds += predict_library(moved, _operations(sizes, e.op, axes), p.dtype, p.device).seconds
+                seconds += predict_library(moved, _operations(sizes, e.op, axes), dtype, on).seconds
     return seconds
 
 
@@ -678,6 +804,58 @@ def structure(plan: Sequence[Choice], axes: Mapping[str, Axis], fixed: Fixed | N
             case several:
                 texts.append(" beside ".join(kernel(d.roles) for d in several))
     return "; ".join(texts)
+
+
+def _report_of_segments(
+    program: Program,
+    space: SearchSpace,
+    on: Device,
+    solved: Sequence[Partitioned],
+    best: _Joined,
+    watch: Watch,
+    ranges: Sequence[Structure],
+) -> SearchReport:
+    """Counts of all searches made, and costs of the segments chosen at the size that stands for symbolic dimensions."""
+    runs = [done.report for run in solved for done in run.searched.values()]
+    kinds = [r.stop for r in runs if r.stop.kind != "Saturated"]
+    stop = kinds[0] if kinds else StopReason("Saturated")
+    if watch.stopped:
+        stop = StopReason(watch.stopped, watch.budget if watch.stopped == "TimeLimit" else None)
+    elif any(run.truncated for run in solved):
+        stop = StopReason("SegmentLimit", space.segments)
+    edges, pruned = Counter[str](), Counter[str]()
+    for r in runs:
+        edges.update(r.edges)
+        pruned.update(r.pruned)
+    chosen = [(s, done.report) for s, done, _ in solved[0].segments if done] if best.segments else []
+    sizes = {a.name: representative(a.size, space.symbolic) for a in program.axes().values()}
+    notes = [s.spelled(n) for s, r in chosen for n in r.notes if n != UNBEATEN]
+    if not best.segments:
+        notes.append(UNBEATEN)
+    return SearchReport(
+        program=program.name,
+        device=on.label,
+        space=str(space),
+        stop=stop,
+        classes=sum(r.classes for r in runs),
+        edges=dict(edges),
+        deduplicated=sum(r.deduplicated for r in runs),
+        configurations=sum(r.configurations for r in runs),
+        states=sum(r.states for r in runs),
+        pruned=dict(pruned),
+        verified=len(ranges),
+        refused=sum(r.refused for r in runs),
+        seeds=("source", *space.laws),
+        kernels=tuple(replace(k, name=s.spelled(k.name)) for s, r in chosen for k in r.kernels),
+        ahead=tuple(replace(k, name=s.spelled(k.name)) for s, r in chosen for k in r.ahead),
+        candidates=best.candidates,
+        structures=tuple(StructureReport(s.low, s.high, s.at, s.text, s.seconds) for s in ranges),
+        predicted_seconds=best.structure.seconds,
+        floor_seconds=min(least_seconds(program, sizes, on), best.structure.seconds),
+        notes=tuple(dict.fromkeys(notes)),
+        segments=best.segments,
+        seconds=watch.phases,
+    )
 
 
 def _report(

@@ -3,14 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+
+def decoded(hint: Any, data: Any) -> Any:
+    """JSON data as a value of a declared type: what `asdict` took apart, put together again.
+
+    >>> decoded(StopReason, {"kind": "NodeLimit", "limit": 4000})
+    StopReason(kind='NodeLimit', limit=4000)
+    """
+    args = get_args(hint)
+    if data is None:
+        return None
+    if isinstance(hint, type) and is_dataclass(hint):
+        hints = get_type_hints(hint)
+        return hint(**{f.name: decoded(hints[f.name], data[f.name]) for f in fields(hint) if f.name in data})
+    if get_origin(hint) in (Union, UnionType):
+        return decoded(next(h for h in args if h is not NoneType), data)
+    if get_origin(hint) is tuple:
+        kinds = args[:1] * len(data) if args[-1] is Ellipsis else args
+        return tuple(decoded(h, x) for h, x in zip(kinds, data, strict=True))
+    if get_origin(hint) is Mapping:
+        return {k: decoded(args[1], x) for k, x in data.items()}
+    return data
 
 
 @dataclass(frozen=True)
 class StopReason:
-    """Saturated: the whole space was covered.  NodeLimit, EntryLimit, StateLimit: a budget of the space ran out.
-    MemoryLimit: the values of the closure took that many 64-bit words (`closure.MOST_WORDS`).
+    """Saturated: the whole space was covered.  NodeLimit, EntryLimit, StateLimit, SegmentLimit: a budget of the space
+    ran out.  MemoryLimit: the values of the closure took that many 64-bit words (`closure.MOST_WORDS`).
     TimeLimit, Interrupted: the best so far was returned (such a run is not reproducible)."""
 
     kind: str
@@ -61,6 +84,26 @@ class StructureReport:
 
 
 @dataclass(frozen=True)
+class SegmentReport:
+    """One segment of a large program: its operators (those of the order from `start` on), what it gives, the structure
+    that was found, and the segment before it that is the same up to names (None: it was searched for itself)."""
+
+    start: int
+    operators: int
+    gives: tuple[str, ...]
+    program: str
+    structure: str
+    seconds: float
+    stop: str
+    shared_with: int | None = None
+
+    def __str__(self) -> str:
+        shared = "" if self.shared_with is None else f", as segment {self.shared_with}"
+        values = ", ".join(self.gives)
+        return f"{values} ({self.operators} operators{shared}): {1e6 * self.seconds:.1f} µs, {self.structure}"
+
+
+@dataclass(frozen=True)
 class SearchReport:
     """Counts and times of one search.
 
@@ -72,6 +115,7 @@ class SearchReport:
     seconds             wall time by phase (does not count in equality)
     predicted_seconds   of each call of the chosen plan, on the device named; floor_seconds: no kernel is faster
     ahead               what is done once, on constant inputs alone, and not counted in predicted_seconds
+    segments            of a program too large to be searched as a whole; counts are then those of the searches made
     """
 
     program: str
@@ -94,6 +138,7 @@ class SearchReport:
     notes: tuple[str, ...] = ()
     structures: tuple[StructureReport, ...] = ()
     ahead: tuple[KernelCost, ...] = ()
+    segments: tuple[SegmentReport, ...] = ()
     seconds: Mapping[str, float] = field(default_factory=dict, compare=False)
 
     @property
@@ -136,6 +181,10 @@ class SearchReport:
             lines.append(f"  ahead, once while the constants stay as they are: {1e6 * self.ahead_seconds:.1f} µs")
             lines += [f"    {k.name}: {1e6 * k.seconds:.1f} µs, bound by {k.bound}" for k in self.ahead]
         lines += [f"  {c.verdict}: {1e6 * c.seconds:.1f} µs  {c.structure}" for c in self.candidates]
+        if self.segments:
+            alone = sum(s.shared_with is None for s in self.segments)
+            lines.append(f"  {len(self.segments)} segments, {alone} different:")
+            lines += [f"    {i}: {s}" for i, s in enumerate(self.segments)]
         if len(self.structures) > 1:
             lines += [f"  {s}" for s in self.structures]
         lines += [f"  note: {n}" for n in self.notes]

@@ -10,8 +10,7 @@ from mugraph.search.abstraction import ABSTRACTIONS, AbstractionName
 from mugraph.search.laws import LAWS
 from mugraph.settings import Effort
 
-
-BUDGETS = ("nodes", "entries", "states")
+BUDGETS = ("nodes", "entries", "states", "operators")
 
 
 @dataclass(frozen=True)
@@ -34,6 +33,8 @@ class SearchSpace:
     nodes         budget of factors in the expressions of the closure
     entries       budget of classes looked at, over all assignments of roles of all kernels
     states        budget of expanded states, over all kernels
+    operators     a program of more operators (views and numbers apart) is cut into segments of at most that many
+    segments      budget of different segments searched, for each size at which costs are compared
     candidates    budget of the enumerator, which widens the closure with identities found bottom-up; 0: it does not run
     abstraction   what the enumerator is pruned by: "closure", "size" or "off"
     """
@@ -54,13 +55,15 @@ class SearchSpace:
     nodes: int = 4_000
     entries: int = 1_000_000
     states: int = 32_000
+    operators: int = 20
+    segments: int = 40
     candidates: int = 0
     abstraction: AbstractionName = "closure"
 
     def __post_init__(self) -> None:
         if unknown := set(self.laws) - set(LAWS):
             raise SettingError(f"unknown laws {sorted(unknown)}", remedy=f"known: {', '.join(LAWS)}")
-        for name in ("symbolic", "kernels", "nodes", "entries", "states"):
+        for name in ("symbolic", "kernels", "nodes", "entries", "states", "operators", "segments"):
             if getattr(self, name) < 1:
                 raise SettingError(f"SearchSpace.{name} is {getattr(self, name)}", remedy="give at least 1")
         if any(size < 1 for size in self.sizes):
