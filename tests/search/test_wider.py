@@ -1,7 +1,7 @@
 """A wider space never gives a costlier result than a narrower one.
 
-Tiers (none, quick, full) keep that by construction.  Between other spaces it holds for the programs tested: launches are
-joined two at a time, in the order of what each saves, and more choices may lead that astray.
+Tiers (none, quick, full) keep that by construction.  Between other spaces it holds for the programs tested: launches
+are joined two at a time, in the order of what each saves, and more choices may lead that astray.
 """
 
 from functools import partial
@@ -66,14 +66,14 @@ def test_a_space_that_is_not_wider_may_cost_more() -> None:
 
 def test_a_narrower_result_is_kept_where_the_wider_search_has_a_worse_one(monkeypatch: pytest.MonkeyPatch) -> None:
     program, wide = programs.rmsnorm_linear(), SearchSpace(sizes=(), nodes=40_000, candidates=50)
-    real = driver._searched
+    real = driver._whole
 
     def crippled(program: Program, accept: driver.Accept, space: SearchSpace, *rest: Any) -> driver.Found:
         space = space.but(passes=0, library=False) if space.candidates else space
         return real(program, accept, space, *rest)
 
     quick = search(program, accept=lambda g: g, space=SearchSpace(sizes=())).report
-    monkeypatch.setattr(driver, "_searched", crippled)
+    monkeypatch.setattr(driver, "_whole", crippled)
     full = search(program, accept=lambda g: g, space=wide).report
     assert full.predicted_seconds == quick.predicted_seconds
     assert full.space != quick.space
