@@ -44,9 +44,9 @@ def texts(result: Result) -> dict[str, str]:
 
 
 def test_the_result_is_the_same_whatever_the_engine(tmp_path: Path) -> None:
-    here = optimize(mlps(2), target="torch", space=SPACE, cache=Cache(tmp_path / "one"))
+    here = optimize(mlps(1), target="torch", space=SPACE, cache=Cache(tmp_path / "one"))
     with engine_of("processes", workers=2) as two:
-        there = optimize(mlps(2), target="torch", space=SPACE, cache=Cache(tmp_path / "two"), engine=two)
+        there = optimize(mlps(1), target="torch", space=SPACE, cache=Cache(tmp_path / "two"), engine=two)
     assert here.certificate.tiers == ("tested", "numerics")
     assert here.certificate.cuts
     assert report(here).segments

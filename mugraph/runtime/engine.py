@@ -84,12 +84,17 @@ class Engine(Protocol):
     ) -> None: ...
 
 
+def checked_engine(name: str) -> str:
+    """The name.  Raises SettingError where there is no such engine."""
+    if name not in get_args(EngineName):
+        raise SettingError(f"there is no engine {name!r}", remedy=f"known: {', '.join(get_args(EngineName))}")
+    return name
+
+
 def engine_of(name: str | None = None, workers: int | None = None, address: str | None = None) -> Engine:
     """The engine of that name ("here" where there is none).  Raises SettingError for what does not fit together, and
     MugraphError where Ray is not installed."""
-    chosen = name or "here"
-    if chosen not in get_args(EngineName):
-        raise SettingError(f"there is no engine {chosen!r}", remedy=f"known: {', '.join(get_args(EngineName))}")
+    chosen = checked_engine(name or "here")
     if workers is not None and (chosen == "here" or workers < 1):
         raise SettingError(f"engine {chosen} with {workers} workers", remedy="give processes or ray, and at least 1")
     if address is not None and chosen != "ray":
