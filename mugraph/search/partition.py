@@ -33,7 +33,7 @@ from mugraph.search.library import Added, Attention, LibraryCall, library_calls,
 from mugraph.search.space import SearchSpace
 
 JOINED = 3  # plans of a group whose launches are joined
-KEPT = 16  # derivations per kernel that the full model ranks
+KEPT = 8  # derivations per kernel that the full model ranks
 WHOLE = 128  # a shorter axis is whole in the tile at first
 ACCUMULATED = 40_960  # elements of all accumulators together: 160 of the 256 KiB of registers
 SPLIT_MARGIN = 1.15  # the model is no surer than this, so a split must promise more for its second launch
@@ -174,8 +174,9 @@ class Partition:
 
     def best(self, derivations: list[Derivation]) -> list[Choice]:
         """The few that the full model likes best, each at its best tiles."""
-        found = [c for c in map(self.ranked, derivations) if c is not None]
-        return sorted(found, key=self.rank)[:KEPT]
+        tiled = [(self.tiled(d), n) for n, d in enumerate(derivations)]
+        scored = sorted((seconds + self.before(self.needs(d)), n) for (seconds, d), n in tiled if seconds < math.inf)
+        return [self.choice(tiled[n][0][1]) for _, n in scored[:KEPT]]
 
     def needs(self, d: Derivation) -> tuple[int, ...]:
         """What the derivation loads beside inputs."""
@@ -353,20 +354,20 @@ class Partition:
 
     # -- tiles
 
-    def ranked(self, d: Derivation) -> Choice | None:
-        """The derivation at the tile sizes that the full model likes best, or None if no tile fits the device."""
+    def tiled(self, d: Derivation) -> tuple[float, Derivation]:
+        """The derivation at the tile sizes that the full model likes best, and its seconds; infinite if no tile fits
+        the device."""
         footprint = Footprint(self.p, d)
         axes = [a for a, _ in d.tiles]
         tiles = dict(zip(axes, self.tilings(d, footprint), strict=True))
         excess, seconds = self.fit(footprint, tiles)
         seconds = np.where(excess > 0, math.inf, seconds) + np.zeros(len(tiles[axes[0]]) if axes else 1)
-        least = seconds.min()
-        if math.isinf(least):
-            return None
+        least = float(seconds.min())
         best = int(np.flatnonzero(seconds <= least * (1 + 1e-9))[0])
-        chosen = {a: int(tiles[a][best]) for a in axes}
-        d = replace(d, tiles=tuple(chosen.items()))
-        return Choice(d.roots, d, predict(footprint.work(chosen), self.p.device), self.needs(d))
+        return least, replace(d, tiles=tuple((a, int(tiles[a][best])) for a in axes))
+
+    def choice(self, d: Derivation) -> Choice:
+        return Choice(d.roots, d, predict(work_of(self.p, d), self.p.device), self.needs(d))
 
     def tilings(self, d: Derivation, footprint: Footprint) -> list[NDArray[np.float64]]:
         """For each axis its tile sizes, side by side: all powers of two together, those next to where the extraction

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 
 import mugraph.dsl.functions as mg
-from mugraph.dsl.trace import f16, f32, i64, trace
+from mugraph.dsl.trace import f16, f32, trace
 from mugraph.errors import GraphError, MugraphError, SettingError, VerificationError
 from mugraph.ir.axes import representative
 from mugraph.ir.check import check
 from mugraph.ir.graph import BlockGraph, Equation, KernelGraph, Load, Program
-from mugraph.ir.ops import CumSum, Elementwise, Kernel, Library
+from mugraph.ir.ops import CumSum, Elementwise, Gather, Kernel, Library
 from mugraph.ir.parts import parts
 from mugraph.pipeline import finished
 from mugraph.search.cost import device
@@ -26,7 +26,7 @@ from mugraph.verify.equivalence import Verified, recheck, verify
 from tests.search.disguise import Disguise
 from tests.search.layers import layers, mlps
 from tests.search.programs import B, rmsnorm_linear
-from tests.search.recipes import random_recipe, shrunk
+from tests.search.recipes import looked_up, random_recipe, shrunk
 
 # Budgets that keep a segment within a fraction of a second, and few operators so that small programs are cut too.
 QUICK = SearchSpace(sizes=(), states=500, entries=20_000, operators=8)
@@ -276,12 +276,14 @@ def test_an_unknown_operator_in_the_middle_is_a_library_call() -> None:
 
 
 def test_a_lookup_in_front_is_no_error() -> None:
-    def fn(index, table, h, w):  # type: ignore[no-untyped-def]
-        y = table[index]
+    def fn(y, h, w):  # type: ignore[no-untyped-def]
         return mg.silu(mg.rms_norm(y, h) @ w) + mg.rms_norm(y)
 
-    program = trace(fn, [i64[B], f16[1000, 256], f16[256], f16[256, 256]], "embedded")
-    not_worse(found(program, QUICK.but(operators=6)))
+    program = looked_up(trace(fn, [f16[B, 256], f16[256], f16[256, 256]], "embedded"), 0)
+    result = found(program, QUICK.but(operators=6))
+    not_worse(result)
+    calls = [e.op for e in result.graph.equations if isinstance(e.op, Library)]
+    assert any(isinstance(e.op, Gather) for c in calls for e in c.semantics.equations)
 
 
 def test_a_segment_that_cannot_be_searched_runs_as_library_calls() -> None:
