@@ -268,10 +268,9 @@ def optimize(
     """Search, stabilise, verify, emit, check; from the cache where it was done before.
 
     Ctrl-C (or the end of the budget) stops the search with the best so far; a second Ctrl-C during the search quits.
-    Ctrl-C after the search ends the checks: the result then says which tiers it reached.  Only a result that another run
-    would find again is kept in the cache.  Where the emitted source
-    disagrees with float64, or the search cannot handle the program, the program runs as library calls and a note says
-    why.
+    Ctrl-C after the search ends the checks: the result then says which tiers it reached.  Only a result that another
+    run would find again is kept in the cache.  Where the emitted source disagrees with float64, or the search cannot
+    handle the program, the program runs as library calls and a note says why.
     Raises GraphError for a malformed program, UnsupportedOpError where the target has no form for an operator,
     VerificationError where no candidate passes, UnknownTargetError for an unknown target.
     """

@@ -10,7 +10,6 @@ from mugraph.search.abstraction import ABSTRACTIONS, AbstractionName
 from mugraph.search.laws import LAWS
 from mugraph.settings import Effort
 
-
 BUDGETS = ("nodes", "entries", "states")
 
 

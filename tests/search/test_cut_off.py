@@ -136,7 +136,9 @@ PHASES: dict[str, tuple[Any, str]] = {
 
 def left_behind(folder: Path) -> list[str]:
     """Drafts and parts of results, anywhere."""
-    return [str(p.relative_to(folder)) for p in folder.rglob(".*") if p.name.startswith((".out", ".new", ".old", ".mug"))]
+    return [
+        str(p.relative_to(folder)) for p in folder.rglob(".*") if p.name.startswith((".out", ".new", ".old", ".mug"))
+    ]
 
 
 def whole_or_absent(folder: Path, *, saved: bool) -> None:

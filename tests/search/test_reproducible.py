@@ -70,7 +70,8 @@ def test_names_of_inputs_are_in_no_report() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "stop"), [({"budget_seconds": 1e-9}, "TimeLimit(1e-09)"), ({"interrupted": lambda: True}, "Interrupted")]
+    ("options", "stop"),
+    [({"budget_seconds": 1e-9}, "TimeLimit(1e-09)"), ({"interrupted": lambda: True}, "Interrupted")],
 )
 def test_a_run_that_is_cut_by_time_says_that_it_is_not_reproducible(options: dict[str, Any], stop: str) -> None:
     report = search(programs.lora(), accept=lambda graph: graph, **options).report

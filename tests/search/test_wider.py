@@ -1,7 +1,7 @@
 """A wider space never gives a costlier result than a narrower one.
 
-Tiers (none, quick, full) keep that by construction.  Between other spaces it holds for the programs tested: launches are
-joined two at a time, in the order of what each saves, and more choices may lead that astray.
+Tiers (none, quick, full) keep that by construction.  Between other spaces it holds for the programs tested: launches
+are joined two at a time, in the order of what each saves, and more choices may lead that astray.
 """
 
 from functools import partial
