@@ -399,7 +399,7 @@ def unsearched(program: Program, target: Target, why: str) -> SearchReport:
     return SearchReport(
         program=program.name,
         device=device(_device_name(target)).label,
-        space="none",
+        space=SearchSpace(),
         stop=StopReason("Unsearchable"),
         classes=0,
         edges={},

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+import tracemalloc
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -18,14 +20,16 @@ from mugraph.search.ahead import Fixed, fixed_classes, loaded, partition_with_ah
 from mugraph.search.build import Context, Unbuildable, baseline, build
 from mugraph.search.canonical import Canonical, canonical, ordered
 from mugraph.search.closure import Closure, Edge, close
-from mugraph.search.cost import Device, device, floor_seconds, predict_library
-from mugraph.search.enumerate import widen
+from mugraph.search.cost import Device, Prediction, device, floor_seconds, predict_library
+from mugraph.search.enumerate import Enumeration, widen
+from mugraph.search.explain import Laws
 from mugraph.search.extract import Derivation, Problem, Roles, is_leaf_edge
+from mugraph.search.formula import Notation
 from mugraph.search.laws import LAWS, Meaning, meaning
 from mugraph.search.library import Attention, contraction
 from mugraph.search.partition import Choice, Partition
 from mugraph.search.pieces import is_free, joints, pieces
-from mugraph.search.report import CandidateReport, KernelCost, SearchReport, StopReason, StructureReport
+from mugraph.search.report import Asked, CandidateReport, KernelCost, LawStep, SearchReport, StopReason, StructureReport
 from mugraph.search.space import SearchSpace
 
 Accept = Callable[[KernelGraph], object]
@@ -57,18 +61,34 @@ class Found:
 
 
 class Watch:
-    """Wall time by phase, and the budget."""
+    """Wall time by phase, the most bytes in use in each where that is measured, and the budget."""
 
-    def __init__(self, budget_seconds: float) -> None:
+    def __init__(self, budget_seconds: float, memory: bool = False) -> None:
         self.started = self.mark = time.perf_counter()
         self.budget = budget_seconds
         self.phases: dict[str, float] = {}
+        self.memory: dict[str, int] | None = {} if memory else None
         self.stopped: str | None = None
+
+    @contextmanager
+    def measuring(self) -> Iterator[None]:
+        """Memory is measured inside, if it is wanted."""
+        ours = self.memory is not None and not tracemalloc.is_tracing()
+        if ours:
+            tracemalloc.start()
+        try:
+            yield
+        finally:
+            if ours:
+                tracemalloc.stop()
 
     def lap(self, phase: str) -> None:
         now = time.perf_counter()
         self.phases[phase] = self.phases.get(phase, 0.0) + now - self.mark
         self.mark = now
+        if self.memory is not None:
+            self.memory[phase] = max(self.memory.get(phase, 0), tracemalloc.get_traced_memory()[1])
+            tracemalloc.reset_peak()
 
     def over(self) -> bool:
         if time.perf_counter() - self.started > self.budget:
@@ -84,22 +104,67 @@ def search(
     on: Device | None = None,
     budget_seconds: float = math.inf,
     interrupted: Callable[[], bool] = lambda: False,
+    memory: bool = False,
 ) -> Found:
     """The cheapest μGraph of the program that `accept` takes.
 
     `accept` verifies a μGraph and returns what it made of it, or raises VerificationError (the next plan is tried).
     The program's own equations as library calls are the last plan, so there is always an answer; when nothing
     beats them by the model, they are it.  Same program, same space, same result, whatever names are used.
+    `memory`: the report says what each phase takes, which makes the search several times slower.
     """
     space, on = space or SearchSpace(), on or device()
-    program = program if space.ahead else program.without_constants()
-    watch = Watch(budget_seconds)
+    watch = Watch(budget_seconds, memory)
 
     def stop() -> bool:
         if interrupted():
             watch.stopped = "Interrupted"
         return watch.over()
 
+    with watch.measuring():
+        return _search(program, accept, space, on, watch, stop)
+
+
+def _search(
+    program: Program, accept: Accept, space: SearchSpace, on: Device, watch: Watch, stop: Callable[[], bool]
+) -> Found:
+    task, enumeration = set_up(program, accept, space, on, stop, watch)
+    main = task.solve(space.symbolic)
+    watch.lap("kernels")
+    best = task.choose(main)
+    watch.lap("verification")
+    solved, structures = [main], [best.structure(space.symbolic)]
+    for size in _other_sizes(task.program, space):
+        if stop():
+            break
+        solved.append(task.solve(size))
+        watch.lap("kernels")
+        structures.append(task.choose(solved[-1], structures).structure(size))
+        watch.lap("verification")
+    notes = [f"enumerator (abstraction {space.abstraction}): {enumeration}"] if enumeration else []
+    notes += [
+        f"{e.targets[0].name} is outside the calculus and runs as a library call"
+        for e in (task.called(best.plan) if best.plan else ())
+    ]
+    if not best.plan:
+        notes.append("nothing beats the program as it stands: it runs as library calls")
+    notes += _kept(best.graph)
+    ranges = _ranges(structures)
+    report = _report(task, space, solved, watch, best, ranges, notes, enumeration)
+    return Found(best.graph, best.accepted, report, ranges)
+
+
+def set_up(
+    program: Program,
+    accept: Accept,
+    space: SearchSpace,
+    on: Device,
+    stop: Callable[[], bool] = lambda: False,
+    watch: Watch | None = None,
+) -> tuple[Task, Enumeration | None]:
+    """The program's closure, and what the enumerator did to it, if it ran."""
+    watch = watch or Watch(math.inf)
+    program = program if space.ahead else program.without_constants()
     cut = pieces(ordered(program))
     here = canonical(cut)
     known = meaning(here.program)
@@ -109,33 +174,11 @@ def search(
     if widened:
         watch.lap("enumerator")
     chosen = _canonical_space(space, here, program)
-    task = _Task(program, cut, here, known, closure, seeds, chosen, on, accept, stop)
-    main = task.solve(space.symbolic)
-    watch.lap("kernels")
-    best = task.choose(main)
-    watch.lap("verification")
-    solved, structures = [main], [best.structure(space.symbolic)]
-    for size in _other_sizes(program, space):
-        if stop():
-            break
-        solved.append(task.solve(size))
-        watch.lap("kernels")
-        structures.append(task.choose(solved[-1], structures).structure(size))
-        watch.lap("verification")
-    notes = widened + [
-        f"{e.targets[0].name} is outside the calculus and runs as a library call"
-        for e in (task.called(best.plan) if best.plan else ())
-    ]
-    if not best.plan:
-        notes.append("nothing beats the program as it stands: it runs as library calls")
-    notes += _kept(best.graph)
-    ranges = _ranges(structures)
-    report = _report(task, space, solved, watch, best, ranges, notes)
-    return Found(best.graph, best.accepted, report, ranges)
+    return Task(program, cut, here, known, closure, seeds, chosen, on, accept, stop), widened
 
 
 @dataclass
-class _Solved:
+class Solved:
     """The plans at one size, cheapest first, and what the program costs as library calls."""
 
     symbolic: int
@@ -164,7 +207,7 @@ class _Chosen:
 
 
 @dataclass
-class _Task:
+class Task:
     """A program and its closure: what does not depend on the size at which costs are compared."""
 
     program: Program
@@ -190,7 +233,16 @@ class _Task:
         joined = joints(self.boundaries, made, (o.value for o in self.program.outputs))
         return [e for e in self.boundaries if not is_free(e) and e.targets[0].name not in joined]
 
-    def solve(self, symbolic: int) -> _Solved:
+    def notation(self) -> Notation:
+        """How the explanations write its values."""
+        inputs = {i.name: tuple(a.name for a in i.tensor.axes) for i in self.here.program.inputs}
+        return Notation(self.here.axes, self.here.names, inputs, self.known.boundaries)
+
+    def laws(self, plan: Sequence[Choice]) -> Laws:
+        _, wanted = _targets(self.here, self.known, self.seeds)
+        return Laws(self.closure, self.notation(), plan, wanted, [o.value for o in self.program.outputs])
+
+    def solve(self, symbolic: int) -> Solved:
         """All plans where every symbolic dimension has this size, clipped to its range."""
         states = self.space.states if symbolic == self.space.symbolic else max(1, self.space.states // OTHERS)
         space = self.space.but(symbolic=symbolic, states=states)
@@ -198,7 +250,7 @@ class _Task:
         targets, _ = _targets(self.here, self.known, self.seeds)
         fixed = self.fixed(problem, targets)
         plans, run = partition_with_ahead(problem, fixed, space, targets, self.stop)
-        return _Solved(
+        return Solved(
             symbolic,
             problem,
             run,
@@ -224,7 +276,7 @@ class _Task:
 
         return fixed_classes(problem, constants, self.here.axes, outputs, foldable)
 
-    def choose(self, at: _Solved, known: Sequence[Structure] = ()) -> _Chosen:
+    def choose(self, at: Solved, known: Sequence[Structure] = ()) -> _Chosen:
         """The cheapest plan that `accept` takes; one of a structure in `known` is that one."""
         _, wanted = _targets(self.here, self.known, self.seeds)
         context = Context(
@@ -399,12 +451,12 @@ def _rewritten(program: Program, known: Meaning, space: SearchSpace, prints: v.F
 
 def _widened(
     program: Program, known: Meaning, closure: Closure, space: SearchSpace, stop: Callable[[], bool]
-) -> list[str]:
-    """Runs the enumerator into the closure, in place, where the space asks for it: what the report says of it."""
+) -> Enumeration | None:
+    """Runs the enumerator into the closure, in place, where the space asks for it."""
     if not space.candidates:
-        return []
+        return None
     prints = _fingerprinter(program, known)
-    done = widen(
+    return widen(
         closure,
         prints,
         space.candidates,
@@ -413,7 +465,6 @@ def _widened(
         pruning=space.abstraction,
         stop=stop,
     )
-    return [f"enumerator (abstraction {space.abstraction}): {done}"]
 
 
 def _targets(
@@ -635,13 +686,14 @@ def structure(plan: Sequence[Choice], axes: Mapping[str, Axis], fixed: Fixed | N
 
 
 def _report(
-    task: _Task,
+    task: Task,
     space: SearchSpace,
-    solved: Sequence[_Solved],
+    solved: Sequence[Solved],
     watch: Watch,
     best: _Chosen,
     ranges: Sequence[Structure],
     notes: Sequence[str],
+    enumeration: Enumeration | None,
 ) -> SearchReport:
     """The report: counts over all sizes, costs at the size that stands for symbolic dimensions."""
     closure, axes, problem = task.closure, task.here.axes, solved[0].problem
@@ -655,17 +707,16 @@ def _report(
     elif any(at.problem.truncated for at in solved):
         stop = StopReason("StateLimit", space.states)
 
+    laws = task.laws(best.plan)
+
     def costs(plan: Sequence[Choice]) -> tuple[KernelCost, ...]:
-        return tuple(
-            KernelCost(structure([c], axes), c.prediction.seconds, c.prediction.bound, dict(c.prediction.terms))
-            for c in plan
-        )
+        return tuple(kernel_cost(structure([c], axes), c.prediction, problem, laws.steps(c)) for c in plan)
 
     fixed = solved[0].fixed
     return SearchReport(
         program=task.program.name,
         device=task.on.label,
-        space=str(space),
+        space=space,
         stop=stop,
         classes=len(closure.order),
         edges=dict(closure.rules),
@@ -675,6 +726,8 @@ def _report(
         pruned={
             "infeasible": sum(at.problem.infeasible for at in solved),
             "bound": sum(at.problem.bounded for at in solved),
+            "tile": sum(at.problem.untiled for at in solved),
+            **({"abstraction": enumeration.pruned} if enumeration else {}),
         },
         verified=len(ranges),
         refused=best.refused,
@@ -685,6 +738,15 @@ def _report(
         structures=tuple(StructureReport(s.low, s.high, s.at, s.text, s.seconds) for s in ranges),
         predicted_seconds=best.seconds,
         floor_seconds=_floor(task.here.program, best.plan, problem, fixed),
+        written=tuple(laws.written(task.here.program, task.known, task.seeds, space.laws)),
         notes=tuple(notes),
         seconds=watch.phases,
+        memory=watch.memory,
+        asked=Asked(task.program, task.on),
     )
+
+
+def kernel_cost(name: str, found: Prediction, p: Problem, steps: tuple[LawStep, ...] = ()) -> KernelCost:
+    """The prediction for a launch, with the laws that it follows from, as the report has it."""
+    floor = floor_seconds(found.unique_bytes, found.flops, p.dtype, p.device)
+    return KernelCost(name, found.seconds, found.bound, dict(found.terms), floor, steps)

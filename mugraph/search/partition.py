@@ -358,6 +358,7 @@ class Partition:
         found = [self.descended(footprint, start, known) for start in self.starts(d)]
         (excess, _), tiles = min(found, key=lambda x: x[0])
         if excess > 0:
+            self.p.untiled += 1
             return None
         d = replace(d, tiles=tuple(sorted(tiles.items())))
         return Choice(d.roots, d, predict(footprint.work(tiles), self.p.device), self.needs(d))
