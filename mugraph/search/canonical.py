@@ -47,9 +47,7 @@ def canonical(program: Program) -> Canonical:
         "canonical",
         tuple(replace(i, tensor=of_tensor(i.tensor)) for i in inputs),
         tuple(
-            Equation(
-                tuple(map(of_tensor, e.targets)), _renamed_op(e.op, axes), tuple(names[a] for a in e.args), e.where
-            )
+            Equation(tuple(map(of_tensor, e.targets)), renamed_op(e.op, axes), tuple(names[a] for a in e.args), e.where)
             for e in program.equations
         ),
         tuple(replace(o, value=names[o.value], alias_of=None) for o in program.outputs),
@@ -160,7 +158,7 @@ def _axes_in(value: Any) -> list[Axis]:
     return [a for x in value for a in _axes_in(x)] if isinstance(value, tuple) else []
 
 
-def _renamed_op(op: Any, axes: Mapping[str, Axis]) -> PureOp:
+def renamed_op(op: Any, axes: Mapping[str, Axis]) -> PureOp:
     """The operator with its axes renamed: Axis values, and the axis names in fields called `axis` and `axes`."""
 
     def rename(value: Any, named: bool) -> Any:

@@ -228,7 +228,7 @@ class Task:
 
     def called(self, plan: Sequence[Choice]) -> list[Equation]:
         """What runs as library calls beside the plan's launches."""
-        _, wanted = _targets(self.here, self.known, self.seeds)
+        _, wanted = targets_of(self.here, self.known, self.seeds)
         made = {t for c in plan if c.derivations for r in c.roots for t in wanted.get(r, ())}
         joined = joints(self.boundaries, made, (o.value for o in self.program.outputs))
         return [e for e in self.boundaries if not is_free(e) and e.targets[0].name not in joined]
@@ -239,15 +239,15 @@ class Task:
         return Notation(self.here.axes, self.here.names, inputs, self.known.boundaries)
 
     def laws(self, plan: Sequence[Choice]) -> Laws:
-        _, wanted = _targets(self.here, self.known, self.seeds)
+        _, wanted = targets_of(self.here, self.known, self.seeds)
         return Laws(self.closure, self.notation(), plan, wanted, [o.value for o in self.program.outputs])
 
     def solve(self, symbolic: int) -> Solved:
         """All plans where every symbolic dimension has this size, clipped to its range."""
         states = self.space.states if symbolic == self.space.symbolic else max(1, self.space.states // OTHERS)
         space = self.space.but(symbolic=symbolic, states=states)
-        problem = _problem(self.here.program, self.closure, self.seeds, space, self.on)
-        targets, _ = _targets(self.here, self.known, self.seeds)
+        problem = problem_of(self.here.program, self.closure, self.seeds, space, self.on)
+        targets, _ = targets_of(self.here, self.known, self.seeds)
         fixed = self.fixed(problem, targets)
         plans, run = partition_with_ahead(problem, fixed, space, targets, self.stop)
         return Solved(
@@ -256,7 +256,7 @@ class Task:
             run,
             fixed,
             plans,
-            _equations_seconds(ordered(self.program).equations, self.program, symbolic, problem),
+            equations_seconds(ordered(self.program).equations, self.program, symbolic, problem),
             all(may_be_materialised(problem, self.seeds[n]) for n in _computed(self.here.program, self.known)),
         )
 
@@ -278,7 +278,7 @@ class Task:
 
     def choose(self, at: Solved, known: Sequence[Structure] = ()) -> _Chosen:
         """The cheapest plan that `accept` takes; one of a structure in `known` is that one."""
-        _, wanted = _targets(self.here, self.known, self.seeds)
+        _, wanted = targets_of(self.here, self.known, self.seeds)
         context = Context(
             program=self.cut,
             closure=self.closure,
@@ -297,7 +297,7 @@ class Task:
         for plan in at.plans:
             seconds = sum(c.prediction.seconds for c in at.fixed.calls(plan))
             called = [e for e in self.called(plan) if not self.is_fixed(e)]
-            seconds += _equations_seconds(called, self.cut, at.symbolic, at.problem)
+            seconds += equations_seconds(called, self.cut, at.symbolic, at.problem)
             text = structure(plan, self.here.axes, at.fixed)
             kernels = sum(bool(c.derivations) for c in at.fixed.calls(plan))
             if kernels > self.space.kernels:
@@ -409,7 +409,7 @@ def _canonical_space(space: SearchSpace, here: Canonical, program: Program) -> S
 SAMPLES = 32  # two different maxima are taken for one with probability 2^-32
 
 
-def _written_sizes(program: Program) -> dict[str, int]:
+def written_sizes(program: Program) -> dict[str, int]:
     """Static axes whose size the program also writes as a number (sum / 4096 for a mean).  Only these sizes count
     as known, because two axes of one size are not the same axis.  Numbers of integer type are places, not sizes."""
     values = [e.op.value for e in program.equations if isinstance(e.op, Const) and e.op.dtype.is_float]
@@ -417,7 +417,7 @@ def _written_sizes(program: Program) -> dict[str, int]:
     return {a.name: a.size for a in program.axes().values() if isinstance(a.size, int) and a.size in literals}
 
 
-def _takes_extremes(program: Program) -> bool:
+def takes_extremes(program: Program) -> bool:
     return any(
         (isinstance(e.op, Elementwise) and e.op.fn in ("max", "min"))
         or (isinstance(e.op, Reduce) and e.op.kind in ("max", "min"))
@@ -438,8 +438,8 @@ def _closure(
 
 
 def _fingerprinter(program: Program, known: Meaning) -> v.Fingerprinter:
-    samples = SAMPLES if _takes_extremes(program) else 1
-    return v.Fingerprinter(known.base, _written_sizes(program), samples=samples)
+    samples = SAMPLES if takes_extremes(program) else 1
+    return v.Fingerprinter(known.base, written_sizes(program), samples=samples)
 
 
 def _rewritten(program: Program, known: Meaning, space: SearchSpace, prints: v.Fingerprinter) -> list[v.Value]:
@@ -467,7 +467,7 @@ def _widened(
     )
 
 
-def _targets(
+def targets_of(
     here: Canonical, known: Meaning, seeds: Mapping[str, int]
 ) -> tuple[tuple[tuple[int, ...], ...], dict[int, list[str]]]:
     """The classes that must be in memory at the end, with the names they go by there; in groups, where the values of
@@ -510,7 +510,7 @@ def _computed(program: Program, known: Meaning) -> list[str]:
     return [e.target.name for e in program.equations if len(e.targets) == 1 and e.target.name not in outside]
 
 
-def _problem(program: Program, closure: Closure, seeds: Mapping[str, int], space: SearchSpace, on: Device) -> Problem:
+def problem_of(program: Program, closure: Closure, seeds: Mapping[str, int], space: SearchSpace, on: Device) -> Problem:
     axes = program.axes()
     sizes = {a.name: representative(a.size, space.symbolic) for a in axes.values()}
     limits = {a.name: _limit(a) for a in axes.values()}
@@ -594,7 +594,7 @@ def _operations(sizes: Mapping[str, int], op: Op, axes: set[str]) -> float:
     return (2.0 if isinstance(op, Contract) else 1.0) * math.prod(sizes[a] for a in axes)
 
 
-def _equations_seconds(equations: Sequence[Equation], program: Program, symbolic: int, p: Problem) -> float:
+def equations_seconds(equations: Sequence[Equation], program: Program, symbolic: int, p: Problem) -> float:
     """Equations of the program as library calls, one launch each; scalars and views are free, unless they
     are given back."""
     tensors, seconds = program.tensors(), 0.0

@@ -160,4 +160,3 @@ def _literals_first(text: str) -> bool:
 
 def _bracketed(text: str) -> str:
     return f"({text})" if " " in text and not text.endswith((")", "]")) else text
-

@@ -57,7 +57,7 @@ def meaning(program: Program) -> Meaning:
         if isinstance(e.op, Rename):
             for old, new in e.op.axes:
                 base[new.name] = base[old]
-        value = _equation_value(e, [found[a] for a in e.args])
+        value = equation_value(e, [found[a] for a in e.args])
         if value is None:
             boundaries.append(e)
             found.update((t.name, v.load(t.name, (a.name for a in t.axes))) for t in e.targets)
@@ -66,7 +66,7 @@ def meaning(program: Program) -> Meaning:
     return Meaning(found, tuple(boundaries), base)
 
 
-def _equation_value(e: Equation, args: list[Value]) -> Value | None:
+def equation_value(e: Equation, args: list[Value]) -> Value | None:
     """The value of one equation, or None where the operator is outside the calculus."""
     match e.op:
         case Elementwise(fn, attrs):
@@ -182,7 +182,7 @@ class Law:
     rewrite: Callable[[Value], Value | None]
 
 
-def _without_max(value: Value) -> Value | None:
+def without_max(value: Value) -> Value | None:
     """Substitutes 0 for every maximum taken over an axis."""
     changed = False
 
@@ -210,5 +210,5 @@ def _without_max(value: Value) -> Value | None:
     return result if changed else None
 
 
-STRIP_MAX = Law("strip-max", "exp(x - max x) / Σ exp(x - max x) = exp x / Σ exp x", _without_max)
+STRIP_MAX = Law("strip-max", "exp(x - max x) / Σ exp(x - max x) = exp x / Σ exp x", without_max)
 LAWS: dict[str, Law] = {law.name: law for law in (STRIP_MAX,)}

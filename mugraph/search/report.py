@@ -280,7 +280,9 @@ def _plain(value: Any) -> Any:
             return [_plain(x) for x in value]
         case Mapping():
             return {k: _plain(x) for k, x in value.items()}
-        case StopReason() | SearchSpace() | KernelCost() | CandidateReport() | StructureReport() | Written() | LawStep():
+        case (
+            StopReason() | SearchSpace() | KernelCost() | CandidateReport() | StructureReport() | Written() | LawStep()
+        ):
             return _plain(asdict(value))
         case _:
             return value

@@ -1,0 +1,681 @@
+"""Why a search did not find, or did not choose, a μGraph that somebody hands in.
+
+    answer = why_not(program, graph, report, on=device)
+
+Exactly one of: NotEquivalent (it computes something else), Found (it is in the list), Costlier (inside the space, at
+another price), Pruned (inside, but cut), Outside (the space does not hold it).  The graph is read as values of the
+calculus and compared with the classes, roles, budgets and prices of the same search, done again.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Literal, NamedTuple
+
+from mugraph.errors import MugraphError, VerificationError
+from mugraph.ir.check import check
+from mugraph.ir.graph import BlockGraph, Equation, KernelGraph, Program
+from mugraph.ir.infer import op_text
+from mugraph.ir.ops import Contract, Kernel, Library
+from mugraph.search.ahead import Fixed
+from mugraph.search.build import baseline
+from mugraph.search.closure import Class, Closure, Edge
+from mugraph.search.cost import STAGES, Device, Prediction, beside, predict
+from mugraph.search.derive import KernelSearch
+from mugraph.search.driver import (
+    LIBRARY,
+    Solved,
+    Task,
+    equations_seconds,
+    kernel_cost,
+    may_be_materialised,
+    problem_of,
+    set_up,
+    structure,
+    targets_of,
+)
+from mugraph.search.extract import Assignment, Derivation, Loop, Problem, Roles, Survey, is_leaf_edge
+from mugraph.search.footprint import Footprint
+from mugraph.search.library import ATTENTION, Attention, library_calls, operands
+from mugraph.search.partition import ACCUMULATED, SPLIT_MARGIN, WHOLE, Choice, Partition
+from mugraph.search.pieces import is_free
+from mugraph.search.reading import Launch, Reading
+from mugraph.search.report import KernelCost, SearchReport, Verify, cost_line
+
+ALIKE = 1e-6  # costs that differ by less than that part are equal
+
+
+@dataclass(frozen=True)
+class NotEquivalent:
+    """The graph computes something else; `counterexample` says where it differs."""
+
+    counterexample: str
+
+    def __str__(self) -> str:
+        return f"not equivalent: {self.counterexample}"
+
+
+@dataclass(frozen=True)
+class Found:
+    """The graph is in the list of plans: the `rank`-th of `plans` in the order in which they were tried."""
+
+    rank: int
+    plans: int
+    seconds: float
+    verdict: str
+    structure: str
+
+    def __str__(self) -> str:
+        return (
+            f"found: it is number {self.rank} of {self.plans} in the list ({self.structure}), "
+            f"{1e6 * self.seconds:.1f} µs predicted: {self.verdict}."
+        )
+
+
+@dataclass(frozen=True)
+class Costlier:
+    """The graph is in the space, and takes `by` seconds more than what was chosen, by the model."""
+
+    seconds: float
+    best_seconds: float
+    kernels: tuple[KernelCost, ...]
+
+    @property
+    def by(self) -> float:
+        return self.seconds - self.best_seconds
+
+    @property
+    def ratio(self) -> float:
+        return self.seconds / self.best_seconds if self.best_seconds else math.inf
+
+    def __str__(self) -> str:
+        lines = [
+            f"costlier: it is in the space, but {1e6 * self.seconds:.1f} µs are predicted for it against "
+            f"{1e6 * self.best_seconds:.1f} µs for what was chosen: {1e6 * self.by:.1f} µs more, {self.ratio:.2f} times."
+        ]
+        lines += [f"  {k.name}: {cost_line(k)}" for k in self.kernels]
+        return "\n".join(lines)
+
+
+Cut = Literal["feasibility", "tile", "bound", "budget", "margin"]
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """The graph is in the space, but was cut: `by` what, at which limit, and what lifts it."""
+
+    by: Cut
+    what: str
+    limit: str
+    remedy: str = ""
+
+    def __str__(self) -> str:
+        return f"pruned by {self.by}: {self.what} ({self.limit}).{f' {self.remedy}.' if self.remedy else ''}"
+
+
+@dataclass(frozen=True)
+class Outside:
+    """The space does not hold the graph: which rule, or which field of SearchSpace, leaves out what."""
+
+    restriction: str
+    what: str
+    remedy: str = ""
+
+    def __str__(self) -> str:
+        remedy = self.remedy or "No setting of SearchSpace admits it"
+        return f"outside the space ({self.restriction}): {self.what}. {remedy}."
+
+
+Answer = NotEquivalent | Found | Costlier | Pruned | Outside
+
+
+class Refused(Exception):
+    """Carries the answer to the top."""
+
+    def __init__(self, answer: Pruned | Outside) -> None:
+        super().__init__(str(answer))
+        self.answer = answer
+
+
+def why_not(
+    program: Program,
+    graph: Program,
+    report: SearchReport,
+    *,
+    on: Device,
+    verify: Verify | None = None,
+) -> Answer:
+    """Why the search that wrote the report did not choose the graph.  A graph without kernels and library calls, such
+    as the program itself, is taken as library calls, one for each operator.
+
+    `verify` raises VerificationError where the graph does not compute the program; without it, outputs are compared by
+    fingerprint.  Raises GraphError or ShapeError for a malformed graph.
+    """
+    check(graph)
+    given = graph if isinstance(graph, KernelGraph) else baseline(graph)
+    given = _stated_like(given, program)
+    if verify is not None:
+        try:
+            verify(program, given)
+        except VerificationError as error:
+            return NotEquivalent(error.message)
+    elif (difference := _other_interface(program, given)) is not None:
+        return NotEquivalent(difference)
+    task, _ = set_up(program, lambda g: g, report.space, on)
+    return _Question(task, report, given, verify is not None).answer()
+
+
+def _stated_like(graph: KernelGraph, program: Program) -> KernelGraph:
+    """Whether an input is constant is not the graph's to say."""
+    constant = {i.name: i.constant for i in program.inputs}
+    inputs = tuple(replace(i, constant=constant.get(i.name, i.constant)) for i in graph.inputs)
+    return replace(graph, inputs=inputs)
+
+
+def _other_interface(program: Program, graph: KernelGraph) -> str | None:
+    mine, given = ([str(i.tensor) for i in g.inputs] for g in (program, graph))
+    if mine != given:
+        return f"{graph.name} takes ({', '.join(given)}), {program.name} takes ({', '.join(mine)})"
+    mine, given = ([str(g.tensors()[o.value].dims) for o in g.outputs] for g in (program, graph))
+    if mine != given:
+        return f"{graph.name} gives other outputs than {program.name}"
+    return None
+
+
+class Signature(NamedTuple):
+    """What tells one launch from another: the same in a plan and in the graph that is built from it."""
+
+    makes: tuple[int, ...]
+    reads: tuple[int, ...]
+    kind: str
+    blocks: tuple[object, ...] = ()
+
+
+class Priced(NamedTuple):
+    """A launch of the graph at its price."""
+
+    name: str
+    prediction: Prediction
+    rank: float  # seconds as plans are ranked by: with the margin of a split
+    ahead: bool
+
+
+class _Question:
+    def __init__(self, task: Task, report: SearchReport, graph: KernelGraph, verified: bool) -> None:
+        self.task, self.report, self.graph, self.verified = task, report, graph, verified
+        self.space = task.space
+        self.read = Reading(task, graph)
+        self.problem = problem_of(task.here.program, task.closure, task.seeds, task.space, task.on)
+        targets, self.wanted = targets_of(task.here, task.known, task.seeds)
+        self.fixed: Fixed = task.fixed(self.problem, targets)
+        self.axes = {a: x for x, a in self.read.axes.items()}
+
+    # -- the order of the questions
+
+    def answer(self) -> Answer:
+        differs = self._other_outputs()
+        if differs is not None:
+            return differs
+        if self._is_source():
+            last = self.report.candidates[-1]
+            return Found(len(self.report.candidates), len(self.report.candidates), last.seconds, last.verdict, LIBRARY)
+        try:
+            signatures = [s for s in (self._signature(x) for x in self.read.flat.launches) if s is not None]
+        except Refused as refused:
+            return self._listed(None) or refused.answer
+        listed = self._listed(signatures)
+        if listed is not None:
+            return listed
+        try:
+            self._counts()
+            priced = [self._priced(x) for x in self.read.flat.launches]
+        except Refused as refused:
+            return refused.answer
+        return self._compared([p for p in priced if p is not None])
+
+    def _other_outputs(self) -> Answer | None:
+        """The outputs by fingerprint.  What the verifier has taken is equal by laws that the calculus does not have."""
+        for o, name in zip(self.task.program.outputs, self.read.flat.outputs, strict=True):
+            for mine, given in zip(self.read.cells(o.value), self.read.cells(name), strict=False):
+                a, b = (self.read.class_of(self.read.values[x]) for x in (mine, given))
+                if a != b or a is None:
+                    if not self.verified:
+                        return NotEquivalent(f"the output {o.value} is another value: {self._text(given)}")
+                    return Outside("closure", f"the output {o.value} is {self._text(given)}, which only the verifier "
+                                   "knows to be the same", CANDIDATES)  # fmt: skip
+        return None
+
+    def _is_source(self) -> bool:
+        """Whether all launches are library calls of the program's own operators, as it is written."""
+        return bool(self.read.flat.launches) and all(
+            isinstance(x.equation.op, Library) and self._own(x) for x in self.read.flat.launches
+        )
+
+    # -- what is in the list
+
+    @cached_property
+    def solved(self) -> Solved:
+        return self.task.solve(self.space.symbolic)
+
+    def _listed(self, signatures: Sequence[Signature] | None) -> Found | None:
+        if signatures is None:
+            return None
+        given = sorted(map(str, signatures))
+        candidates = self.report.candidates
+        for n, plan in enumerate(self.solved.plans):
+            if n < len(candidates) - 1 and sorted(str(self._of(c)) for c in plan) == given:
+                c = candidates[n]
+                return Found(n + 1, len(candidates), c.seconds, c.verdict, c.structure)
+        return None
+
+    def _of(self, c: Choice) -> Signature:
+        """The signature of a launch of a plan."""
+        makes = tuple(sorted(c.roots))
+        match c.how:
+            case Edge() as e:
+                return Signature(makes, _several(e.children), "contraction", e.axes)
+            case Attention():
+                return Signature(makes, _several(operands(self.problem, c.how)), "attention")
+            case _:
+                reads = _several(s.entry[0] for d in c.derivations for s in d.loads())
+                return Signature(makes, reads, "kernel", tuple(sorted(map(str, map(_cut_of, c.derivations)))))
+
+
+    def _signature(self, x: Launch) -> Signature | None:
+        """The signature of a launch of the graph; None for an operator that runs as it does in every plan."""
+        if isinstance(x.equation.op, Library) and self._is_boundary(x):
+            return None
+        makes, reads = self._classes(x.makes), self._classes(x.reads)
+        match x.equation.op:
+            case Kernel(blocks):
+                cuts = [str(self._roles(b)) for b in blocks]
+                return Signature(_several(makes), _several(reads), "kernel", tuple(sorted(cuts)))
+            case Library(name, semantics):
+                if name == ATTENTION:
+                    return Signature(_several(makes), _several(reads), "attention")
+                axes = _contracted(semantics)
+                if axes is not None:
+                    axes = tuple(sorted(self.read.axes.get(a, a) for a in axes))
+                    return Signature(_several(makes), _several(reads), "contraction", axes)
+                return Signature(_several(makes), _several(reads), f"library {name}")
+            case _:
+                raise AssertionError("no launch")
+
+    def _classes(self, names: Sequence[str]) -> list[int]:
+        """The classes of values in memory.  Raises Refused where one has none."""
+        found = []
+        for cell, c in self.read.classes_of(names):
+            if c is None:
+                raise Refused(self._no_class(cell))
+            found.append(c)
+        return found
+
+    def _no_class(self, name: str) -> Outside | Pruned:
+        odd = self.read.odd.get(name)
+        if odd is not None:
+            return Outside("operators", f"{op_text(odd.op)} is no operator of the program as it is written")
+        if self.task.closure.truncated:
+            return Pruned(
+                "budget",
+                f"{self._text(name)} is no class of a closure that was cut off",
+                f"SearchSpace.nodes = {self.space.nodes}",
+                "Give more nodes",
+            )
+        return Outside("closure", f"no rule leads to the value {self._text(name)}", CANDIDATES)
+
+    def _text(self, name: str) -> str:
+        text = self.task.notation().value(self.read.values[name])
+        return text if len(text) <= MOST_TEXT else text[: MOST_TEXT - 1] + "…"
+
+    # -- what the space leaves out
+
+    def _counts(self) -> None:
+        """Kernels, launches side by side, work done ahead."""
+        kernels = [x for x in self.read.flat.launches if isinstance(x.equation.op, Kernel) and not self._ahead(x)]
+        if len(kernels) > self.space.kernels and not all(map(self._own, kernels)):
+            raise Refused(
+                Outside(
+                    "kernels",
+                    f"it has {len(kernels)} kernels, and SearchSpace.kernels is {self.space.kernels}",
+                    f"Give SearchSpace(kernels={len(kernels)})",
+                )
+            )
+
+    def _ahead(self, x: Launch) -> bool:
+        classes = [c for _, c in self.read.classes_of(x.makes)]
+        return bool(classes) and all(c in self.fixed.computed for c in classes)
+
+    def _own(self, x: Launch) -> bool:
+        """Whether the launch does operators of the program as they are written, and nothing else: the program is in
+        every space."""
+        if isinstance(x.equation.op, Library) and x.equation.op.semantics.equations == self.task.program.equations:
+            return True
+        reads, makes = self._keys(x.reads), self._keys(x.makes)
+        return makes <= reads or any(makes <= mine and given <= reads for given, mine in self._operators)
+
+    def _keys(self, names: Sequence[str]) -> frozenset[object]:
+        return frozenset(self._key(cell) for n in names for cell in self.read.cells(n))
+
+    def _key(self, name: str) -> object:
+        c = self.read.class_of(self.read.values[name])
+        return c if c is not None else str(self.read.values[name])
+
+    @cached_property
+    def _operators(self) -> list[tuple[frozenset[object], frozenset[object]]]:
+        """What each operator of the program reads and makes.  Literals and sizes are read by nobody."""
+        given = {n for n, t in self.task.program.tensors().items()}
+        return [
+            (self._keys([a for a in e.args if self._is_stored(a)]), self._keys([t.name for t in e.targets]))
+            for e in self.task.program.equations
+            if all(n in self.read.values for n in (*e.args, *(t.name for t in e.targets))) and given
+        ]
+
+    def _is_stored(self, name: str) -> bool:
+        return bool(self.task.program.tensors()[name].axes)
+
+    def _is_boundary(self, x: Launch) -> bool:
+        """An operator outside the calculus: a library call in every plan."""
+        return all(n in self._boundary_values for n in self._names(x.makes))
+
+    def _names(self, names: Sequence[str]) -> list[str]:
+        found = []
+        for n in names:
+            value = self.read.values[n]
+            load = value[0].factors[0] if len(value) == 1 else None
+            found.append(str(getattr(load, "name", "")))
+        return found
+
+    @cached_property
+    def _boundary_values(self) -> frozenset[str]:
+        return frozenset(t.name for b in self.task.known.boundaries for t in b.targets)
+
+    # -- prices
+
+    def _priced(self, x: Launch) -> Priced | None:
+        """The price of a launch.  Raises Refused where the space does not hold it."""
+        ahead = self._ahead(x)
+        if ahead and not self.space.ahead:
+            raise Refused(Outside("ahead", "it does work ahead", "Give SearchSpace(ahead=True)"))
+        for c in self._classes(x.makes) if not self._own(x) else ():
+            self._may_lie_in_memory(c)
+        match x.equation.op:
+            case Kernel(blocks):
+                return self._kernel(x, blocks, ahead)
+            case Library():
+                return self._library(x, ahead)
+            case _:
+                raise AssertionError("no launch")
+
+    def _may_lie_in_memory(self, c: int) -> None:
+        p = self.problem
+        if c in self.wanted or c in p.memory or c in p.bound or c in self.fixed.foldable or c in self.fixed.computed:
+            return
+        text = self.task.notation().value(self.task.closure.classes[c].value)
+        if c in {self.task.seeds[n] for n in self.space.inside}:
+            raise Refused(Outside("inside", f"{text} must not be materialised", "Take it out of SearchSpace.inside"))
+        if not may_be_materialised(p, c):
+            what = "would lie in memory in 16 bits, which ruins it: it is, or makes up, the argument of an exponential"
+            raise Refused(Outside("materialisation", f"{text} {what}", "Declare the program in f32, which admits it"))
+        room = sum(p.bytes(x) for x in {*p.inputs, *self.wanted})
+        if p.bytes(c) > room:
+            raise Refused(Outside("materialisation", f"{text} takes {p.bytes(c):.3g} bytes in memory, more than inputs "
+                                  f"and outputs together ({room:.3g})"))  # fmt: skip
+        raise Refused(Outside("materialisation", f"{text} is no value of the program, and no result of a contraction, "
+                              "a reduction or a function, and only these lie in memory"))  # fmt: skip
+
+    def _library(self, x: Launch, ahead: bool) -> Priced:
+        op = x.equation.op
+        assert isinstance(op, Library)
+        if self._own(x) or self._is_boundary(x):
+            seconds = equations_seconds(op.semantics.equations, op.semantics, self.space.symbolic, self.problem)
+            return Priced(f"library {op.name}", Prediction(seconds, (("library", seconds),), 0.0, 0.0), seconds, ahead)
+        if not self.space.library:
+            raise Refused(Outside("library", f"it calls the library for {op.name}", "Give SearchSpace(library=True)"))
+        wanted = self._signature(x)
+        p = self._with(self._classes(x.reads), {})
+        for c in self._classes(x.makes):
+            for call, prediction in library_calls(p, c):
+                if self._of(Choice((c,), call, prediction, ())) == wanted:
+                    return Priced(structure([Choice((c,), call, prediction, ())], self.task.here.axes),
+                                  prediction, prediction.seconds, ahead)  # fmt: skip
+        raise Refused(Outside("library", f"{op.name} is no library call that the search knows: it knows contractions of "
+                              "two values, attention, and the program's own operators"))  # fmt: skip
+
+    def _kernel(self, x: Launch, blocks: Sequence[BlockGraph], ahead: bool) -> Priced:
+        if len(blocks) > 1 and not self.space.beside:
+            raise Refused(Outside("beside", "independent kernels share a launch", "Give SearchSpace(beside=True)"))
+        reads = self._classes(x.reads)
+        made: list[Derivation] = []
+        for block in blocks:
+            roots = self._roots(x, block)
+            assignment = self._roles(block)
+            try:
+                self._admitted(roots, assignment)
+                made.append(self._derivation(roots, reads, assignment))
+            except Refused:
+                if not self._own(x):
+                    raise
+                seconds = self._as_library(x)
+                name = f"kernel {op_text(x.equation.op)}"
+                return Priced(name, Prediction(seconds, (("library", seconds),), 0.0, 0.0), seconds, ahead)
+        p = self._with(reads, {})
+        works = [Footprint(p, d).work(dict(d.tiles)) for d in made]
+        found = predict(works[0] if len(works) == 1 else beside(works), p.device)
+        how = made[0] if len(made) == 1 else tuple(made)
+        name = structure([Choice(tuple(r for d in made for r in d.roots), how, found, ())], self.task.here.axes)
+        margin = SPLIT_MARGIN if any(d.roles.split for d in made) else 1.0
+        return Priced(name, found, found.seconds * margin, ahead)
+
+    def _as_library(self, x: Launch) -> float:
+        """What the program's own operator costs as a library call."""
+        makes = self._keys(x.makes)
+        mine = [e for e in self.task.program.equations if self._keys([t.name for t in e.targets]) & makes]
+        return equations_seconds(mine, self.task.program, self.space.symbolic, self.problem)
+
+    def _roots(self, x: Launch, block: BlockGraph) -> tuple[int, ...]:
+        final = block.combine or block
+        stored = {s.target for s in final.stores}
+        names = [n for n, t in zip(x.makes, x.equation.targets, strict=True) if t.name in stored]
+        return tuple(sorted(set(self._classes(names))))
+
+    # -- one kernel
+
+    def _roles(self, block: BlockGraph) -> Assignment:
+        """The roles that a block graph gives to axes, under canonical names."""
+
+        def name(axis: str) -> str:
+            return self.read.axes.get(axis, axis)
+
+        loops = tuple(tuple(name(a) for a, _ in p.loops) for p in block.passes if p.loops)
+        split = (name(block.split.axis), block.split.parts) if block.split else None
+        grid = tuple(sorted(name(a) for a, _ in block.grid))
+        return Assignment(Roles(grid, loops, split), {name(a): t for a, t in sorted(block.tiles().items())})
+
+    def _shown(self, axes: Collection[str]) -> str:
+        return ", ".join(sorted(self.axes.get(a, a) for a in axes))
+
+    def _admitted(self, roots: tuple[int, ...], given: Assignment) -> None:
+        """Raises Refused where the space has no such roles."""
+        p, space, roles = self.problem, self.space, given.roles
+        if unknown := [a for a in given.tiles if a not in p.sizes]:
+            raise Refused(Outside("axes", f"{self._shown(unknown)} is no axis of the program"))
+        if len(roles.passes) > space.passes:
+            remedy = f"Give SearchSpace(passes={len(roles.passes)})" if len(roles.passes) <= 2 else ""
+            what = f"a kernel loops {len(roles.passes)} times in sequence, and SearchSpace.passes is {space.passes}"
+            raise Refused(Outside("passes", what, remedy))
+        shared = set.intersection(*(set(p.axes(r)) for r in roots)) if roots else set[str]()
+        if lacking := [a for a in roles.grid if a not in shared]:
+            raise Refused(Outside("grid", f"the axis {self._shown(lacking)} is on the grid, and the kernel's results do "
+                                  "not all have it"))  # fmt: skip
+        free = {a for a in shared if p.limits[a] > 1}
+        if space.grid is not None and set(roles.grid) & free != set(space.grid) & free:
+            raise Refused(Outside("grid", f"the grid is over ({self._shown(roles.grid)}), and SearchSpace.grid is "
+                                  f"({self._shown(space.grid)})", "Change SearchSpace.grid"))  # fmt: skip
+        if roles.split and not space.split:
+            raise Refused(Outside("split", f"{self._shown(roles.split[:1])} is split over the grid", "Give SearchSpace(split=True)"))  # fmt: skip
+        if space.loops is not None and (others := roles.loops - set(space.loops)):
+            raise Refused(Outside("loops", f"a pass loops over {self._shown(others)}, and SearchSpace.loops is "
+                                  f"({self._shown(space.loops)})", "Change SearchSpace.loops"))  # fmt: skip
+        self._tiles(given)
+        run = Partition(p, space)
+        sequences = run.sequences(roots, 1)
+        if roles.passes and _unordered(roles.passes) not in {_unordered(s) for s in sequences}:
+            loops = " then ".join("·".join(self.axes.get(a, a) for a in loop) for loop in roles.passes)
+            raise Refused(Outside("loops", f"the search has no loops over {loops}: it loops over axes that are summed or "
+                                  f"reduced over, in nests of two where both are longer than {WHOLE}, and in an order that "
+                                  "the values need"))  # fmt: skip
+        if roles.split:
+            if len(roles.passes) != 1 or len(roles.passes[0]) != 1:
+                raise Refused(Outside("split", "a split kernel loops over more than the axis that is split"))
+            counts = run.split_counts(roots, roles.grid, roles.split[0])
+            if roles.split[1] not in counts:
+                known = " or ".join(map(str, counts)) or "none"
+                raise Refused(Outside("split", f"{self._shown(roles.split[:1])} is split into {roles.split[1]} parts, and "
+                                      f"the search tries {known} with this grid, which fills the device once or twice"))  # fmt: skip
+
+    def _tiles(self, given: Assignment) -> None:
+        for a, tile in given.tiles.items():
+            fixed = dict(self.space.tiles).get(a)
+            if fixed is not None and tile != min(fixed, _power(self.problem.sizes[a])):
+                raise Refused(Outside("tiles", f"the tile of {self._shown([a])} is {tile}, and SearchSpace.tiles fixes "
+                                      f"{fixed}", "Change SearchSpace.tiles"))  # fmt: skip
+            if tile & (tile - 1):
+                raise Refused(Outside("tiles", f"the tile of {self._shown([a])} is {tile}, and the search tries powers of "
+                                      "two"))  # fmt: skip
+
+    def _with(self, loaded: Collection[int], edges: Mapping[int, Mapping[Edge, str]]) -> Problem:
+        """The problem in which these classes, and no others beside the inputs, lie in memory; `edges` restricts what is
+        computed."""
+        memory = dict.fromkeys([*self.problem.inputs, *loaded], 0.0)
+        closure = self.task.closure
+        if edges:
+            cells = list(closure.classes)
+            for c, kept in edges.items():
+                cells[c] = Class(cells[c].value, cells[c].axes, dict(kept))
+            closure = replace(closure, classes=cells)
+        scaled = {c for c in loaded if c in self.problem.scaled}
+        return replace(self.problem, closure=closure, memory=memory, bound={}, scaled=scaled)
+
+    def _derivation(self, roots: tuple[int, ...], reads: Collection[int], given: Assignment) -> Derivation:
+        """The kernel's own way, or the cheapest that computes the same under its roles.  Raises Refused."""
+        loaded = [c for c in reads if c not in self.problem.inputs]
+        computed = self.read.computed()
+        cells = self.task.closure.classes
+        only_loaded: dict[int, dict[Edge, str]] = {c: {} for c in loaded if c not in roots}
+        own = {
+            c: {e: r for e, r in cells[c].edges.items() if computed.issuperset(e.children)}
+            for c in self.task.closure.order
+            if c not in only_loaded
+        }
+        found = self._cheapest(roots, loaded, given, {**own, **only_loaded})
+        if found is None:
+            odd = self.read.unknown()
+            found = self._cheapest(roots, loaded, given, only_loaded)
+            if found is not None and odd:
+                text = self.task.notation().value(odd[0])
+                raise Refused(Outside("closure", f"no rule leads to the value {text}", CANDIDATES))
+        if found is None:
+            raise Refused(self._infeasible(roots, loaded, given))
+        self._fits(self._with(loaded, {}), found)
+        return found
+
+    def _cheapest(
+        self,
+        roots: tuple[int, ...],
+        loaded: Sequence[int],
+        given: Assignment,
+        edges: Mapping[int, Mapping[Edge, str]],
+    ) -> Derivation | None:
+        p = self._with(loaded, edges)
+        outcome = Survey(p, roots, [given]).outcome(alone=False)
+        if math.isinf(outcome.bounds[0]):
+            return None
+        return KernelSearch(outcome, 0).run(math.inf)
+
+    def _infeasible(self, roots: tuple[int, ...], loaded: Sequence[int], given: Assignment) -> Pruned | Outside:
+        """Under these roles nothing computes the roots at these tiles; perhaps at the least tiles."""
+        least = Assignment(given.roles, dict.fromkeys(given.tiles, 1))
+        if self._cheapest(roots, loaded, least, {}) is not None:
+            return Pruned("tile", "a tile of the kernel is larger than a block can hold", _room(self.problem))
+        whole = [a for c in roots for a in self.problem.axes(c) if a not in given.tiles]
+        shown = f"; whole in a tile: {self._shown(set(whole))}" if whole else ""
+        return Pruned(
+            "feasibility",
+            f"no derivation computes the results under these roles{shown}",
+            "an axis on the grid is not summed over, what a loop computes is closed in it, and tiles fit a block",
+        )
+
+    def _fits(self, p: Problem, d: Derivation) -> None:
+        """Raises Refused where the tiles exceed the device."""
+        tiles = dict(d.tiles)
+        footprint = Footprint(p, d)
+        work = footprint.work(tiles)
+        shared, room = STAGES * work.stage + work.resident, p.device.shared_bytes_per_block
+        if footprint.excess(tiles) > 0:
+            raise Refused(Pruned("tile", "a tile has more elements than a block can hold", _room(p), SMALLER))
+        if shared > room:
+            raise Refused(Pruned("feasibility", f"the loads of {STAGES} iterations take {shared / 1024:.0f} KiB of shared "
+                                 "memory", f"{room / 1024:.0f} KiB on {p.device.name}", SMALLER))  # fmt: skip
+        if work.accumulators > ACCUMULATED:
+            raise Refused(Pruned("feasibility", f"accumulators take {4 * work.accumulators / 1024:.0f} KiB of registers",
+                                 f"{4 * ACCUMULATED // 1024} KiB", SMALLER))  # fmt: skip
+
+    # -- the comparison
+
+    def _compared(self, priced: Sequence[Priced]) -> Answer:
+        calls = [x for x in priced if not x.ahead]
+        seconds, best = sum(x.prediction.seconds for x in calls), self.report.predicted_seconds
+        kernels = tuple(kernel_cost(x.name, x.prediction, self.problem) for x in calls)
+        if seconds >= best * (1 - ALIKE):
+            return Costlier(seconds, best, kernels)
+        gain = f"{1e6 * seconds:.1f} µs are predicted for it, less than the {1e6 * best:.1f} µs of what was chosen"
+        if sum(x.rank for x in calls) >= best * (1 - ALIKE):
+            return Pruned("margin", f"{gain}, but by less than the model is sure of", f"a split must win by a factor of "
+                          f"{SPLIT_MARGIN}")  # fmt: skip
+        if self.report.stop.kind != "Saturated":
+            field = {"NodeLimit": "nodes", "EntryLimit": "entries", "StateLimit": "states"}.get(self.report.stop.kind)
+            remedy = f"Give SearchSpace({field}=...) a greater budget" if field else "Give more time"
+            return Pruned("budget", f"{gain}, but the search stopped before", str(self.report.stop), remedy)
+        return Pruned("bound", f"{gain}, but no kernel or plan was kept that leads to it: of each kernel the derivations "
+                      "of least additive cost are ranked", "KEPT derivations, RUNS assignments of roles",
+                      "Fix its roles with SearchSpace.grid, loops or tiles")  # fmt: skip
+
+
+CANDIDATES = 'Give SearchSpace(candidates=20000, abstraction="off"), which finds identities that need cancellation'
+SMALLER = "Smaller tiles fit"
+MOST_TEXT = 240
+
+
+def _cut_of(d: Derivation) -> Assignment:
+    roles = d.roles
+    return Assignment(Roles(tuple(sorted(roles.grid)), roles.passes, roles.split), dict(sorted(d.tiles)))
+
+
+def _several(classes: Iterable[int]) -> tuple[int, ...]:
+    return tuple(sorted(set(classes)))
+
+
+def _contracted(semantics: Program) -> tuple[str, ...] | None:
+    """The axes that a library call contracts, if it is one contraction of two values."""
+    match semantics.equations:
+        case (Equation(op=Contract(axes), args=(_, _)),):
+            return axes
+        case _:
+            return None
+
+
+def _unordered(passes: Sequence[Loop]) -> tuple[frozenset[str], ...]:
+    return tuple(map(frozenset, passes))
+
+
+def _power(n: int) -> int:
+    return 1 << max(0, n - 1).bit_length()
+
+
+def _room(p: Problem) -> str:
+    from mugraph.search.extract import COMPUTED_TILE, LOADED_TILE
+
+    return f"{LOADED_TILE} elements of a tile that is loaded, {COMPUTED_TILE} of one that is computed"
