@@ -191,7 +191,7 @@ class Signature(NamedTuple):
     makes: tuple[int, ...]
     reads: tuple[int, ...]
     kind: str
-    blocks: tuple[object, ...] = ()
+    blocks: tuple[str, ...] = ()
 
 
 class Priced(NamedTuple):
@@ -219,14 +219,12 @@ class _Question:
         differs = self._other_outputs()
         if differs is not None:
             return differs
-        if self._is_source():
-            last = self.report.candidates[-1]
-            return Found(len(self.report.candidates), len(self.report.candidates), last.seconds, last.verdict, LIBRARY)
         try:
-            signatures = [s for s in (self._signature(x) for x in self.read.flat.launches) if s is not None]
+            listed = self._listed()
         except Refused as refused:
-            return self._listed(None) or refused.answer
-        listed = self._listed(signatures)
+            return self._as_written() or refused.answer
+        if listed is None:
+            listed = self._as_written()
         if listed is not None:
             return listed
         try:
@@ -248,11 +246,13 @@ class _Question:
                                    "knows to be the same", CANDIDATES)  # fmt: skip
         return None
 
-    def _is_source(self) -> bool:
-        """Whether all launches are library calls of the program's own operators, as it is written."""
-        return bool(self.read.flat.launches) and all(
-            isinstance(x.equation.op, Library) and self._own(x) for x in self.read.flat.launches
-        )
+    def _as_written(self) -> Found | None:
+        """Whether all launches are library calls of the program's own operators: the last plan of the list."""
+        for x in self.read.flat.launches:
+            if not isinstance(x.equation.op, Library) or not self._own(x):
+                return None
+        plans = self.report.candidates
+        return Found(len(plans), len(plans), plans[-1].seconds, plans[-1].verdict, LIBRARY)
 
     # -- what is in the list
 
@@ -260,15 +260,13 @@ class _Question:
     def solved(self) -> Solved:
         return self.task.solve(self.space.symbolic)
 
-    def _listed(self, signatures: Sequence[Signature] | None) -> Found | None:
-        if signatures is None:
-            return None
-        given = sorted(map(str, signatures))
-        candidates = self.report.candidates
-        for n, plan in enumerate(self.solved.plans):
-            if n < len(candidates) - 1 and sorted(str(self._of(c)) for c in plan) == given:
-                c = candidates[n]
-                return Found(n + 1, len(candidates), c.seconds, c.verdict, c.structure)
+    def _listed(self) -> Found | None:
+        """The plan of the list that has the same launches."""
+        given = sorted(s for s in map(self._signature, self.read.flat.launches) if s is not None)
+        plans = self.report.candidates
+        for n, (plan, c) in enumerate(zip(self.solved.plans, plans[:-1], strict=False)):
+            if sorted(map(self._of, plan)) == given:
+                return Found(n + 1, len(plans), c.seconds, c.verdict, c.structure)
         return None
 
     def _of(self, c: Choice) -> Signature:
@@ -276,12 +274,12 @@ class _Question:
         makes = tuple(sorted(c.roots))
         match c.how:
             case Edge() as e:
-                return Signature(makes, _several(e.children), "contraction", e.axes)
+                return Signature(makes, _several(e.children), "contraction", tuple(sorted(e.axes)))
             case Attention():
                 return Signature(makes, _several(operands(self.problem, c.how)), "attention")
             case _:
                 reads = _several(s.entry[0] for d in c.derivations for s in d.loads())
-                return Signature(makes, reads, "kernel", tuple(sorted(map(str, map(_cut_of, c.derivations)))))
+                return Signature(makes, reads, "kernel", tuple(sorted(_cut(Assignment(d.roles, dict(d.tiles))) for d in c.derivations)))
 
 
     def _signature(self, x: Launch) -> Signature | None:
@@ -291,7 +289,7 @@ class _Question:
         makes, reads = self._classes(x.makes), self._classes(x.reads)
         match x.equation.op:
             case Kernel(blocks):
-                cuts = [str(self._roles(b)) for b in blocks]
+                cuts = [_cut(self._roles(b)) for b in blocks]
                 return Signature(_several(makes), _several(reads), "kernel", tuple(sorted(cuts)))
             case Library(name, semantics):
                 if name == ATTENTION:
@@ -492,7 +490,7 @@ class _Question:
         loops = tuple(tuple(name(a) for a, _ in p.loops) for p in block.passes if p.loops)
         split = (name(block.split.axis), block.split.parts) if block.split else None
         grid = tuple(sorted(name(a) for a, _ in block.grid))
-        return Assignment(Roles(grid, loops, split), {name(a): t for a, t in sorted(block.tiles().items())})
+        return Assignment(Roles(grid, loops, split), {name(a): t for a, t in block.tiles().items()})
 
     def _shown(self, axes: Collection[str]) -> str:
         return ", ".join(sorted(self.axes.get(a, a) for a in axes))
@@ -649,9 +647,9 @@ SMALLER = "Smaller tiles fit"
 MOST_TEXT = 240
 
 
-def _cut_of(d: Derivation) -> Assignment:
-    roles = d.roles
-    return Assignment(Roles(tuple(sorted(roles.grid)), roles.passes, roles.split), dict(sorted(d.tiles)))
+def _cut(a: Assignment) -> str:
+    """How a kernel is cut, as a text that is the same for equal roles and tiles."""
+    return str((sorted(a.roles.grid), a.roles.passes, a.roles.split, sorted(a.tiles.items())))
 
 
 def _several(classes: Iterable[int]) -> tuple[int, ...]:
