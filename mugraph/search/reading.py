@@ -61,6 +61,7 @@ class _Flat:
         self.tensors = graph.tensors()
         self.equations: list[Equation] = []
         self.launches: list[Launch] = []
+        self.read: dict[str, None] = {}
         self.count = itertools.count()
 
     def fresh(self, name: str) -> str:
@@ -75,13 +76,13 @@ class _Flat:
         args = [self.names[a] for a in e.args]
         match e.op:
             case Kernel(blocks):
-                reads, stored = dict.fromkeys(args), dict[str, str]()
+                self.read, stored = {}, dict[str, str]()
                 scope = dict(zip(e.args, args, strict=True))
                 for block in blocks:
                     self.block(block, scope, stored)
                 for t in e.targets:
                     self.emit(Equation((t,), Transpose(), ()), self.names, [stored[t.name]])
-                self.launched(e, tuple(reads))
+                self.launched(e, tuple(self.read))
             case Library(_, semantics):
                 self.inlined(e, semantics, args)
                 self.launched(e, tuple(dict.fromkeys(args)))
@@ -129,11 +130,15 @@ class _Flat:
         for ld in loads:
             source = self.tensors.get(ld.source)
             new = ld.value.axes
-            if source is None or source.axes == new:  # partial results keep their axes
+            if source is None:  # partial results keep their axes
                 alive[ld.value.name] = sources[ld.source]
                 continue
-            pairs = tuple((a.name, b) for a, b in zip(source.axes, new, strict=True) if a != b)
-            self.emit(Equation((ld.value,), Rename(pairs), ()), alive, [sources[ld.source]])
+            if source.axes == new:
+                alive[ld.value.name] = sources[ld.source]
+            else:
+                pairs = tuple((a.name, b) for a, b in zip(source.axes, new, strict=True) if a != b)
+                self.emit(Equation((ld.value,), Rename(pairs), ()), alive, [sources[ld.source]])
+            self.read[alive[ld.value.name]] = None
 
     def steps(self, equations: Iterable[Equation], alive: dict[str, str], part: str) -> None:
         for e in equations:
