@@ -182,8 +182,8 @@ class Law:
     rewrite: Callable[[Value], Value | None]
 
 
-def without_max(value: Value) -> Value | None:
-    """Substitutes 0 for every maximum taken over an axis."""
+def without_max(value: Value, gone: Callable[[Call], bool] = lambda _: True) -> Value | None:
+    """Substitutes 0 for every maximum taken over an axis of which `gone` holds; None where there is none."""
     changed = False
 
     def in_value(x: Value) -> Value:
@@ -195,11 +195,12 @@ def without_max(value: Value) -> Value | None:
         factors: list[Factor] = []
         for f in t.factors:
             match f:
-                case Call("max", _, bound, _) if bound:
-                    changed = True
-                    return None
                 case Call(fn, attrs, bound, args):
-                    factors.append(Call(fn, attrs, bound, tuple(in_value(a) for a in args)))
+                    call = Call(fn, attrs, bound, tuple(in_value(a) for a in args))
+                    if fn == "max" and bound and gone(call):
+                        changed = True
+                        return None
+                    factors.append(call)
                 case Paren(inner):
                     factors.append(Paren(in_value(inner)))
                 case _:

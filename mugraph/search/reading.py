@@ -186,14 +186,10 @@ class Reading:
         self.sizes: dict[str, Axis] = dict(task.here.program.axes())
         joint = self._joint()
         self.equations = {t.name: e for e in joint.equations for t in e.targets}
-        extremes = takes_extremes(joint)
-        self._read(joint)
-        program = task.here.program
-        samples = SAMPLES if extremes else 1
-        self.prints = v.Fingerprinter(self.base, written_sizes(program), samples=samples)
-        closure = task.closure
-        self.by_print = {self.prints.fingerprint(closure.classes[c].value): c for c in reversed(closure.order)}
+        self.samples = SAMPLES if takes_extremes(joint) else 1
+        self._known: tuple[int, v.Fingerprinter, dict[v.Print, int]] | None = None
         self._classes: dict[Value, int | None] = {}
+        self._read(joint)
 
     def _joint(self) -> Program:
         """The program and the graph side by side, views taken away from both together, so that they are cut alike."""
@@ -225,7 +221,7 @@ class Reading:
                 self.values[e.target.name] = value
                 continue
             if isinstance(e.op, Concat):
-                self.parts[e.target.name] = tuple(x for a in e.args for x in self.parts.get(a, (a,)))
+                self.parts[e.target.name] = e.args
             for n, t in enumerate(e.targets):
                 if known is None:
                     self.odd[t.name] = e
@@ -272,9 +268,9 @@ class Reading:
         for b in self.task.known.boundaries:
             if type(b.op) is not type(e.op) or len(b.args) != len(args) or len(b.targets) != len(e.targets):
                 continue
-            if any(
-                x != self.task.known.values[y] and not _same(x, self.task.known.values[y])
-                for x, y in zip(args, b.args, strict=True)
+            shapes = [[(len(t.axes), [a.size for a in t.axes]) for t in x.targets] for x in (e, b)]
+            if shapes[0] != shapes[1] or any(
+                self.class_of(x) != self.task.seeds[y] for x, y in zip(args, b.args, strict=True)
             ):
                 continue
             if all(self._alike(getattr(e.op, f.name), getattr(b.op, f.name), f.name) for f in fields(b.op)):
@@ -283,30 +279,42 @@ class Reading:
 
     def _alike(self, mine: Any, theirs: Any, field: str) -> bool:
         if isinstance(mine, Axis):
-            return mine.size == theirs.size and self.axes.get(mine.name, theirs.name) == theirs.name
+            return bool(mine.size == theirs.size) and self.axes.get(mine.name, theirs.name) == theirs.name
         if isinstance(mine, tuple):
             return len(mine) == len(theirs) and all(self._alike(a, b, field) for a, b in zip(mine, theirs, strict=True))
         if field in ("axis", "axes") and isinstance(mine, str):
-            return self.axes.get(mine, mine) == theirs
+            return bool(self.axes.get(mine, mine) == theirs)
         return bool(mine == theirs)
 
     # -- classes
 
+    def prints(self) -> tuple[v.Fingerprinter, dict[v.Print, int]]:
+        """What tells values apart, and the classes by their fingerprints; anew where the graph has brought an axis."""
+        if self._known is None or self._known[0] != len(self.base):
+            prints = v.Fingerprinter(self.base, written_sizes(self.task.here.program), samples=self.samples)
+            closure = self.task.closure
+            by_print = {prints.fingerprint(closure.classes[c].value): c for c in reversed(closure.order)}
+            self._known = len(self.base), prints, by_print
+            self._classes = {}
+        return self._known[1:]
+
     def class_of(self, value: Value) -> int | None:
         """The class of a value, as it is, under other names of aliases, or with its maxima taken away."""
+        self.prints()
         if value not in self._classes:
-            self._classes[value] = self._class_of(value)
+            found = self._as_it_is(value)
+            if found is None:
+                plain = self._unshifted(value)
+                found = None if plain is None else self._as_it_is(plain)
+            self._classes[value] = found
         return self._classes[value]
 
-    def _class_of(self, value: Value) -> int | None:
-        for candidate in (value, without_max(value)):
-            if candidate is None:
-                continue
-            tokens = v.free_tokens(candidate)
-            if len({a for a, _ in tokens}) < len(tokens):
-                continue
+    def _as_it_is(self, value: Value) -> int | None:
+        prints, by_print = self.prints()
+        tokens = v.free_tokens(value)
+        if len({a for a, _ in tokens}) == len(tokens):
             for names in self._namings(sorted(tokens)):
-                found = self.by_print.get(self.prints.fingerprint(v.rename(candidate, names)))
+                found = by_print.get(prints.fingerprint(v.rename(value, names)))
                 if found is not None:
                     return found
         return None
@@ -319,9 +327,15 @@ class Reading:
             if len(set(chosen)) == len(chosen):
                 yield {t: (a, 0) for t, a in zip(tokens, chosen, strict=True)}
 
+    def _unshifted(self, value: Value) -> Value | None:
+        """Without the maxima that only stabilise: those that the closure does not know."""
+        return without_max(value, lambda f: self._as_it_is((v.Term(v.NOTHING, (f,)),)) is None)
+
     def cells(self, name: str) -> tuple[str, ...]:
-        """The values that a name of the flattened graph stands for: its cells, where it is joined."""
-        return self.parts.get(name, (name,))
+        """The values that a name stands for: its cells, where it is joined and has no class as a whole."""
+        if name not in self.parts or self.class_of(self.values[name]) is not None:
+            return (name,)
+        return tuple(cell for part in self.parts[name] for cell in self.cells(part))
 
     def classes_of(self, names: Iterable[str]) -> list[tuple[str, int | None]]:
         """The values of these names, cell by cell, with their classes; the exponents beside scaled values left out."""
@@ -336,7 +350,7 @@ class Reading:
 
     def is_shift(self, value: Value) -> bool:
         """Whether nothing is left of a value without its maxima: it is the exponent beside a scaled value."""
-        stripped = without_max(value)
+        stripped = self._unshifted(value)
         return stripped is not None and all(v.is_zero(t) for t in stripped)
 
     def computed(self) -> set[int]:
@@ -352,13 +366,6 @@ class Reading:
             x for n, x in self.values.items() if n.startswith("#") and self.class_of(x) is None and not self.is_shift(x)
         ]
         return [x for x in found if v.free_tokens(x)]
-
-    def names_of(self, value: Value) -> list[str]:
-        return [n for n, x in self.values.items() if x == value]
-
-
-def _same(a: Value, b: Value) -> bool:
-    return v.key(a) == v.key(b)
 
 
 def _helpers(e: Equation, args: Sequence[Value]) -> list[Value]:

@@ -441,7 +441,8 @@ class Fingerprinter:
             case Call("max" | "min", _, bound, args):
                 return self.extreme(f.fn, bound, [self.value(a) for a in args])
             case Call(fn, attrs, bound, args):
-                return self.opaque((fn, attrs, sorted(t[0] for t in bound)), tuple(self.value(a) for a in args))
+                key, points = (fn, attrs, sorted(t[0] for t in bound)), tuple(self.value(a) for a in args)
+                return self.opaque(key, points, fn in _COMMUTATIVE or (fn == "compare" and attrs[0] in ("eq", "ne")))
 
     def number(self, coefficient: Fraction, sizes: tuple[tuple[str, int], ...], modulus: int) -> Words:
         result = fields.rational(coefficient.numerator, coefficient.denominator, modulus)
@@ -450,10 +451,12 @@ class Fingerprinter:
             result = result * pow(count, power, modulus) % modulus
         return np.asarray(result, dtype=U)
 
-    def opaque(self, fn: object, args: tuple[Point, ...]) -> Point:
+    def opaque(self, fn: object, args: tuple[Point, ...], commutes: bool = False) -> Point:
         tokens = tuple(dict.fromkeys(t for a in args for t in a.tokens))
         mixed: Words = np.asarray(0, dtype=U)
-        for i, a in enumerate(args):
+        for a in args if commutes else ():
+            mixed = mixed + fields.keyed_hash(spread(a, a.p, tokens), (fn, "operand"), 2**61)
+        for i, a in enumerate(() if commutes else args):
             mixed = fields.keyed_hash(np.asarray(mixed + spread(a, a.p, tokens) * U(2), dtype=U), (fn, i), 2**62)
         return Point(tokens, fields.keyed_hash(mixed, (fn, "p"), P), fields.keyed_hash(mixed, (fn, "q"), Q))
 

@@ -279,8 +279,12 @@ class _Question:
                 return Signature(makes, _several(operands(self.problem, c.how)), "attention")
             case _:
                 reads = _several(s.entry[0] for d in c.derivations for s in d.loads())
-                return Signature(makes, reads, "kernel", tuple(sorted(_cut(Assignment(d.roles, dict(d.tiles))) for d in c.derivations)))
-
+                return Signature(
+                    makes,
+                    reads,
+                    "kernel",
+                    tuple(sorted(_cut(Assignment(d.roles, dict(d.tiles))) for d in c.derivations)),
+                )
 
     def _signature(self, x: Launch) -> Signature | None:
         """The signature of a launch of the graph; None for an operator that runs as it does in every plan."""
