@@ -229,7 +229,7 @@ class Reading:
                     self.values[t.name] = v.load(f"#{t.name}", axes)
                 else:
                     b = known.targets[n]
-                    self.axes.update((x.name, y.name) for x, y in zip(t.axes, b.axes, strict=True))
+                    self.axes.update((x.name, y.name) for x, y in zip(_long(t), _long(b), strict=True))
                     self.values[t.name] = v.load(b.name, (a.name for a in b.axes))
 
     def axis(self, axis: Axis) -> str:
@@ -268,10 +268,11 @@ class Reading:
         for b in self.task.known.boundaries:
             if type(b.op) is not type(e.op) or len(b.args) != len(args) or len(b.targets) != len(e.targets):
                 continue
-            shapes = [[(len(t.axes), [a.size for a in t.axes]) for t in x.targets] for x in (e, b)]
-            if shapes[0] != shapes[1] or any(
-                self.class_of(x) != self.task.seeds[y] for x, y in zip(args, b.args, strict=True)
-            ):
+            shapes = [[[a.size for a in _long(t)] for t in x.targets] for x in (e, b)]
+            mine, theirs = [self.class_of(x) for x in args], [self.task.seeds[y] for y in b.args]
+            if isinstance(e.op, Contract):  # its operands change places
+                mine, theirs = sorted(mine, key=str), sorted(theirs, key=str)
+            if shapes[0] != shapes[1] or mine != theirs:
                 continue
             if all(self._alike(getattr(e.op, f.name), getattr(b.op, f.name), f.name) for f in fields(b.op)):
                 return b
@@ -366,6 +367,11 @@ class Reading:
             x for n, x in self.values.items() if n.startswith("#") and self.class_of(x) is None and not self.is_shift(x)
         ]
         return [x for x in found if v.free_tokens(x)]
+
+
+def _long(t: Tensor) -> list[Axis]:
+    """The axes along which there is more than one element."""
+    return [a for a in t.axes if a.size != 1]
 
 
 def _helpers(e: Equation, args: Sequence[Value]) -> list[Value]:

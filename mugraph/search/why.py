@@ -164,6 +164,9 @@ def why_not(
             return NotEquivalent(error.message)
     elif (difference := _other_interface(program, given)) is not None:
         return NotEquivalent(difference)
+    if graph.equations in (program.equations, baseline(program).equations):
+        plans = report.candidates
+        return Found(len(plans), len(plans), plans[-1].seconds, plans[-1].verdict, LIBRARY)
     task, _ = set_up(program, lambda g: g, report.space, on)
     return _Question(task, report, given, verify is not None).answer()
 
