@@ -45,12 +45,12 @@ from mugraph.ir.serialize import dumps, loads
 from mugraph.ir.threads import form_threads
 from mugraph.runtime.cache import Cache, key_of
 from mugraph.runtime.load import Executable, load_module
+from mugraph.search.answers import Answer
 from mugraph.search.build import baseline
 from mugraph.search.cost import device
 from mugraph.search.driver import search
 from mugraph.search.report import Asked, CandidateReport, SearchReport, StopReason
 from mugraph.search.space import SearchSpace, space_of
-from mugraph.search.why import Answer
 from mugraph.transpiler import torch as torch_code
 from mugraph.transpiler import triton as triton_code
 from mugraph.transpiler.target import Target, parse_target
@@ -235,7 +235,9 @@ def read_graph(given: KernelGraph | Program | str | Path) -> KernelGraph | Progr
         try:
             text, form = path.read_text(encoding="utf-8"), path.suffix
         except (OSError, ValueError) as error:
-            raise ParseError(f"cannot read {path}: {error}", remedy="give a μGraph, its text or a file of it") from error
+            raise ParseError(
+                f"cannot read {path}: {error}", remedy="give a μGraph, its text or a file of it"
+            ) from error
     found = loads(text) if form == ".json" else parse_program(text)
     if not isinstance(found, Program):
         raise ParseError(f"this is a {type(found).__name__}, not a graph")

@@ -135,6 +135,9 @@ def _reductions(value: v.Value) -> Iterator[v.Call]:
 
 def law_of(value: v.Value, edge: Edge, rule: str) -> str:
     """The laws of a step: that of the edge, after the one that gives the value the form which the edge takes apart."""
+    match value:
+        case (v.Term(bound, (v.Paren(inner),)),) if not bound:
+            value = inner
     if rule == "add" and len(value) == 1:
         return "distribute"
     if rule not in ("add", "factor", "enumerate") and len(value) > 1:

@@ -6,6 +6,7 @@ program gives to an intermediate value.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from fractions import Fraction
 from typing import assert_never
@@ -34,12 +35,21 @@ class Notation:
     ) -> None:
         self.axes, self.names, self.own = axes, names, own
         self.made = {t.name: e for e in boundaries for t in e.targets}
+        self.primes: dict[Token, str] = {}  # bound indices that run along the axis of another one
 
     def axis(self, a: str) -> str:
         return self.axes[a].name if a in self.axes else a.lstrip("~")
 
+    def index(self, token: Token) -> str:
+        return self.axis(token[0]) + self.primes.get(token, "")
+
     def over(self, tokens: frozenset[Token]) -> str:
-        return ",".join(sorted(self.axis(a) for a, _ in tokens))
+        """The indices that a sum or a reduction binds; of several along one axis, all but the first are primed."""
+        for _, alike in itertools.groupby(sorted(tokens), key=lambda t: t[0]):
+            for n, token in enumerate(alike):
+                if n:
+                    self.primes[token] = "'" * n
+        return ",".join(sorted(map(self.index, tokens)))
 
     def source(self, name: str) -> str:
         """An input, or the result of an operator outside the calculus."""
@@ -60,6 +70,7 @@ class Notation:
 
     def term(self, t: Term) -> str:
         above, below, sign = list[str](), list[str](), ""
+        over = self.over(t.bound)
         for f in t.factors:
             if isinstance(f, Number):
                 sign = "-" * (f.coefficient < 0)
@@ -71,7 +82,7 @@ class Notation:
                 above.append(self.factor(f))
         body = "·".join(above) or "1"
         body += f" / {below[0] if len(below) == 1 else '(' + '·'.join(below) + ')'}" if below else ""
-        return f"{sign}Σ{self.over(t.bound)} {body}" if t.bound else sign + body
+        return f"{sign}Σ{over} {body}" if over else sign + body
 
     def operand(self, x: Value) -> str:
         """In parentheses, unless it is one factor."""
@@ -101,14 +112,15 @@ class Notation:
             case Load(name, tokens):
                 text = self.source(name)
                 own = self.own.get(name)
-                axes = tuple(a for a, _ in tokens)
-                return text if own is None or axes == own else f"{text}[{','.join(map(self.axis, axes))}]"
+                plain = own is None or (tuple(a for a, _ in tokens) == own and self.primes.keys().isdisjoint(tokens))
+                return text if plain else f"{text}[{','.join(map(self.index, tokens))}]"
             case Number():
                 return self.number(f)
             case Paren(inner):
                 return f"({self.value(inner)})"
             case Call(fn, attrs, bound, args):
-                return self.call(fn, attrs, self.over(bound), [self.value(a) for a in args], [*map(_atomic, args)])
+                over = self.over(bound)
+                return self.call(fn, attrs, over, [self.value(a) for a in args], [*map(_atomic, args)])
             case _:
                 assert_never(f)
 
@@ -124,6 +136,7 @@ class Notation:
                 return f"exp({args[0]} where {args[1]})"
             case _:
                 extra = [str(a[1] if isinstance(a, tuple) else a) for a in attrs]
+                extra = [x for x in extra if x != "none"]
                 return f"{fn}{f'[{over}]' if over else ''}({', '.join([*args, *extra])})"
 
     # -- edges

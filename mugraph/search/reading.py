@@ -16,7 +16,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from mugraph.ir.axes import Axis
-from mugraph.ir.graph import BlockGraph, Equation, KernelGraph, Load, Program, equations_of
+from mugraph.ir.graph import BlockGraph, Equation, Load, Program, equations_of
 from mugraph.ir.ops import Concat, Contract, Elementwise, Kernel, Library, Reduce, Rename, Transpose
 from mugraph.ir.types import Output, Storage, Tensor
 from mugraph.search import values as v
@@ -24,7 +24,7 @@ from mugraph.search.canonical import ordered, renamed_op
 from mugraph.search.driver import SAMPLES, Task, takes_extremes, written_sizes
 from mugraph.search.extract import is_leaf_edge
 from mugraph.search.laws import equation_value, without_max
-from mugraph.search.pieces import is_free, pieces
+from mugraph.search.pieces import pieces
 from mugraph.search.values import Value
 
 

@@ -12,7 +12,7 @@ from mugraph.search.cost import Device
 from mugraph.search.space import SearchSpace
 
 if TYPE_CHECKING:
-    from mugraph.search.why import Answer
+    from mugraph.search.answers import Answer
 
 SCHEMA_VERSION = 1
 WIDTH = 118  # of a line of an explanation

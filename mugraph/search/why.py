@@ -11,18 +11,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
-from mugraph.errors import MugraphError, VerificationError
+from mugraph.errors import VerificationError
 from mugraph.ir.check import check
 from mugraph.ir.graph import BlockGraph, Equation, KernelGraph, Program
 from mugraph.ir.infer import op_text
 from mugraph.ir.ops import Contract, Kernel, Library
 from mugraph.search.ahead import Fixed
+from mugraph.search.answers import Answer, Costlier, Cut, Found, NotEquivalent, Outside, Pruned
 from mugraph.search.build import baseline
-from mugraph.search.closure import Class, Closure, Edge
+from mugraph.search.closure import Class, Edge
 from mugraph.search.cost import STAGES, Device, Prediction, beside, predict
 from mugraph.search.derive import KernelSearch
 from mugraph.search.driver import (
@@ -37,99 +38,23 @@ from mugraph.search.driver import (
     structure,
     targets_of,
 )
-from mugraph.search.extract import Assignment, Derivation, Loop, Problem, Roles, Survey, is_leaf_edge
+from mugraph.search.extract import (
+    COMPUTED_TILE,
+    LOADED_TILE,
+    Assignment,
+    Derivation,
+    Loop,
+    Problem,
+    Roles,
+    Survey,
+)
 from mugraph.search.footprint import Footprint
 from mugraph.search.library import ATTENTION, Attention, library_calls, operands
 from mugraph.search.partition import ACCUMULATED, SPLIT_MARGIN, WHOLE, Choice, Partition
-from mugraph.search.pieces import is_free
 from mugraph.search.reading import Launch, Reading
-from mugraph.search.report import KernelCost, SearchReport, Verify, cost_line
+from mugraph.search.report import SearchReport, Verify
 
 ALIKE = 1e-6  # costs that differ by less than that part are equal
-
-
-@dataclass(frozen=True)
-class NotEquivalent:
-    """The graph computes something else; `counterexample` says where it differs."""
-
-    counterexample: str
-
-    def __str__(self) -> str:
-        return f"not equivalent: {self.counterexample}"
-
-
-@dataclass(frozen=True)
-class Found:
-    """The graph is in the list of plans: the `rank`-th of `plans` in the order in which they were tried."""
-
-    rank: int
-    plans: int
-    seconds: float
-    verdict: str
-    structure: str
-
-    def __str__(self) -> str:
-        return (
-            f"found: it is number {self.rank} of {self.plans} in the list ({self.structure}), "
-            f"{1e6 * self.seconds:.1f} µs predicted: {self.verdict}."
-        )
-
-
-@dataclass(frozen=True)
-class Costlier:
-    """The graph is in the space, and takes `by` seconds more than what was chosen, by the model."""
-
-    seconds: float
-    best_seconds: float
-    kernels: tuple[KernelCost, ...]
-
-    @property
-    def by(self) -> float:
-        return self.seconds - self.best_seconds
-
-    @property
-    def ratio(self) -> float:
-        return self.seconds / self.best_seconds if self.best_seconds else math.inf
-
-    def __str__(self) -> str:
-        lines = [
-            f"costlier: it is in the space, but {1e6 * self.seconds:.1f} µs are predicted for it against "
-            f"{1e6 * self.best_seconds:.1f} µs for what was chosen: {1e6 * self.by:.1f} µs more, {self.ratio:.2f} times."
-        ]
-        lines += [f"  {k.name}: {cost_line(k)}" for k in self.kernels]
-        return "\n".join(lines)
-
-
-Cut = Literal["feasibility", "tile", "bound", "budget", "margin"]
-
-
-@dataclass(frozen=True)
-class Pruned:
-    """The graph is in the space, but was cut: `by` what, at which limit, and what lifts it."""
-
-    by: Cut
-    what: str
-    limit: str
-    remedy: str = ""
-
-    def __str__(self) -> str:
-        return f"pruned by {self.by}: {self.what} ({self.limit}).{f' {self.remedy}.' if self.remedy else ''}"
-
-
-@dataclass(frozen=True)
-class Outside:
-    """The space does not hold the graph: which rule, or which field of SearchSpace, leaves out what."""
-
-    restriction: str
-    what: str
-    remedy: str = ""
-
-    def __str__(self) -> str:
-        remedy = self.remedy or "No setting of SearchSpace admits it"
-        return f"outside the space ({self.restriction}): {self.what}. {remedy}."
-
-
-Answer = NotEquivalent | Found | Costlier | Pruned | Outside
 
 
 class Refused(Exception):
@@ -167,6 +92,8 @@ def why_not(
     if graph.equations in (program.equations, baseline(program).equations):
         plans = report.candidates
         return Found(len(plans), len(plans), plans[-1].seconds, plans[-1].verdict, LIBRARY)
+    if report.stop.kind == "Unsearchable":
+        return Outside("calculus", f"there was no search: {' '.join(report.notes)}")
     task, _ = set_up(program, lambda g: g, report.space, on)
     return _Question(task, report, given, verify is not None).answer()
 
@@ -186,6 +113,14 @@ def _other_interface(program: Program, graph: KernelGraph) -> str | None:
     if mine != given:
         return f"{graph.name} gives other outputs than {program.name}"
     return None
+
+
+def outside(restriction: str, what: str, remedy: str = "") -> Refused:
+    return Refused(Outside(restriction, what, remedy))
+
+
+def pruned(by: Cut, what: str, limit: str, remedy: str = "") -> Refused:
+    return Refused(Pruned(by, what, limit, remedy))
 
 
 class Signature(NamedTuple):
@@ -235,7 +170,7 @@ class _Question:
             priced = [self._priced(x) for x in self.read.flat.launches]
         except Refused as refused:
             return refused.answer
-        return self._compared([p for p in priced if p is not None])
+        return self._compared(priced)
 
     def _other_outputs(self) -> Answer | None:
         """The outputs by fingerprint.  What the verifier has taken is equal by laws that the calculus does not have."""
@@ -245,8 +180,11 @@ class _Question:
                 if a != b or a is None:
                     if not self.verified:
                         return NotEquivalent(f"the output {o.value} is another value: {self._text(given)}")
-                    return Outside("closure", f"the output {o.value} is {self._text(given)}, which only the verifier "
-                                   "knows to be the same", CANDIDATES)  # fmt: skip
+                    return Outside(
+                        "closure",
+                        f"the output {o.value} is {self._text(given)}, which only the verifier knows to be the same",
+                        CANDIDATES,
+                    )
         return None
 
     def _as_written(self) -> Found | None:
@@ -268,7 +206,7 @@ class _Question:
         given = sorted(s for s in map(self._signature, self.read.flat.launches) if s is not None)
         plans = self.report.candidates
         for n, (plan, c) in enumerate(zip(self.solved.plans, plans[:-1], strict=False)):
-            if sorted(map(self._of, plan)) == given:
+            if sorted(map(self._of, plan)) == given and not c.verdict.startswith("has "):
                 return Found(n + 1, len(plans), c.seconds, c.verdict, c.structure)
         return None
 
@@ -340,13 +278,11 @@ class _Question:
     def _counts(self) -> None:
         """Kernels, launches side by side, work done ahead."""
         kernels = [x for x in self.read.flat.launches if isinstance(x.equation.op, Kernel) and not self._ahead(x)]
-        if len(kernels) > self.space.kernels and not all(map(self._own, kernels)):
-            raise Refused(
-                Outside(
-                    "kernels",
-                    f"it has {len(kernels)} kernels, and SearchSpace.kernels is {self.space.kernels}",
-                    f"Give SearchSpace(kernels={len(kernels)})",
-                )
+        if len(kernels) > self.space.kernels and not self.as_operators:
+            raise outside(
+                "kernels",
+                f"it has {len(kernels)} kernels, and SearchSpace.kernels is {self.space.kernels}",
+                f"Give SearchSpace(kernels={len(kernels)})",
             )
 
     def _ahead(self, x: Launch) -> bool:
@@ -361,6 +297,11 @@ class _Question:
         reads, makes = self._keys(x.reads), self._keys(x.makes)
         return makes <= reads or any(makes <= mine and given <= reads for given, mine in self._operators)
 
+    @cached_property
+    def as_operators(self) -> bool:
+        """Whether each launch does operators of the program as they are written."""
+        return all(map(self._own, self.read.flat.launches))
+
     def _keys(self, names: Sequence[str]) -> frozenset[object]:
         return frozenset(self._key(cell) for n in names for cell in self.read.cells(n))
 
@@ -371,11 +312,10 @@ class _Question:
     @cached_property
     def _operators(self) -> list[tuple[frozenset[object], frozenset[object]]]:
         """What each operator of the program reads and makes.  Literals and sizes are read by nobody."""
-        given = {n for n, t in self.task.program.tensors().items()}
         return [
             (self._keys([a for a in e.args if self._is_stored(a)]), self._keys([t.name for t in e.targets]))
             for e in self.task.program.equations
-            if all(n in self.read.values for n in (*e.args, *(t.name for t in e.targets))) and given
+            if all(n in self.read.values for n in (*e.args, *(t.name for t in e.targets)))
         ]
 
     def _is_stored(self, name: str) -> bool:
@@ -399,12 +339,12 @@ class _Question:
 
     # -- prices
 
-    def _priced(self, x: Launch) -> Priced | None:
+    def _priced(self, x: Launch) -> Priced:
         """The price of a launch.  Raises Refused where the space does not hold it."""
         ahead = self._ahead(x)
         if ahead and not self.space.ahead:
-            raise Refused(Outside("ahead", "it does work ahead", "Give SearchSpace(ahead=True)"))
-        for c in self._classes(x.makes) if not self._own(x) else ():
+            raise outside("ahead", "it does work ahead", "Give SearchSpace(ahead=True)")
+        for c in () if self.as_operators else self._classes(x.makes):
             self._may_lie_in_memory(c)
         match x.equation.op:
             case Kernel(blocks):
@@ -420,38 +360,50 @@ class _Question:
             return
         text = self.task.notation().value(self.task.closure.classes[c].value)
         if c in {self.task.seeds[n] for n in self.space.inside}:
-            raise Refused(Outside("inside", f"{text} must not be materialised", "Take it out of SearchSpace.inside"))
+            raise outside("inside", f"{text} must not be materialised", "Take it out of SearchSpace.inside")
         if not may_be_materialised(p, c):
             what = "would lie in memory in 16 bits, which ruins it: it is, or makes up, the argument of an exponential"
-            raise Refused(Outside("materialisation", f"{text} {what}", "Declare the program in f32, which admits it"))
+            raise outside("materialisation", f"{text} {what}", "Declare the program in f32, which admits it")
         room = sum(p.bytes(x) for x in {*p.inputs, *self.wanted})
         if p.bytes(c) > room:
-            raise Refused(Outside("materialisation", f"{text} takes {p.bytes(c):.3g} bytes in memory, more than inputs "
-                                  f"and outputs together ({room:.3g})"))  # fmt: skip
-        raise Refused(Outside("materialisation", f"{text} is no value of the program, and no result of a contraction, "
-                              "a reduction or a function, and only these lie in memory"))  # fmt: skip
+            raise outside(
+                "materialisation",
+                f"{text} takes {p.bytes(c):.3g} bytes in memory, more than inputs and outputs together ({room:.3g})",
+            )
+        raise outside(
+            "materialisation",
+            f"{text} is no value of the program, and no result of a contraction, "
+            "a reduction or a function, and only these lie in memory",
+        )
 
     def _library(self, x: Launch, ahead: bool) -> Priced:
         op = x.equation.op
         assert isinstance(op, Library)
-        if self._own(x) or self._is_boundary(x):
+        if self.as_operators or self._is_boundary(x):
             seconds = equations_seconds(op.semantics.equations, op.semantics, self.space.symbolic, self.problem)
             return Priced(f"library {op.name}", Prediction(seconds, (("library", seconds),), 0.0, 0.0), seconds, ahead)
         if not self.space.library:
-            raise Refused(Outside("library", f"it calls the library for {op.name}", "Give SearchSpace(library=True)"))
+            raise outside("library", f"it calls the library for {op.name}", "Give SearchSpace(library=True)")
         wanted = self._signature(x)
         p = self._with(self._classes(x.reads), {})
         for c in self._classes(x.makes):
             for call, prediction in library_calls(p, c):
                 if self._of(Choice((c,), call, prediction, ())) == wanted:
-                    return Priced(structure([Choice((c,), call, prediction, ())], self.task.here.axes),
-                                  prediction, prediction.seconds, ahead)  # fmt: skip
-        raise Refused(Outside("library", f"{op.name} is no library call that the search knows: it knows contractions of "
-                              "two values, attention, and the program's own operators"))  # fmt: skip
+                    return Priced(
+                        structure([Choice((c,), call, prediction, ())], self.task.here.axes),
+                        prediction,
+                        prediction.seconds,
+                        ahead,
+                    )
+        raise outside(
+            "library",
+            f"{op.name} is no library call that the search knows: it knows contractions of "
+            "two values, attention, and the program's own operators",
+        )
 
     def _kernel(self, x: Launch, blocks: Sequence[BlockGraph], ahead: bool) -> Priced:
         if len(blocks) > 1 and not self.space.beside:
-            raise Refused(Outside("beside", "independent kernels share a launch", "Give SearchSpace(beside=True)"))
+            raise outside("beside", "independent kernels share a launch", "Give SearchSpace(beside=True)")
         reads = self._classes(x.reads)
         made: list[Derivation] = []
         for block in blocks:
@@ -461,7 +413,7 @@ class _Question:
                 self._admitted(roots, assignment)
                 made.append(self._derivation(roots, reads, assignment))
             except Refused:
-                if not self._own(x):
+                if not self.as_operators:
                     raise
                 seconds = self._as_library(x)
                 name = f"kernel {op_text(x.equation.op)}"
@@ -506,50 +458,67 @@ class _Question:
         """Raises Refused where the space has no such roles."""
         p, space, roles = self.problem, self.space, given.roles
         if unknown := [a for a in given.tiles if a not in p.sizes]:
-            raise Refused(Outside("axes", f"{self._shown(unknown)} is no axis of the program"))
+            raise outside("axes", f"{self._shown(unknown)} is no axis of the program")
         if len(roles.passes) > space.passes:
             remedy = f"Give SearchSpace(passes={len(roles.passes)})" if len(roles.passes) <= 2 else ""
             what = f"a kernel loops {len(roles.passes)} times in sequence, and SearchSpace.passes is {space.passes}"
-            raise Refused(Outside("passes", what, remedy))
+            raise outside("passes", what, remedy)
         shared = set.intersection(*(set(p.axes(r)) for r in roots)) if roots else set[str]()
         if lacking := [a for a in roles.grid if a not in shared]:
-            raise Refused(Outside("grid", f"the axis {self._shown(lacking)} is on the grid, and the kernel's results do "
-                                  "not all have it"))  # fmt: skip
+            raise outside(
+                "grid", f"the axis {self._shown(lacking)} is on the grid, and the kernel's results do not all have it"
+            )
         free = {a for a in shared if p.limits[a] > 1}
         if space.grid is not None and set(roles.grid) & free != set(space.grid) & free:
-            raise Refused(Outside("grid", f"the grid is over ({self._shown(roles.grid)}), and SearchSpace.grid is "
-                                  f"({self._shown(space.grid)})", "Change SearchSpace.grid"))  # fmt: skip
+            raise outside(
+                "grid",
+                f"the grid is over ({self._shown(roles.grid)}), and SearchSpace.grid is ({self._shown(space.grid)})",
+                "Change SearchSpace.grid",
+            )
         if roles.split and not space.split:
-            raise Refused(Outside("split", f"{self._shown(roles.split[:1])} is split over the grid", "Give SearchSpace(split=True)"))  # fmt: skip
+            raise outside(
+                "split", f"{self._shown(roles.split[:1])} is split over the grid", "Give SearchSpace(split=True)"
+            )
         if space.loops is not None and (others := roles.loops - set(space.loops)):
-            raise Refused(Outside("loops", f"a pass loops over {self._shown(others)}, and SearchSpace.loops is "
-                                  f"({self._shown(space.loops)})", "Change SearchSpace.loops"))  # fmt: skip
+            raise outside(
+                "loops",
+                f"a pass loops over {self._shown(others)}, and SearchSpace.loops is ({self._shown(space.loops)})",
+                "Change SearchSpace.loops",
+            )
         self._tiles(given)
         run = Partition(p, space)
         sequences = run.sequences(roots, 1)
         if roles.passes and _unordered(roles.passes) not in {_unordered(s) for s in sequences}:
             loops = " then ".join("·".join(self.axes.get(a, a) for a in loop) for loop in roles.passes)
-            raise Refused(Outside("loops", f"the search has no loops over {loops}: it loops over axes that are summed or "
-                                  f"reduced over, in nests of two where both are longer than {WHOLE}, and in an order that "
-                                  "the values need"))  # fmt: skip
+            raise outside(
+                "loops",
+                f"the search has no loops over {loops}: it loops over axes that are summed or "
+                f"reduced over, in nests of two where both are longer than {WHOLE}, and in an order that "
+                "the values need",
+            )
         if roles.split:
             if len(roles.passes) != 1 or len(roles.passes[0]) != 1:
-                raise Refused(Outside("split", "a split kernel loops over more than the axis that is split"))
+                raise outside("split", "a split kernel loops over more than the axis that is split")
             counts = run.split_counts(roots, roles.grid, roles.split[0])
             if roles.split[1] not in counts:
                 known = " or ".join(map(str, counts)) or "none"
-                raise Refused(Outside("split", f"{self._shown(roles.split[:1])} is split into {roles.split[1]} parts, and "
-                                      f"the search tries {known} with this grid, which fills the device once or twice"))  # fmt: skip
+                raise outside(
+                    "split",
+                    f"{self._shown(roles.split[:1])} is split into {roles.split[1]} parts, and "
+                    f"the search tries {known} with this grid, which fills the device once or twice",
+                )
 
     def _tiles(self, given: Assignment) -> None:
         for a, tile in given.tiles.items():
             fixed = dict(self.space.tiles).get(a)
             if fixed is not None and tile != min(fixed, _power(self.problem.sizes[a])):
-                raise Refused(Outside("tiles", f"the tile of {self._shown([a])} is {tile}, and SearchSpace.tiles fixes "
-                                      f"{fixed}", "Change SearchSpace.tiles"))  # fmt: skip
+                raise outside(
+                    "tiles",
+                    f"the tile of {self._shown([a])} is {tile}, and SearchSpace.tiles fixes {fixed}",
+                    "Change SearchSpace.tiles",
+                )
             if tile & (tile - 1):
-                raise Refused(Outside("tiles", f"the tile of {self._shown([a])} is {tile}, and the search tries powers of "
-                                      "two"))  # fmt: skip
+                raise outside("tiles", f"the tile of {self._shown([a])} is {tile}, and the search tries powers of two")
 
     def _with(self, loaded: Collection[int], edges: Mapping[int, Mapping[Edge, str]]) -> Problem:
         """The problem in which these classes, and no others beside the inputs, lie in memory; `edges` restricts what is
@@ -581,7 +550,7 @@ class _Question:
             found = self._cheapest(roots, loaded, given, only_loaded)
             if found is not None and odd:
                 text = self.task.notation().value(odd[0])
-                raise Refused(Outside("closure", f"no rule leads to the value {text}", CANDIDATES))
+                raise outside("closure", f"no rule leads to the value {text}", CANDIDATES)
         if found is None:
             raise Refused(self._infeasible(roots, loaded, given))
         self._fits(self._with(loaded, {}), found)
@@ -620,13 +589,21 @@ class _Question:
         work = footprint.work(tiles)
         shared, room = STAGES * work.stage + work.resident, p.device.shared_bytes_per_block
         if footprint.excess(tiles) > 0:
-            raise Refused(Pruned("tile", "a tile has more elements than a block can hold", _room(p), SMALLER))
+            raise pruned("tile", "a tile has more elements than a block can hold", _room(p), SMALLER)
         if shared > room:
-            raise Refused(Pruned("feasibility", f"the loads of {STAGES} iterations take {shared / 1024:.0f} KiB of shared "
-                                 "memory", f"{room / 1024:.0f} KiB on {p.device.name}", SMALLER))  # fmt: skip
+            raise pruned(
+                "feasibility",
+                f"the loads of {STAGES} iterations take {shared / 1024:.0f} KiB of shared memory",
+                f"{room / 1024:.0f} KiB on {p.device.name}",
+                SMALLER,
+            )
         if work.accumulators > ACCUMULATED:
-            raise Refused(Pruned("feasibility", f"accumulators take {4 * work.accumulators / 1024:.0f} KiB of registers",
-                                 f"{4 * ACCUMULATED // 1024} KiB", SMALLER))  # fmt: skip
+            raise pruned(
+                "feasibility",
+                f"accumulators take {4 * work.accumulators / 1024:.0f} KiB of registers",
+                f"{4 * ACCUMULATED // 1024} KiB",
+                SMALLER,
+            )
 
     # -- the comparison
 
@@ -638,15 +615,22 @@ class _Question:
             return Costlier(seconds, best, kernels)
         gain = f"{1e6 * seconds:.1f} µs are predicted for it, less than the {1e6 * best:.1f} µs of what was chosen"
         if sum(x.rank for x in calls) >= best * (1 - ALIKE):
-            return Pruned("margin", f"{gain}, but by less than the model is sure of", f"a split must win by a factor of "
-                          f"{SPLIT_MARGIN}")  # fmt: skip
+            return Pruned(
+                "margin",
+                f"{gain}, but by less than the model is sure of",
+                f"a split must win by a factor of {SPLIT_MARGIN}",
+            )
         if self.report.stop.kind != "Saturated":
             field = {"NodeLimit": "nodes", "EntryLimit": "entries", "StateLimit": "states"}.get(self.report.stop.kind)
             remedy = f"Give SearchSpace({field}=...) a greater budget" if field else "Give more time"
             return Pruned("budget", f"{gain}, but the search stopped before", str(self.report.stop), remedy)
-        return Pruned("bound", f"{gain}, but no kernel or plan was kept that leads to it: of each kernel the derivations "
-                      "of least additive cost are ranked", "KEPT derivations, RUNS assignments of roles",
-                      "Fix its roles with SearchSpace.grid, loops or tiles")  # fmt: skip
+        return Pruned(
+            "bound",
+            f"{gain}, but no kernel or plan was kept that leads to it: of each kernel the derivations "
+            "of least additive cost are ranked",
+            "KEPT derivations, RUNS assignments of roles",
+            "Fix its roles with SearchSpace.grid, loops or tiles",
+        )
 
 
 CANDIDATES = 'Give SearchSpace(candidates=20000, abstraction="off"), which finds identities that need cancellation'
@@ -681,6 +665,4 @@ def _power(n: int) -> int:
 
 
 def _room(p: Problem) -> str:
-    from mugraph.search.extract import COMPUTED_TILE, LOADED_TILE
-
     return f"{LOADED_TILE} elements of a tile that is loaded, {COMPUTED_TILE} of one that is computed"
