@@ -272,7 +272,7 @@ def load(directory: str | Path) -> Result:
 def _read(files: Mapping[str, str], target: Target, notes: tuple[str, ...]) -> Result:
     program, data = loads(files["program.json"]), json.loads(files["report.json"])
     report: SearchReport | ReportText = ReportText(data)
-    if "schema_version" in data:
+    if "candidates" in data:
         asked = Asked(program, device(_device_name(target)), verify)
         report = replace(SearchReport.from_dict(data), asked=asked)
     return Result(

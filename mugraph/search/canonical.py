@@ -60,7 +60,8 @@ COMMUTATIVE = ("add", "mul", "max", "min", "and", "or")
 ROUNDS = 4
 
 
-def _is_commutative(op: Any) -> bool:
+def is_commutative(op: Any) -> bool:
+    """Whether the operands may change places."""
     match op:
         case Elementwise(fn):
             return fn in COMMUTATIVE
@@ -75,7 +76,7 @@ def ordered(program: Program) -> Program:
     colours = _colours(program)
 
     def one(e: Equation) -> Equation:
-        return replace(e, args=tuple(sorted(e.args, key=colours.__getitem__))) if _is_commutative(e.op) else e
+        return replace(e, args=tuple(sorted(e.args, key=colours.__getitem__))) if is_commutative(e.op) else e
 
     return replace(program, equations=tuple(map(one, program.equations)))
 
@@ -94,7 +95,7 @@ def _colours(program: Program) -> dict[str, str]:
         colours = {name: _digest(c, _shape(tensors[name], of_axis)) for name, c in given.items()}
         for e in program.equations:
             args = [colours[a] for a in e.args]
-            made = _digest(_op_key(e.op, of_axis), sorted(args) if _is_commutative(e.op) else args)
+            made = _digest(_op_key(e.op, of_axis), sorted(args) if is_commutative(e.op) else args)
             colours.update((t.name, _digest(made, i, _shape(t, of_axis))) for i, t in enumerate(e.targets))
         if len(set(colours.values())) + len(set(of_axis.values())) == count:
             break
@@ -103,7 +104,7 @@ def _colours(program: Program) -> dict[str, str]:
         for e in reversed(program.equations):
             made = _digest([(colours[t.name], sorted(uses[t.name])) for t in e.targets])
             for i, a in enumerate(e.args):
-                uses[a].append(_digest(made, 0 if _is_commutative(e.op) else i))
+                uses[a].append(_digest(made, 0 if is_commutative(e.op) else i))
         for i, o in enumerate(program.outputs):
             uses[o.value].append(_digest("output", i))
         given = {name: _digest(colours[name], sorted(uses[name])) for name in given}

@@ -20,7 +20,7 @@ from mugraph.ir.graph import BlockGraph, Equation, Load, Program, equations_of
 from mugraph.ir.ops import Concat, Contract, Elementwise, Kernel, Library, Reduce, Rename, Transpose
 from mugraph.ir.types import Output, Storage, Tensor
 from mugraph.search import values as v
-from mugraph.search.canonical import ordered, renamed_op
+from mugraph.search.canonical import is_commutative, ordered, renamed_op
 from mugraph.search.driver import SAMPLES, Task, takes_extremes, written_sizes
 from mugraph.search.extract import is_leaf_edge
 from mugraph.search.laws import equation_value, without_max
@@ -31,11 +31,12 @@ from mugraph.search.values import Value
 @dataclass(frozen=True)
 class Launch:
     """A kernel or library call of a graph: the values that it makes and those that it reads, by their names in the
-    flattened graph."""
+    flattened graph, and its equations there."""
 
     equation: Equation
     makes: tuple[str, ...]
     reads: tuple[str, ...]
+    means: tuple[Equation, ...]
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ class _Flat:
         self.equations: list[Equation] = []
         self.launches: list[Launch] = []
         self.read: dict[str, None] = {}
+        self.first = 0
         self.count = itertools.count()
 
     def fresh(self, name: str) -> str:
@@ -73,6 +75,7 @@ class _Flat:
         names.update((t.name, new.name) for t, new in zip(e.targets, targets, strict=True))
 
     def kernel_level(self, e: Equation) -> None:
+        self.first = len(self.equations)
         args = [self.names[a] for a in e.args]
         match e.op:
             case Kernel(blocks):
@@ -90,7 +93,8 @@ class _Flat:
                 self.emit(e, self.names, args)
 
     def launched(self, e: Equation, reads: tuple[str, ...]) -> None:
-        self.launches.append(Launch(e, tuple(self.names[t.name] for t in e.targets), reads))
+        means = tuple(self.equations[self.first :])
+        self.launches.append(Launch(e, tuple(self.names[t.name] for t in e.targets), reads, means))
 
     def inlined(self, e: Equation, inner: Program, args: Sequence[str]) -> None:
         """A library call's meaning; the axes of its parameters are those of the arguments."""
@@ -154,6 +158,37 @@ class _Flat:
             self.emit(Equation(targets, op, e.args), alive, args)
 
 
+def operators_of(program: Program, flat: Flat) -> list[list[Equation]] | None:
+    """For each launch the operators of the program that it does, where all of them do such operators as they are
+    written, and nothing else.  Regrouped dimensions and literals are nobody's work."""
+    known: dict[object, Equation] = {}
+    same = {i.name: i.name for i in program.inputs}
+
+    def key(e: Equation) -> object:
+        args = [same[a] for a in e.args]
+        return e.op, tuple(sorted(args) if is_commutative(e.op) else args)
+
+    for e in program.equations:
+        if isinstance(e.op, Transpose):
+            same[e.target.name] = same[e.args[0]]
+            continue
+        first = known.setdefault(key(e), e)
+        same.update((t.name, x.name) for t, x in zip(e.targets, first.targets, strict=True))
+    done: dict[str, Equation] = {}
+    for e in flat.equations:
+        if isinstance(e.op, Transpose):
+            same[e.target.name] = same[e.args[0]]
+            continue
+        found = known.get(key(e))
+        if found is None:
+            return None
+        done[e.targets[0].name] = found
+        same.update((t.name, x.name) for t, x in zip(e.targets, found.targets, strict=True))
+    if [same[o] for o in flat.outputs] != [same[o.value] for o in program.outputs]:
+        return None
+    return [[done[e.targets[0].name] for e in x.means if e.targets[0].name in done] for x in flat.launches]
+
+
 def _with_axes(t: Tensor, axes: Mapping[str, Axis]) -> Tensor:
     return Tensor(t.name, tuple(tuple(axes[a.name] for a in d) for d in t.dims), t.dtype)
 
@@ -174,9 +209,8 @@ def _axes_in(value: object) -> Iterator[Axis]:
 class Reading:
     """The values of a flattened graph as classes of a task's closure."""
 
-    def __init__(self, task: Task, graph: Program) -> None:
-        self.task = task
-        self.flat = flattened(graph)
+    def __init__(self, task: Task, flat: Flat) -> None:
+        self.task, self.flat = task, flat
         self.values: dict[str, Value] = {}
         self.helpers: list[Value] = []
         self.parts: dict[str, tuple[str, ...]] = {}  # joined value -> the cells that it is made of

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property
 from typing import NamedTuple
@@ -51,7 +52,8 @@ from mugraph.search.extract import (
 from mugraph.search.footprint import Footprint
 from mugraph.search.library import ATTENTION, Attention, library_calls, operands
 from mugraph.search.partition import ACCUMULATED, SPLIT_MARGIN, WHOLE, Choice, Partition
-from mugraph.search.reading import Launch, Reading
+from mugraph.search.pieces import is_free
+from mugraph.search.reading import Launch, Reading, flattened, operators_of
 from mugraph.search.report import SearchReport, Verify
 
 ALIKE = 1e-6  # costs that differ by less than that part are equal
@@ -89,9 +91,6 @@ def why_not(
             return NotEquivalent(error.message)
     elif (difference := _other_interface(program, given)) is not None:
         return NotEquivalent(difference)
-    if graph.equations in (program.equations, baseline(program).equations):
-        plans = report.candidates
-        return Found(len(plans), len(plans), plans[-1].seconds, plans[-1].verdict, LIBRARY)
     if report.stop.kind == "Unsearchable":
         return Outside("calculus", f"there was no search: {' '.join(report.notes)}")
     task, _ = set_up(program, lambda g: g, report.space, on)
@@ -145,36 +144,42 @@ class _Question:
     def __init__(self, task: Task, report: SearchReport, graph: KernelGraph, verified: bool) -> None:
         self.task, self.report, self.graph, self.verified = task, report, graph, verified
         self.space = task.space
-        self.read = Reading(task, graph)
+        self.flat = flattened(graph)
+        self.operators = operators_of(task.program, self.flat)
         self.problem = problem_of(task.here.program, task.closure, task.seeds, task.space, task.on)
         targets, self.wanted = targets_of(task.here, task.known, task.seeds)
         self.fixed: Fixed = task.fixed(self.problem, targets)
-        self.axes = {a: x for x, a in self.read.axes.items()}
+
+    @cached_property
+    def read(self) -> Reading:
+        return Reading(self.task, self.flat)
+
+    @cached_property
+    def axes(self) -> dict[str, str]:
+        """The graph's names of axes by canonical ones."""
+        return {a: x for x, a in self.read.axes.items()}
 
     # -- the order of the questions
 
     def answer(self) -> Answer:
+        if self.as_operators and all(isinstance(x.equation.op, Library) for x in self.flat.launches):
+            return self._as_written()
         differs = self._other_outputs()
         if differs is not None:
             return differs
         try:
             listed = self._listed()
-        except Refused as refused:
-            return self._as_written() or refused.answer
-        if listed is None:
-            listed = self._as_written()
-        if listed is not None:
-            return listed
-        try:
+            if listed is not None:
+                return listed
             self._counts()
-            priced = [self._priced(x) for x in self.read.flat.launches]
+            priced = [self._priced(x) for x in self.flat.launches]
         except Refused as refused:
             return refused.answer
         return self._compared(priced)
 
     def _other_outputs(self) -> Answer | None:
         """The outputs by fingerprint.  What the verifier has taken is equal by laws that the calculus does not have."""
-        for o, name in zip(self.task.program.outputs, self.read.flat.outputs, strict=True):
+        for o, name in zip(self.task.program.outputs, self.flat.outputs, strict=True):
             for mine, given in zip(self.read.cells(o.value), self.read.cells(name), strict=False):
                 a, b = (self.read.class_of(self.read.values[x]) for x in (mine, given))
                 if a != b or a is None:
@@ -187,13 +192,13 @@ class _Question:
                     )
         return None
 
-    def _as_written(self) -> Found | None:
-        """Whether all launches are library calls of the program's own operators: the last plan of the list."""
-        for x in self.read.flat.launches:
-            if not isinstance(x.equation.op, Library) or not self._own(x):
-                return None
-        plans = self.report.candidates
-        return Found(len(plans), len(plans), plans[-1].seconds, plans[-1].verdict, LIBRARY)
+    def _as_written(self) -> Found:
+        """The program as library calls is the last plan of the list; its one operator may be another plan, too."""
+        listed, plans = None, self.report.candidates
+        if all(isinstance(x.equation.op, Library) and len(x.means) <= 2 for x in self.flat.launches):
+            with suppress(Refused):
+                listed = self._listed()
+        return listed or Found(len(plans), len(plans), plans[-1].seconds, plans[-1].verdict, LIBRARY)
 
     # -- what is in the list
 
@@ -203,7 +208,7 @@ class _Question:
 
     def _listed(self) -> Found | None:
         """The plan of the list that has the same launches."""
-        given = sorted(s for s in map(self._signature, self.read.flat.launches) if s is not None)
+        given = sorted(s for s in map(self._signature, self.flat.launches) if s is not None)
         plans = self.report.candidates
         for n, (plan, c) in enumerate(zip(self.solved.plans, plans[:-1], strict=False)):
             if sorted(map(self._of, plan)) == given and not c.verdict.startswith("has "):
@@ -277,7 +282,7 @@ class _Question:
 
     def _counts(self) -> None:
         """Kernels, launches side by side, work done ahead."""
-        kernels = [x for x in self.read.flat.launches if isinstance(x.equation.op, Kernel) and not self._ahead(x)]
+        kernels = [x for x in self.flat.launches if isinstance(x.equation.op, Kernel) and not self._ahead(x)]
         if len(kernels) > self.space.kernels and not self.as_operators:
             raise outside(
                 "kernels",
@@ -289,37 +294,15 @@ class _Question:
         classes = [c for _, c in self.read.classes_of(x.makes)]
         return bool(classes) and all(c in self.fixed.computed for c in classes)
 
-    def _own(self, x: Launch) -> bool:
-        """Whether the launch does operators of the program as they are written, and nothing else: the program is in
-        every space."""
-        if isinstance(x.equation.op, Library) and x.equation.op.semantics.equations == self.task.program.equations:
-            return True
-        reads, makes = self._keys(x.reads), self._keys(x.makes)
-        return makes <= reads or any(makes <= mine and given <= reads for given, mine in self._operators)
-
     @cached_property
     def as_operators(self) -> bool:
-        """Whether each launch does operators of the program as they are written."""
-        return all(map(self._own, self.read.flat.launches))
-
-    def _keys(self, names: Sequence[str]) -> frozenset[object]:
-        return frozenset(self._key(cell) for n in names for cell in self.read.cells(n))
-
-    def _key(self, name: str) -> object:
-        c = self.read.class_of(self.read.values[name])
-        return c if c is not None else str(self.read.values[name])
-
-    @cached_property
-    def _operators(self) -> list[tuple[frozenset[object], frozenset[object]]]:
-        """What each operator of the program reads and makes.  Literals and sizes are read by nobody."""
-        return [
-            (self._keys([a for a in e.args if self._is_stored(a)]), self._keys([t.name for t in e.targets]))
-            for e in self.task.program.equations
-            if all(n in self.read.values for n in (*e.args, *(t.name for t in e.targets)))
-        ]
-
-    def _is_stored(self, name: str) -> bool:
-        return bool(self.task.program.tensors()[name].axes)
+        """Whether each launch does an operator of the program as it is written, and library calls perhaps several: the
+        program is in every space."""
+        if self.operators is None:
+            return False
+        pairs = zip(self.flat.launches, self.operators, strict=True)
+        return all(isinstance(x.equation.op, Library) or sum(not is_free(e) and bool(e.args) for e in mine) <= 1
+                   for x, mine in pairs)  # fmt: skip
 
     def _is_boundary(self, x: Launch) -> bool:
         """An operator outside the calculus: a library call in every plan."""
@@ -428,8 +411,8 @@ class _Question:
 
     def _as_library(self, x: Launch) -> float:
         """What the program's own operator costs as a library call."""
-        makes = self._keys(x.makes)
-        mine = [e for e in self.task.program.equations if self._keys([t.name for t in e.targets]) & makes]
+        assert self.operators is not None
+        mine = self.operators[self.flat.launches.index(x)]
         return equations_seconds(mine, self.task.program, self.space.symbolic, self.problem)
 
     def _roots(self, x: Launch, block: BlockGraph) -> tuple[int, ...]:
