@@ -10,8 +10,24 @@ from typing import Any
 
 from mugraph.ir.axes import Axis, Dim, Monomial, Size
 from mugraph.ir.graph import Equation, Program
-from mugraph.ir.ops import Compare, Contract, Elementwise, PureOp
+from mugraph.ir.ops import Contract, Elementwise, PureOp, Rename
 from mugraph.ir.types import Tensor
+
+
+def bases(program: Program) -> dict[str, str]:
+    """One axis for all that are aliases of each other, the oldest."""
+    above = {a: a for a in program.axes()}
+
+    def top(a: str) -> str:
+        while above.setdefault(a, a) != a:
+            a = above[a]
+        return a
+
+    for e in program.equations:
+        if isinstance(e.op, Rename):
+            for old, new in e.op.axes:
+                above[top(new.name)] = top(old)
+    return {a: top(a) for a in above}
 
 
 @dataclass(frozen=True)
@@ -24,19 +40,24 @@ class Canonical:
 
 
 def canonical(program: Program) -> Canonical:
-    """Inputs, values and axes named in order of their first use in the equations, commutative operands in the order of
-    their colours.  Unused inputs are dropped."""
+    """Inputs and values named in order of their first use in the equations, commutative operands in the order of their
+    colours.  The axes of outputs come first, in their order, so that the order of blocks does not depend on how the
+    program is associated; others by first use.  Aliases of an axis have its name, "_" and a number.  Unused inputs are
+    dropped."""
     program = ordered(program)
     tensors = program.tensors()
     used = dict.fromkeys([n for e in program.equations for n in (*e.args, *(t.name for t in e.targets))])
     used.update(dict.fromkeys(o.value for o in program.outputs))
     names = {name: f"v{i:04d}" for i, name in enumerate(used)}
     axes: dict[str, Axis] = {}
-    for name in used:
-        for a in tensors[name].axes:
-            axes.setdefault(a.name, Axis(f"a{len(axes):04d}", a.size))
-    for a in (a for e in program.equations for a in _op_axes(e.op)):
-        axes.setdefault(a.name, Axis(f"a{len(axes):04d}", a.size))
+    base, groups = bases(program), dict[str, list[str]]()
+    brought = [a for e in program.equations for a in _op_axes(e.op)]
+    first = [a for o in program.outputs for a in tensors[o.value].axes]
+    for a in [*first, *(a for name in used for a in tensors[name].axes), *brought]:
+        if a.name not in axes:
+            group = groups.setdefault(base.get(a.name, a.name), [f"a{len(groups):04d}"])
+            axes[a.name] = Axis(group[-1], a.size)
+            group.append(f"{group[0]}_{len(group)}")
     originals = program.axes() | {a.name: a for e in program.equations for a in _op_axes(e.op)}
 
     def of_tensor(t: Tensor) -> Tensor:
@@ -56,32 +77,26 @@ def canonical(program: Program) -> Canonical:
     return Canonical(renamed, {axes[a].name: originals[a] for a in axes}, back)
 
 
-COMMUTATIVE = ("add", "mul", "max", "min", "and", "or")
+COMMUTATIVE = ("add", "mul", "max", "min")  # to the verifier too: it takes comparisons for functions of their order
 ROUNDS = 4
 
 
 def is_commutative(op: Any) -> bool:
     """Whether the operands may change places."""
-    match op:
-        case Elementwise(fn):
-            return fn in COMMUTATIVE
-        case Compare(relation):
-            return relation in ("eq", "ne")
-        case _:
-            return isinstance(op, Contract)
+    return isinstance(op, Contract) or (isinstance(op, Elementwise) and op.fn in COMMUTATIVE)
 
 
 def ordered(program: Program) -> Program:
     """The program with commutative operands in the order of their colours."""
-    colours = _colours(program)
+    shade = colours(program)
 
     def one(e: Equation) -> Equation:
-        return replace(e, args=tuple(sorted(e.args, key=colours.__getitem__))) if is_commutative(e.op) else e
+        return replace(e, args=tuple(sorted(e.args, key=shade.__getitem__))) if is_commutative(e.op) else e
 
     return replace(program, equations=tuple(map(one, program.equations)))
 
 
-def _colours(program: Program) -> dict[str, str]:
+def colours(program: Program) -> dict[str, str]:
     """For each value what it is made of and used for, as a digest without names: colour refinement (Weisfeiler and
     Leman, 1968) over values and axes.  Operands of one colour are interchangeable, or too alike to be told apart in a
     few rounds."""

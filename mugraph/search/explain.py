@@ -14,7 +14,7 @@ from mugraph.search.closure import Closure, Edge
 from mugraph.search.extract import Derivation, is_leaf_edge
 from mugraph.search.formula import Notation
 from mugraph.search.laws import LAWS, Meaning
-from mugraph.search.library import Attention
+from mugraph.search.library import Added, Attention
 from mugraph.search.partition import Choice
 from mugraph.search.report import LawStep, Written
 
@@ -52,7 +52,7 @@ class Laws:
         for c in closure.order:
             leaf = next((e.leaf for e in closure.classes[c].edges if is_leaf_edge(e) or e.kind == "number"), None)
             if leaf is not None:
-                self.names[c] = notation.factor(leaf)
+                self.names[c] = notation.leaf(leaf)
         for choice in plan:
             for root in choice.roots:
                 given = [n for n in targets.get(root, ()) if n in outputs]
@@ -73,19 +73,24 @@ class Laws:
         found = []
         for c, edge, children in self._taken_apart(choice):
             cell = self.closure.classes[c]
-            if edge is None:
+            if isinstance(edge, Added):
+                made = f"{self.notation.edge(edge.product, self.names.__getitem__)} + {self.names[edge.other]}"
+                law = "add"
+            elif edge is None:
                 query, keys, values = (self.names[x] for x in children[:3])
                 made, law = f"attention({query}, {keys}, {values})", "attention"
             else:
                 made, law = self.notation.edge(edge, self.names.__getitem__), law_of(cell.value, edge, cell.edges[edge])
-            found.append(LawStep(self.names[c], law, made, self.notation.value(cell.value)))
+            found.append(LawStep(self.names[c], law, made, self.notation.text(cell.value)))
         return tuple(dict.fromkeys(found))
 
-    def _taken_apart(self, choice: Choice) -> Iterator[tuple[int, Edge | None, tuple[int, ...]]]:
+    def _taken_apart(self, choice: Choice) -> Iterator[tuple[int, Edge | Added | None, tuple[int, ...]]]:
         """What is computed and how, results first: the class, its edge (none: attention), its parts."""
         match choice.how:
             case Edge():
                 yield choice.roots[0], choice.how, choice.how.children
+            case Added(product, other):
+                yield choice.roots[0], choice.how, (*product.children, other)
             case Attention(query, keys, values, _, _, scale, bias, mask):
                 parts = (query, keys, values, scale, bias, mask)
                 yield choice.roots[0], None, tuple(x for x in parts if x is not None)
@@ -93,7 +98,7 @@ class Laws:
                 for d in choice.derivations:
                     yield from self._of(d)
 
-    def _of(self, d: Derivation) -> Iterator[tuple[int, Edge | None, tuple[int, ...]]]:
+    def _of(self, d: Derivation) -> Iterator[tuple[int, Edge | Added | None, tuple[int, ...]]]:
         seen = set[tuple[int, Edge]]()
         for s in sorted(d.steps, key=lambda s: (-self.position[s.entry[0]], s.entry[1])):
             edge = s.option.edge
@@ -110,27 +115,36 @@ class Laws:
             for law in laws:
                 new = LAWS[law].rewrite(value)
                 if new is not None and self._without(value, new, known, seeds):
-                    used.append((law, self.notation.value(new)))
-            found.append(Written(self.notation.source(o), self.notation.value(value), tuple(used)))
+                    used.append((law, self.notation.text(new)))
+            found.append(Written(self.notation.source(o), self.notation.text(value), tuple(used)))
         return found
 
     def _without(self, old: v.Value, new: v.Value, known: Meaning, seeds: Mapping[str, int]) -> bool:
         """Whether the plan computes nothing that the law takes away."""
-        gone = {v.key((v.Term(v.NOTHING, (f,)),)) for f in _reductions(old)}
-        gone -= {v.key((v.Term(v.NOTHING, (f,)),)) for f in _reductions(new)}
-        classes = {seeds[n] for n, x in known.values.items() if n in seeds and v.key(x) in gone}
+        gone = _reductions(old) - _reductions(new)
+        classes = {seeds[n] for n, x in known.values.items() if n in seeds and _only(x) in gone}
         return bool(classes) and not classes & self.computed
 
 
-def _reductions(value: v.Value) -> Iterator[v.Call]:
-    for f in (f for t in value for f in t.factors):
-        if isinstance(f, v.Call):
-            if f.bound:
-                yield f
-            for a in f.args:
-                yield from _reductions(a)
-        elif isinstance(f, v.Paren):
-            yield from _reductions(f.value)
+def _reductions(value: v.Value) -> set[str]:
+    """The maxima and minima over axes in a value, by their digests."""
+    found, seen, pending = set[str](), set[str](), list(v.bodies(value))
+    while pending:
+        body = pending.pop()
+        if body.digest not in seen:
+            seen.add(body.digest)
+            if body.fn and body.bound:
+                found.add(body.digest)
+            pending += body.parts()
+    return found
+
+
+def _only(value: v.Value) -> str | None:
+    """The digest of a value that is one call."""
+    match value:
+        case (v.Term(bound, (v.Call(body=body),)),) if not bound:
+            return body.digest
+    return None
 
 
 def law_of(value: v.Value, edge: Edge, rule: str) -> str:

@@ -44,7 +44,7 @@ class Roles:
     passes: tuple[Loop, ...]
     split: tuple[str, int] | None = None
 
-    @property
+    @cached_property
     def loops(self) -> frozenset[str]:
         return frozenset(a for loop in self.passes for a in loop)
 

@@ -19,6 +19,7 @@ from mugraph.search.closure import Edge
 from mugraph.search.laws import IOTA
 from mugraph.search.values import Call, Factor, Load, Number, Paren, Term, Token, Value
 
+MOST_FACTORS = 60  # of a formula: what is shared inside is written as often as it is used
 RELATIONS = {"eq": "=", "ne": "≠", "lt": "<", "le": "≤", "gt": ">", "ge": "≥"}
 
 
@@ -35,6 +36,7 @@ class Notation:
     ) -> None:
         self.axes, self.names, self.own = axes, names, own
         self.made = {t.name: e for e in boundaries for t in e.targets}
+        self.room = MOST_FACTORS
         self.primes: dict[Token, str] = {}  # bound indices that run along the axis of another one
 
     def axis(self, a: str) -> str:
@@ -63,6 +65,11 @@ class Notation:
         return f"{op_text(e.op)}({args})"
 
     # -- values
+
+    def text(self, x: Value) -> str:
+        """The value as a formula; of a long one the inner parts are left out."""
+        self.primes, self.room = {}, MOST_FACTORS
+        return self.value(x)
 
     def value(self, x: Value) -> str:
         first, *rest = (self.term(t) for t in x)
@@ -106,6 +113,9 @@ class Notation:
         return self.term(Term(frozenset(), (n,)))
 
     def factor(self, f: Factor) -> str:
+        self.room -= 1
+        if self.room < 0:
+            return "…"
         match f:
             case Load(name, tokens) if name == IOTA:
                 return f"index({self.axis(tokens[0][0])})"
@@ -141,13 +151,16 @@ class Notation:
 
     # -- edges
 
+    def leaf(self, f: Load | Number) -> str:
+        return self.text((Term(frozenset(), (f,)),))
+
     def edge(self, e: Edge, name: Callable[[int], str]) -> str:
         """The operator over the names of its operands."""
         over = ",".join(sorted(map(self.axis, e.axes)))
         args = [name(x) for x in e.children]
         match e.kind:
             case "load" | "number":
-                return "" if e.leaf is None else self.factor(e.leaf)
+                return "" if e.leaf is None else self.leaf(e.leaf)
             case "product":
                 body = "·".join(_bracketed(a) for a in sorted(args, key=_literals_first))
                 return f"Σ{over} {body}" if e.axes else body

@@ -13,6 +13,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import Any
 
 from mugraph.ir.axes import Axis
@@ -21,7 +22,7 @@ from mugraph.ir.ops import Concat, Contract, Elementwise, Kernel, Library, Reduc
 from mugraph.ir.types import Output, Storage, Tensor
 from mugraph.search import values as v
 from mugraph.search.canonical import is_commutative, ordered, renamed_op
-from mugraph.search.driver import SAMPLES, Task, takes_extremes, written_sizes
+from mugraph.search.driver import SAMPLES, Setup, takes_extremes, written_sizes
 from mugraph.search.extract import is_leaf_edge
 from mugraph.search.laws import equation_value, without_max
 from mugraph.search.pieces import pieces
@@ -209,10 +210,10 @@ def _axes_in(value: object) -> Iterator[Axis]:
 class Reading:
     """The values of a flattened graph as classes of a task's closure."""
 
-    def __init__(self, task: Task, flat: Flat) -> None:
+    def __init__(self, task: Setup, flat: Flat) -> None:
         self.task, self.flat = task, flat
         self.values: dict[str, Value] = {}
-        self.helpers: list[Value] = []
+        self.helpers: dict[str, list[Value]] = {}
         self.parts: dict[str, tuple[str, ...]] = {}  # joined value -> the cells that it is made of
         self.odd: dict[str, Equation] = {}  # results of operators outside the calculus that the program does not have
         self.axes: dict[str, str] = {axis.name: a for a, axis in task.here.axes.items()}
@@ -250,7 +251,7 @@ class Reading:
             if known is None:
                 value = equation_value(self._canonical(e), args)
                 if value is not None:
-                    self.helpers += _helpers(e, args)
+                    self.helpers[e.target.name] = _helpers(e, args)
             if value is not None:
                 self.values[e.target.name] = value
                 continue
@@ -388,19 +389,26 @@ class Reading:
         stripped = self._unshifted(value)
         return stripped is not None and all(v.is_zero(t) for t in stripped)
 
+    @cached_property
+    def own(self) -> list[str]:
+        """The values that the graph computes, in order."""
+        found = {n for x in self.flat.launches for n in x.makes}
+        for name in reversed(self.values):
+            if name in found and name in self.equations:
+                found.update(self.equations[name].args)
+        return [n for n in self.values if n in found]
+
     def computed(self) -> set[int]:
         """The classes of all values that the graph computes, and of parts of them that one operator hides."""
-        found = {self.class_of(x) for x in [*self.values.values(), *self.helpers]}
+        found = {self.class_of(x) for n in self.own for x in (self.values[n], *self.helpers.get(n, ()))}
         closure = self.task.closure
         numbers = {c for c in closure.order for e in closure.classes[c].edges if e.kind == "number" or is_leaf_edge(e)}
         return {c for c in found if c is not None} | numbers
 
     def unknown(self) -> list[Value]:
         """Values that have no class, in the order in which they are computed."""
-        found = [
-            x for n, x in self.values.items() if n.startswith("#") and self.class_of(x) is None and not self.is_shift(x)
-        ]
-        return [x for x in found if v.free_tokens(x)]
+        values = [self.values[n] for n in self.own]
+        return [x for x in values if v.free_tokens(x) and self.class_of(x) is None and not self.is_shift(x)]
 
 
 def _long(t: Tensor) -> list[Axis]:

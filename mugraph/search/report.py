@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, fields
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from types import NoneType, UnionType
+from typing import TYPE_CHECKING, Any, Union, get_args, get_origin, get_type_hints
 
 from mugraph.errors import GraphError, ParseError
 from mugraph.ir.graph import KernelGraph, Program
 from mugraph.search.cost import Device
-from mugraph.search.space import SearchSpace
 
 if TYPE_CHECKING:
     from mugraph.search.answers import Answer
@@ -18,13 +18,41 @@ SCHEMA_VERSION = 1
 WIDTH = 118  # of a line of an explanation
 
 
+def decoded(hint: Any, data: Any) -> Any:
+    """JSON data as a value of a declared type: what `asdict` took apart, put together again.
+
+    >>> decoded(StopReason, {"kind": "NodeLimit", "limit": 4000})
+    StopReason(kind='NodeLimit', limit=4000)
+    """
+    args = get_args(hint)
+    if data is None:
+        return None
+    if isinstance(hint, type) and is_dataclass(hint):
+        hints = get_type_hints(hint)
+        return hint(**{f.name: decoded(hints[f.name], data[f.name]) for f in fields(hint) if f.name in data})
+    if get_origin(hint) in (Union, UnionType):
+        return decoded(next(h for h in args if h is not NoneType), data)
+    if get_origin(hint) is tuple:
+        kinds = args[:1] * len(data) if args[-1] is Ellipsis else args
+        return tuple(decoded(h, x) for h, x in zip(kinds, data, strict=True))
+    if get_origin(hint) is Mapping:
+        return {k: decoded(args[1], x) for k, x in data.items()}
+    return data
+
+
 @dataclass(frozen=True)
 class StopReason:
-    """Saturated: the whole space was covered.  NodeLimit, EntryLimit, StateLimit: a budget of the space ran out.
+    """Saturated: the whole space was covered.  NodeLimit, EntryLimit, StateLimit, SegmentLimit: a budget of the space
+    ran out.  MemoryLimit: the values of the closure took that many 64-bit words (`closure.MOST_WORDS`).
     TimeLimit, Interrupted: the best so far was returned (such a run is not reproducible)."""
 
     kind: str
     limit: float | None = None
+
+    @property
+    def reproducible(self) -> bool:
+        """Whether another run stops at the same place: budgets are counts, a clock is not."""
+        return self.kind not in ("TimeLimit", "Interrupted")
 
     def __str__(self) -> str:
         return self.kind if self.limit is None else f"{self.kind}({self.limit:g})"
@@ -91,6 +119,26 @@ class StructureReport:
         return f"sizes {sizes}: {self.structure} ({1e6 * self.seconds:.1f} µs at {self.at})"
 
 
+@dataclass(frozen=True)
+class SegmentReport:
+    """One segment of a large program: its operators (those of the order from `start` on), what it gives, the structure
+    that was found, and the segment before it that is the same up to names (None: it was searched for itself)."""
+
+    start: int
+    operators: int
+    gives: tuple[str, ...]
+    program: str
+    structure: str
+    seconds: float
+    stop: str
+    shared_with: int | None = None
+
+    def __str__(self) -> str:
+        shared = "" if self.shared_with is None else f", as segment {self.shared_with}"
+        values = ", ".join(self.gives)
+        return f"{values} ({self.operators} operators{shared}): {1e6 * self.seconds:.1f} µs, {self.structure}"
+
+
 Verify = Callable[[Program, KernelGraph], object]
 
 
@@ -117,11 +165,12 @@ class SearchReport:
                         counts in equality)
     predicted_seconds   of each call of the chosen plan, on the device named; floor_seconds: no kernel is faster
     ahead               what is done once, on constant inputs alone, and not counted in predicted_seconds
+    segments            of a program too large to be searched as a whole; counts are then those of the searches made
     """
 
     program: str
     device: str
-    space: SearchSpace
+    space: str
     stop: StopReason
     classes: int
     edges: Mapping[str, int]
@@ -139,6 +188,7 @@ class SearchReport:
     notes: tuple[str, ...] = ()
     structures: tuple[StructureReport, ...] = ()
     ahead: tuple[KernelCost, ...] = ()
+    segments: tuple[SegmentReport, ...] = ()
     written: tuple[Written, ...] = ()
     seconds: Mapping[str, float] = field(default_factory=dict, compare=False)
     memory: Mapping[str, int] | None = field(default=None, compare=False)
@@ -159,11 +209,14 @@ class SearchReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON; `from_dict` reads it back."""
+        data = asdict(replace(self, asked=None))
+        del data["asked"]
         return {
             "schema_version": SCHEMA_VERSION,
-            **{f.name: _plain(getattr(self, f.name)) for f in fields(self) if f.name != "asked"},
+            **data,
             "stop": str(self.stop),
             "stop_limit": self.stop.limit,
+            "reproducible": self.stop.reproducible,
             "percent_of_floor": self.percent_of_floor,
             "ahead_seconds": self.ahead_seconds,
         }
@@ -178,22 +231,12 @@ class SearchReport:
                 remedy="run the search again",
             )
         try:
-            given = {f.name: data[f.name] for f in fields(cls) if f.name != "asked"}
-            space = {key: _tuples(value) for key, value in given["space"].items()}
-            read = {
-                "space": SearchSpace(**space),
-                "stop": StopReason(str(given["stop"]).partition("(")[0], data["stop_limit"]),
-                "seeds": tuple(given["seeds"]),
-                "notes": tuple(given["notes"]),
-                "kernels": tuple(map(_kernel, given["kernels"])),
-                "ahead": tuple(map(_kernel, given["ahead"])),
-                "candidates": tuple(CandidateReport(**c) for c in given["candidates"]),
-                "structures": tuple(StructureReport(**x) for x in given["structures"]),
-                "written": tuple(Written(**{**w, "laws": _tuples(w["laws"])}) for w in given["written"]),
-            }
+            stop = {"kind": data["stop"].partition("(")[0], "limit": data["stop_limit"]}
+            found = decoded(cls, {**data, "stop": stop, "asked": None})
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ParseError(f"this is no report of a search: {error!r}", remedy="run the search again") from error
-        return cls(**{**given, **read})
+        assert isinstance(found, cls)
+        return found
 
     def explain(self) -> str:
         """For each launch the laws that lead from the program to it, what it costs, and which limit binds."""
@@ -216,9 +259,7 @@ class SearchReport:
 
         Raises GraphError for a report that was read back from data, and for a malformed graph."""
         if self.asked is None:
-            raise GraphError(
-                "the report does not hold the program that it is about", remedy="ask mugraph.pipeline.why_not"
-            )
+            raise GraphError("the report does not hold the program that it is about", remedy="ask Result.why_not")
         from mugraph.search.why import why_not
 
         return why_not(self.asked.program, graph, self, on=self.asked.on, verify=self.asked.verify)
@@ -227,8 +268,9 @@ class SearchReport:
         edges = ", ".join(f"{n} {rule}" for rule, n in sorted(self.edges.items()))
         pruned = ", ".join(f"{n} {reason}" for reason, n in sorted(self.pruned.items()) if n) or "none"
         times = ", ".join(f"{phase} {1e3 * s:.0f} ms" for phase, s in self.seconds.items())
+        stop = str(self.stop) if self.stop.reproducible else f"{self.stop} (not reproducible)"
         lines = [
-            f"search of {self.program}: {self.stop}, {1e3 * self.total_seconds:.0f} ms ({times})",
+            f"search of {self.program}: {stop}, {1e3 * self.total_seconds:.0f} ms ({times})",
             f"  memory: {self._memory()}",
             f"  {self.classes} classes, edges: {edges}; {self.deduplicated} deduplicated",
             f"  {self.configurations} role assignments, {self.states} states; pruned: {pruned}",
@@ -241,6 +283,10 @@ class SearchReport:
             lines.append(f"  ahead, once while the constants stay as they are: {1e6 * self.ahead_seconds:.1f} µs")
             lines += [f"    {k.name}: {1e6 * k.seconds:.1f} µs, bound by {k.bound}" for k in self.ahead]
         lines += [f"  {c.verdict}: {1e6 * c.seconds:.1f} µs  {c.structure}" for c in self.candidates]
+        if self.segments:
+            alone = sum(s.shared_with is None for s in self.segments)
+            lines.append(f"  {len(self.segments)} segments, {alone} different:")
+            lines += [f"    {i}: {s}" for i, s in enumerate(self.segments)]
         if len(self.structures) > 1:
             lines += [f"  {s}" for s in self.structures]
         lines += [f"  note: {n}" for n in self.notes]
@@ -272,25 +318,3 @@ def _fitted(text: str, remark: str = "") -> str:
     room = WIDTH - (len(remark) + 4 if remark else 0)
     text = text if len(text) <= room else text[: room - 1] + "…"
     return f"{text}    {remark}" if remark else text
-
-
-def _plain(value: Any) -> Any:
-    match value:
-        case tuple() | list():
-            return [_plain(x) for x in value]
-        case Mapping():
-            return {k: _plain(x) for k, x in value.items()}
-        case (
-            StopReason() | SearchSpace() | KernelCost() | CandidateReport() | StructureReport() | Written() | LawStep()
-        ):
-            return _plain(asdict(value))
-        case _:
-            return value
-
-
-def _tuples(value: Any) -> Any:
-    return tuple(map(_tuples, value)) if isinstance(value, list) else value
-
-
-def _kernel(data: Mapping[str, Any]) -> KernelCost:
-    return KernelCost(**{**data, "steps": tuple(LawStep(**s) for s in data["steps"])})

@@ -20,21 +20,23 @@ from mugraph.errors import VerificationError
 from mugraph.ir.check import check
 from mugraph.ir.graph import BlockGraph, Equation, KernelGraph, Program
 from mugraph.ir.infer import op_text
-from mugraph.ir.ops import Contract, Kernel, Library
+from mugraph.ir.ops import Compare, Contract, Elementwise, Kernel, Library, MaskedExp, Reduce, Select
 from mugraph.search.ahead import Fixed
 from mugraph.search.answers import Answer, Costlier, Cut, Found, NotEquivalent, Outside, Pruned
-from mugraph.search.build import baseline
+from mugraph.search.build import library_equation
 from mugraph.search.closure import Class, Edge
 from mugraph.search.cost import STAGES, Device, Prediction, beside, predict
 from mugraph.search.derive import KernelSearch
 from mugraph.search.driver import (
     LIBRARY,
+    NARROW,
+    Setup,
     Solved,
-    Task,
     equations_seconds,
     kernel_cost,
     may_be_materialised,
     problem_of,
+    search,
     set_up,
     structure,
     targets_of,
@@ -50,11 +52,13 @@ from mugraph.search.extract import (
     Survey,
 )
 from mugraph.search.footprint import Footprint
-from mugraph.search.library import ATTENTION, Attention, library_calls, operands
+from mugraph.search.library import ADDED, ATTENTION, Added, Attention, library_calls, operands
 from mugraph.search.partition import ACCUMULATED, SPLIT_MARGIN, WHOLE, Choice, Partition
 from mugraph.search.pieces import is_free
-from mugraph.search.reading import Launch, Reading, flattened, operators_of
+from mugraph.search.reading import Flat, Launch, Reading, flattened, operators_of
 from mugraph.search.report import SearchReport, Verify
+from mugraph.search.segments import operators
+from mugraph.search.space import space_from
 
 ALIKE = 1e-6  # costs that differ by less than that part are equal
 
@@ -82,8 +86,7 @@ def why_not(
     fingerprint.  Raises GraphError or ShapeError for a malformed graph.
     """
     check(graph)
-    given = graph if isinstance(graph, KernelGraph) else baseline(graph)
-    given = _stated_like(given, program)
+    given = _stated_like(graph if isinstance(graph, KernelGraph) else _as_calls(graph), program)
     if verify is not None:
         try:
             verify(program, given)
@@ -91,10 +94,38 @@ def why_not(
             return NotEquivalent(error.message)
     elif (difference := _other_interface(program, given)) is not None:
         return NotEquivalent(difference)
+    flat = flattened(given)
+    mine = operators_of(program, flat)
+    if mine is not None and _is_no_plan(flat, mine):
+        return _last(report)
     if report.stop.kind == "Unsearchable":
         return Outside("calculus", f"there was no search: {' '.join(report.notes)}")
-    task, _ = set_up(program, lambda g: g, report.space, on)
-    return _Question(task, report, given, verify is not None).answer()
+    space = space_from(report.space)
+    if NARROW in report.notes:
+        space = space.under_default_budgets()
+    task, _ = set_up(program, lambda g: g, space, on)
+    return _Question(task, report, flat, mine, verify is not None).answer()
+
+
+def _as_calls(program: Program) -> KernelGraph:
+    """The program with a library call for each operator; views, literals and sizes stay as they are."""
+    tensors = program.tensors()
+    calls = (library_equation(e, tensors) if e.args and not is_free(e) else e for e in program.equations)
+    return KernelGraph(program.name, program.inputs, tuple(calls), program.outputs)
+
+
+def _is_no_plan(flat: Flat, done: Sequence[Sequence[Equation]]) -> bool:
+    """Whether the graph is the program as library calls, some of them for operators that no other plan calls the
+    library for."""
+    inner = Elementwise | Compare | Select | MaskedExp | Reduce
+    calls = all(isinstance(x.equation.op, Library) for x in flat.launches)
+    return calls and any(isinstance(e.op, inner) for mine in done for e in mine)
+
+
+def _last(report: SearchReport) -> Found:
+    """The program as library calls is the last plan of every list."""
+    plans = report.candidates
+    return Found(len(plans), len(plans), plans[-1].seconds, plans[-1].verdict, LIBRARY)
 
 
 def _stated_like(graph: KernelGraph, program: Program) -> KernelGraph:
@@ -141,11 +172,18 @@ class Priced(NamedTuple):
 
 
 class _Question:
-    def __init__(self, task: Task, report: SearchReport, graph: KernelGraph, verified: bool) -> None:
-        self.task, self.report, self.graph, self.verified = task, report, graph, verified
-        self.space = task.space
-        self.flat = flattened(graph)
-        self.operators = operators_of(task.program, self.flat)
+    def __init__(
+        self,
+        task: Setup,
+        report: SearchReport,
+        flat: Flat,
+        done: Sequence[Sequence[Equation]] | None,
+        verified: bool,
+    ) -> None:
+        self.task, self.report, self.verified = task, report, verified
+        self.flat, self.operators = flat, done
+        self.space, self.given = task.space, space_from(report.space)
+        self.segmented = operators(task.program) > self.space.operators
         self.problem = problem_of(task.here.program, task.closure, task.seeds, task.space, task.on)
         targets, self.wanted = targets_of(task.here, task.known, task.seeds)
         self.fixed: Fixed = task.fixed(self.problem, targets)
@@ -163,7 +201,9 @@ class _Question:
 
     def answer(self) -> Answer:
         if self.as_operators and all(isinstance(x.equation.op, Library) for x in self.flat.launches):
-            return self._as_written()
+            with suppress(Refused):
+                return self._listed() or _last(self.report)
+            return _last(self.report)
         differs = self._other_outputs()
         if differs is not None:
             return differs
@@ -174,8 +214,17 @@ class _Question:
             self._counts()
             priced = [self._priced(x) for x in self.flat.launches]
         except Refused as refused:
-            return refused.answer
+            return self._for_lack_of_nodes(refused.answer)
         return self._compared(priced)
+
+    def _for_lack_of_nodes(self, answer: Pruned | Outside) -> Pruned | Outside:
+        """What is missing from a closure that was cut off may be missing for that reason."""
+        match answer:
+            case Outside("closure" | "loops" | "library" | "materialisation", what) | Pruned("feasibility", what):
+                if self.task.closure.truncated:
+                    what = f"{what}, in a closure that was cut off"
+                    return Pruned("budget", what, f"SearchSpace.nodes = {self.space.nodes}", "Give more nodes")
+        return answer
 
     def _other_outputs(self) -> Answer | None:
         """The outputs by fingerprint.  What the verifier has taken is equal by laws that the calculus does not have."""
@@ -192,14 +241,6 @@ class _Question:
                     )
         return None
 
-    def _as_written(self) -> Found:
-        """The program as library calls is the last plan of the list; its one operator may be another plan, too."""
-        listed, plans = None, self.report.candidates
-        if all(isinstance(x.equation.op, Library) and len(x.means) <= 2 for x in self.flat.launches):
-            with suppress(Refused):
-                listed = self._listed()
-        return listed or Found(len(plans), len(plans), plans[-1].seconds, plans[-1].verdict, LIBRARY)
-
     # -- what is in the list
 
     @cached_property
@@ -208,12 +249,19 @@ class _Question:
 
     def _listed(self) -> Found | None:
         """The plan of the list that has the same launches."""
-        given = sorted(s for s in map(self._signature, self.flat.launches) if s is not None)
-        plans = self.report.candidates
+        given, plans = self.signatures(), self.report.candidates
+        if self.segmented:
+            flat = flattened(search(self.task.program, accept=lambda g: g, space=self.given, on=self.task.on).graph)
+            joined = _Question(self.task, self.report, flat, None, True).signatures()
+            first = plans[0]
+            return Found(1, len(plans), first.seconds, first.verdict, first.structure) if joined == given else None
         for n, (plan, c) in enumerate(zip(self.solved.plans, plans[:-1], strict=False)):
             if sorted(map(self._of, plan)) == given and not c.verdict.startswith("has "):
                 return Found(n + 1, len(plans), c.seconds, c.verdict, c.structure)
         return None
+
+    def signatures(self) -> list[Signature]:
+        return sorted(s for s in map(self._signature, self.flat.launches) if s is not None)
 
     def _of(self, c: Choice) -> Signature:
         """The signature of a launch of a plan."""
@@ -223,6 +271,9 @@ class _Question:
                 return Signature(makes, _several(e.children), "contraction", tuple(sorted(e.axes)))
             case Attention():
                 return Signature(makes, _several(operands(self.problem, c.how)), "attention")
+            case Added(product):
+                reads = _several(operands(self.problem, c.how))
+                return Signature(makes, reads, "added", tuple(sorted(product.axes)))
             case _:
                 reads = _several(s.entry[0] for d in c.derivations for s in d.loads())
                 return Signature(
@@ -242,11 +293,15 @@ class _Question:
                 cuts = [_cut(self._roles(b)) for b in blocks]
                 return Signature(_several(makes), _several(reads), "kernel", tuple(sorted(cuts)))
             case Library(name, semantics):
+                if name == ADDED:
+                    (closed,) = (e.op.axes for e in semantics.equations if isinstance(e.op, Contract))
+                    axes = tuple(sorted(self.read.axes.get(a, a) for a in closed))
+                    return Signature(_several(makes), _several(reads), "added", axes)
                 if name == ATTENTION:
                     return Signature(_several(makes), _several(reads), "attention")
-                axes = _contracted(semantics)
-                if axes is not None:
-                    axes = tuple(sorted(self.read.axes.get(a, a) for a in axes))
+                contracted = _contracted(semantics)
+                if contracted is not None:
+                    axes = tuple(sorted(self.read.axes.get(a, a) for a in contracted))
                     return Signature(_several(makes), _several(reads), "contraction", axes)
                 return Signature(_several(makes), _several(reads), f"library {name}")
             case _:
@@ -265,17 +320,10 @@ class _Question:
         odd = self.read.odd.get(name)
         if odd is not None:
             return Outside("operators", f"{op_text(odd.op)} is no operator of the program as it is written")
-        if self.task.closure.truncated:
-            return Pruned(
-                "budget",
-                f"{self._text(name)} is no class of a closure that was cut off",
-                f"SearchSpace.nodes = {self.space.nodes}",
-                "Give more nodes",
-            )
         return Outside("closure", f"no rule leads to the value {self._text(name)}", CANDIDATES)
 
     def _text(self, name: str) -> str:
-        text = self.task.notation().value(self.read.values[name])
+        text = self.task.notation().text(self.read.values[name])
         return text if len(text) <= MOST_TEXT else text[: MOST_TEXT - 1] + "…"
 
     # -- what the space leaves out
@@ -341,7 +389,7 @@ class _Question:
         p = self.problem
         if c in self.wanted or c in p.memory or c in p.bound or c in self.fixed.foldable or c in self.fixed.computed:
             return
-        text = self.task.notation().value(self.task.closure.classes[c].value)
+        text = self.task.notation().text(self.task.closure.classes[c].value)
         if c in {self.task.seeds[n] for n in self.space.inside}:
             raise outside("inside", f"{text} must not be materialised", "Take it out of SearchSpace.inside")
         if not may_be_materialised(p, c):
@@ -363,7 +411,9 @@ class _Question:
         op = x.equation.op
         assert isinstance(op, Library)
         if self.as_operators or self._is_boundary(x):
-            seconds = equations_seconds(op.semantics.equations, op.semantics, self.space.symbolic, self.problem)
+            seconds = equations_seconds(
+                op.semantics.equations, op.semantics, self.space.symbolic, self.problem.dtype, self.problem.device
+            )
             return Priced(f"library {op.name}", Prediction(seconds, (("library", seconds),), 0.0, 0.0), seconds, ahead)
         if not self.space.library:
             raise outside("library", f"it calls the library for {op.name}", "Give SearchSpace(library=True)")
@@ -413,7 +463,7 @@ class _Question:
         """What the program's own operator costs as a library call."""
         assert self.operators is not None
         mine = self.operators[self.flat.launches.index(x)]
-        return equations_seconds(mine, self.task.program, self.space.symbolic, self.problem)
+        return equations_seconds(mine, self.task.program, self.space.symbolic, self.problem.dtype, self.problem.device)
 
     def _roots(self, x: Launch, block: BlockGraph) -> tuple[int, ...]:
         final = block.combine or block
@@ -532,7 +582,7 @@ class _Question:
             odd = self.read.unknown()
             found = self._cheapest(roots, loaded, given, only_loaded)
             if found is not None and odd:
-                text = self.task.notation().value(odd[0])
+                text = self.task.notation().text(odd[0])
                 raise outside("closure", f"no rule leads to the value {text}", CANDIDATES)
         if found is None:
             raise Refused(self._infeasible(roots, loaded, given))
@@ -603,6 +653,10 @@ class _Question:
                 f"{gain}, but by less than the model is sure of",
                 f"a split must win by a factor of {SPLIT_MARGIN}",
             )
+        if self.segmented:
+            limit = f"SearchSpace.operators = {self.space.operators}"
+            remedy = f"Give SearchSpace(operators={operators(self.task.program)})"
+            return Pruned("budget", f"{gain}, but the program is searched in segments", limit, remedy)
         if self.report.stop.kind != "Saturated":
             field = {"NodeLimit": "nodes", "EntryLimit": "entries", "StateLimit": "states"}.get(self.report.stop.kind)
             remedy = f"Give SearchSpace({field}=...) a greater budget" if field else "Give more time"
@@ -616,7 +670,10 @@ class _Question:
         )
 
 
-CANDIDATES = 'Give SearchSpace(candidates=20000, abstraction="off"), which finds identities that need cancellation'
+CANDIDATES = (
+    'SearchSpace(candidates=20000, abstraction="off") finds identities that need cancellation, where they take no more '
+    "operators than the shortest way known"
+)
 SMALLER = "Smaller tiles fit"
 MOST_TEXT = 240
 

@@ -128,7 +128,8 @@ class NumericReport:
 
 @dataclass(frozen=True)
 class Certificate:
-    """The record of a verification.  `delta_log2` is log2 of the bound on accepting a wrong graph over all draws."""
+    """The record of a verification.  `delta_log2` is log2 of the bound on accepting a wrong graph over all draws;
+    `cuts` names the values between which program and graph were compared part by part, if they were."""
 
     program: str
     graph: str
@@ -143,6 +144,7 @@ class Certificate:
     assumptions: tuple[str, ...]
     numerics: tuple[NumericReport, ...]
     versions: tuple[tuple[str, str], ...]
+    cuts: tuple[str, ...] = ()
     schema_version: int = SCHEMA_VERSION
 
     @property

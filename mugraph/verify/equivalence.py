@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import InitVar, dataclass
+from dataclasses import InitVar, dataclass, replace
 
 import numpy as np
 
@@ -20,6 +20,8 @@ from mugraph.ir.check import check
 from mugraph.ir.evaluate import Named, outputs
 from mugraph.ir.graph import KernelGraph, Program
 from mugraph.ir.ops import Gather, Scatter
+from mugraph.ir.parts import parts
+from mugraph.ir.printer import canonical_text
 from mugraph.ir.types import Input, Output
 from mugraph.verify.certificate import Certificate, DrawRecord, graph_hash, versions
 from mugraph.verify.formal import EVALUATED, EXP_CUT, FormalAlgebra, TooManyTerms, Value
@@ -44,6 +46,11 @@ FIXED_SIZES = (
     "cut: "
 )
 
+COMPOSED = (
+    "program and graph are compared in {} different parts, between values that both have; that the whole agrees "
+    "follows by induction over the parts"
+)
+
 _TOKEN = object()
 
 
@@ -62,18 +69,44 @@ class Verified:
             raise VerificationError("only verify() makes a Verified", remedy="call verify(program, graph)")
 
 
-def verify(program: Program, graph: KernelGraph, *, delta: float = 2.0**-40, seed: int = 0) -> Verified:
+def verify(
+    program: Program, graph: KernelGraph, *, delta: float = 2.0**-40, seed: int = 0, cuts: Sequence[str] = ()
+) -> Verified:
     """Raises VerificationError with a counterexample where the graph computes something else, GraphError or ShapeError
-    where it is malformed."""
+    where it is malformed.
+
+    With `cuts`, values that both have, they are compared part by part (`ir.parts`); equal parts are compared once."""
     if not 0 < delta < 1:
         raise VerificationError(f"delta is {delta}", remedy="give a probability between 0 and 1, such as 2**-40")
     check(program)
     check(graph)
     _compare_signatures(program, graph)
+    if cuts:
+        return Verified(program, graph, _by_parts(program, graph, delta, seed, tuple(cuts)), _TOKEN)
     literal, cut = literal_sizes(program, graph), cut_sizes(program, graph)
     others = [f for f in (literal, cut, cut | literal) if f and _fits(program, graph, f)]
     certificate = _tested_at(program, graph, delta, seed, [{}, *(dict(x) for x in dict.fromkeys(map(_items, others)))])
     return Verified(program, graph, certificate, _TOKEN)
+
+
+def _by_parts(program: Program, graph: KernelGraph, delta: float, seed: int, cuts: tuple[str, ...]) -> Certificate:
+    """One certificate of all parts.  A part that is another under other names is the same statement, so the bounds of
+    the different ones add up."""
+    different: dict[str, tuple[Program, KernelGraph]] = {}
+    for p, g in parts(program, graph, cuts):
+        different.setdefault(f"{canonical_text(p)}\n{canonical_text(g)}", (p, g))
+    found = [verify(p, g, delta=delta / len(different), seed=seed).certificate for p, g in different.values()]
+    return replace(
+        found[0],
+        program_hash=graph_hash(program),
+        graph_hash=graph_hash(graph),
+        delta_log2=math.log2(sum(c.delta for c in found)),
+        delta_requested_log2=math.log2(delta),
+        draws=tuple(d for c in found for d in c.draws),
+        unused_laws=tuple(dict.fromkeys(law for c in found for law in c.unused_laws)),
+        assumptions=(*dict.fromkeys(a for c in found for a in c.assumptions), COMPOSED.format(len(different))),
+        cuts=cuts,
+    )
 
 
 def recheck(certificate: Certificate, program: Program, graph: KernelGraph) -> Verified:
@@ -85,7 +118,8 @@ def recheck(certificate: Certificate, program: Program, graph: KernelGraph) -> V
     ):
         if recorded != found:
             raise VerificationError(f"the certificate is about another {name} than {graph.name}")
-    again = verify(program, graph, delta=2.0**certificate.delta_requested_log2, seed=certificate.seed)
+    delta = 2.0**certificate.delta_requested_log2
+    again = verify(program, graph, delta=delta, seed=certificate.seed, cuts=certificate.cuts)
     for field in ("delta_log2", "draws", "unused_laws", "assumptions"):
         was, now = getattr(certificate, field), getattr(again.certificate, field)
         if was != now:
