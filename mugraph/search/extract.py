@@ -128,6 +128,7 @@ class Problem:
     infeasible: int = 0
     bounded: int = 0
     truncated: int = 0
+    untiled: int = 0
 
     def __post_init__(self) -> None:
         self.position = {c: i for i, c in enumerate(self.closure.order)}
