@@ -27,7 +27,9 @@ from mugraph.codegen.stabilise import stabilise
 from mugraph.errors import (
     CacheError,
     CacheWarning,
+    GraphError,
     MugraphError,
+    ParseError,
     TargetMismatchError,
     UnsupportedOpError,
     VerificationError,
@@ -36,6 +38,7 @@ from mugraph.ir.axes import dims_of
 from mugraph.ir.check import check
 from mugraph.ir.graph import KernelGraph, Program
 from mugraph.ir.ops import Kernel, Library
+from mugraph.ir.parser import parse_program
 from mugraph.ir.printer import canonical_text
 from mugraph.ir.resize import reduction, resized
 from mugraph.ir.serialize import dumps, loads
@@ -43,10 +46,11 @@ from mugraph.ir.threads import form_threads
 from mugraph.runtime.cache import Cache, key_of
 from mugraph.runtime.engine import Engine, EngineName, Job, completed, engine_of
 from mugraph.runtime.load import Executable, load_module
+from mugraph.search.answers import Answer
 from mugraph.search.build import baseline
 from mugraph.search.cost import device
 from mugraph.search.driver import search, searched
-from mugraph.search.report import CandidateReport, SearchReport, StopReason
+from mugraph.search.report import Asked, CandidateReport, SearchReport, StopReason
 from mugraph.search.segments import Done, Task
 from mugraph.search.space import SearchSpace, space_of
 from mugraph.transpiler import torch as torch_code
@@ -118,8 +122,15 @@ class Result:
         )
 
     def explain(self) -> str:
-        """Why this result: the search's report, then what the certificate says."""
-        return f"{self.report}\n{self.certificate}"
+        """Why this result: the laws that lead from the program to each launch, and what it costs."""
+        return self.report.explain()
+
+    def why_not(self, graph: KernelGraph | Program | str | Path) -> Answer:
+        """Why the search did not find, or did not choose, a μGraph: a graph, its text, or a file of it (`.txt` or
+        `.json`).  Searches again.  Raises ParseError or GraphError for what is no graph."""
+        if isinstance(self.report, ReportText):
+            raise GraphError(f"{self.program.name} was given as a graph, not searched for", remedy="use mg.optimize")
+        return self.report.why_not(read_graph(graph))
 
     def __str__(self) -> str:
         tiers = ", ".join(self.certificate.tiers)
@@ -208,8 +219,31 @@ class ReportText:
     def to_dict(self) -> dict[str, Any]:
         return dict(self.data)
 
+    def explain(self) -> str:
+        return str(self)
+
     def __str__(self) -> str:
         return str(self.data.get("text", ""))
+
+
+def read_graph(given: KernelGraph | Program | str | Path) -> KernelGraph | Program:
+    """A graph as it is, from its text, or from a file: a saved directory, `.json`, or text.  Raises ParseError."""
+    if isinstance(given, Program):
+        return given
+    text, form = str(given), ""
+    if isinstance(given, Path) or "\n" not in given:
+        path = Path(given)
+        path = path / "graph.json" if path.is_dir() else path
+        try:
+            text, form = path.read_text(encoding="utf-8"), path.suffix
+        except (OSError, ValueError) as error:
+            raise ParseError(
+                f"cannot read {path}: {error}", remedy="give a μGraph, its text or a file of it"
+            ) from error
+    found = loads(text) if form == ".json" else parse_program(text)
+    if not isinstance(found, Program):
+        raise ParseError(f"this is a {type(found).__name__}, not a graph")
+    return found
 
 
 def load(directory: str | Path) -> Result:
@@ -238,12 +272,17 @@ def load(directory: str | Path) -> Result:
 
 
 def _read(files: Mapping[str, str], target: Target, notes: tuple[str, ...]) -> Result:
+    program, data = loads(files["program.json"]), json.loads(files["report.json"])
+    report: SearchReport | ReportText = ReportText(data)
+    if "candidates" in data:
+        asked = Asked(program, device(_device_name(target)), verify)
+        report = replace(SearchReport.from_dict(data), asked=asked)
     return Result(
-        program=loads(files["program.json"]),
+        program=program,
         graph=loads(files["graph.json"]),
         source=files["kernel.py"],
         certificate=Certificate.from_json(files["certificate.json"]),
-        report=ReportText(json.loads(files["report.json"])),
+        report=report,
         target=target,
         notes=notes,
     )
@@ -382,7 +421,8 @@ def _optimized(
         else:
             assert isinstance(found.accepted, tuple)
             verified, source = found.accepted
-            report, notes = found.report, found.report.notes
+            report = replace(found.report, asked=Asked(program, device(_device_name(target)), verify))
+            notes = report.notes
             tell(f"found: {found.report.predicted_seconds * 1e6:.1f} µs predicted; verified, error <= {delta:.1e}")
         stopped = interrupted() or report.stop.kind == "Interrupted"
     try:
@@ -438,7 +478,7 @@ def unsearched(program: Program, target: Target, why: str) -> SearchReport:
     return SearchReport(
         program=program.name,
         device=device(_device_name(target)).label,
-        space="none",
+        space=str(space_of("none")),
         stop=StopReason("Unsearchable"),
         classes=0,
         edges={},

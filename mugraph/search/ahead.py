@@ -140,7 +140,7 @@ def partition_with_ahead(
     for other in (first, folding):
         run.configurations += other.configurations
         run.limited |= other.limited
-        for count in ("expanded", "generated", "infeasible", "bounded", "truncated"):
+        for count in ("expanded", "generated", "infeasible", "bounded", "truncated", "untiled"):
             setattr(p, count, getattr(p, count) + getattr(other.p, count))
     return [plan for _, plan in sorted(ranked, key=lambda item: item[0])], run
 
@@ -156,6 +156,7 @@ def _with_inputs(p: Problem, classes: Classes) -> Problem:
         infeasible=0,
         bounded=0,
         truncated=0,
+        untiled=0,
     )
     found.inputs |= classes
     for c in p.bound:

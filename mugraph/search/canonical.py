@@ -68,9 +68,7 @@ def canonical(program: Program) -> Canonical:
         "canonical",
         tuple(replace(i, tensor=of_tensor(i.tensor)) for i in inputs),
         tuple(
-            Equation(
-                tuple(map(of_tensor, e.targets)), _renamed_op(e.op, axes), tuple(names[a] for a in e.args), e.where
-            )
+            Equation(tuple(map(of_tensor, e.targets)), renamed_op(e.op, axes), tuple(names[a] for a in e.args), e.where)
             for e in program.equations
         ),
         tuple(replace(o, value=names[o.value], alias_of=None) for o in program.outputs),
@@ -83,7 +81,8 @@ COMMUTATIVE = ("add", "mul", "max", "min")  # to the verifier too: it takes comp
 ROUNDS = 4
 
 
-def _is_commutative(op: Any) -> bool:
+def is_commutative(op: Any) -> bool:
+    """Whether the operands may change places."""
     return isinstance(op, Contract) or (isinstance(op, Elementwise) and op.fn in COMMUTATIVE)
 
 
@@ -92,7 +91,7 @@ def ordered(program: Program) -> Program:
     shade = colours(program)
 
     def one(e: Equation) -> Equation:
-        return replace(e, args=tuple(sorted(e.args, key=shade.__getitem__))) if _is_commutative(e.op) else e
+        return replace(e, args=tuple(sorted(e.args, key=shade.__getitem__))) if is_commutative(e.op) else e
 
     return replace(program, equations=tuple(map(one, program.equations)))
 
@@ -111,7 +110,7 @@ def colours(program: Program) -> dict[str, str]:
         colours = {name: _digest(c, _shape(tensors[name], of_axis)) for name, c in given.items()}
         for e in program.equations:
             args = [colours[a] for a in e.args]
-            made = _digest(_op_key(e.op, of_axis), sorted(args) if _is_commutative(e.op) else args)
+            made = _digest(_op_key(e.op, of_axis), sorted(args) if is_commutative(e.op) else args)
             colours.update((t.name, _digest(made, i, _shape(t, of_axis))) for i, t in enumerate(e.targets))
         if len(set(colours.values())) + len(set(of_axis.values())) == count:
             break
@@ -120,7 +119,7 @@ def colours(program: Program) -> dict[str, str]:
         for e in reversed(program.equations):
             made = _digest([(colours[t.name], sorted(uses[t.name])) for t in e.targets])
             for i, a in enumerate(e.args):
-                uses[a].append(_digest(made, 0 if _is_commutative(e.op) else i))
+                uses[a].append(_digest(made, 0 if is_commutative(e.op) else i))
         for i, o in enumerate(program.outputs):
             uses[o.value].append(_digest("output", i))
         given = {name: _digest(colours[name], sorted(uses[name])) for name in given}
@@ -175,7 +174,7 @@ def _axes_in(value: Any) -> list[Axis]:
     return [a for x in value for a in _axes_in(x)] if isinstance(value, tuple) else []
 
 
-def _renamed_op(op: Any, axes: Mapping[str, Axis]) -> PureOp:
+def renamed_op(op: Any, axes: Mapping[str, Axis]) -> PureOp:
     """The operator with its axes renamed: Axis values, and the axis names in fields called `axis` and `axes`."""
 
     def rename(value: Any, named: bool) -> Any:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import time
+import tracemalloc
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -19,16 +21,20 @@ from mugraph.search.ahead import Fixed, fixed_classes, loaded, partition_with_ah
 from mugraph.search.build import Context, Unbuildable, baseline, build
 from mugraph.search.canonical import Canonical, canonical, ordered
 from mugraph.search.closure import Closure, Edge, close
-from mugraph.search.cost import Device, device, floor_seconds, predict_library
-from mugraph.search.enumerate import widen
+from mugraph.search.cost import Device, Prediction, device, floor_seconds, predict_library
+from mugraph.search.enumerate import Enumeration, widen
+from mugraph.search.explain import Laws
 from mugraph.search.extract import Derivation, Problem, Roles, is_leaf_edge
+from mugraph.search.formula import Notation
 from mugraph.search.laws import LAWS, Meaning, meaning
 from mugraph.search.library import Added, Attention, contraction
 from mugraph.search.partition import Choice, Partition
 from mugraph.search.pieces import is_free, joints, pieces
 from mugraph.search.report import (
+    Asked,
     CandidateReport,
     KernelCost,
+    LawStep,
     SearchReport,
     SegmentReport,
     StopReason,
@@ -78,19 +84,35 @@ class Found:
 
 
 class Watch:
-    """Wall time by phase, and the budget."""
+    """Wall time by phase, the most bytes in use in each where that is measured, and the budget."""
 
-    def __init__(self, budget_seconds: float, interrupted: Callable[[], bool]) -> None:
+    def __init__(self, budget_seconds: float, interrupted: Callable[[], bool], memory: bool = False) -> None:
         self.interrupted = interrupted
         self.started = self.mark = time.perf_counter()
         self.budget = budget_seconds
         self.phases: dict[str, float] = {}
+        self.memory: dict[str, int] | None = {} if memory else None
         self.stopped: str | None = None
+
+    @contextmanager
+    def measuring(self) -> Iterator[None]:
+        """Memory is measured inside, if it is wanted."""
+        ours = self.memory is not None and not tracemalloc.is_tracing()
+        if ours:
+            tracemalloc.start()
+        try:
+            yield
+        finally:
+            if ours:
+                tracemalloc.stop()
 
     def lap(self, phase: str) -> None:
         now = time.perf_counter()
         self.phases[phase] = self.phases.get(phase, 0.0) + now - self.mark
         self.mark = now
+        if self.memory is not None:
+            self.memory[phase] = max(self.memory.get(phase, 0), tracemalloc.get_traced_memory()[1])
+            tracemalloc.reset_peak()
 
     def over(self) -> bool:
         if self.interrupted():
@@ -110,6 +132,7 @@ def search(
     interrupted: Callable[[], bool] = lambda: False,
     accept_cut: AcceptCut | None = None,
     solve: Solve | None = None,
+    memory: bool = False,
 ) -> Found:
     """The cheapest μGraph of the program that `accept` takes.
 
@@ -123,17 +146,20 @@ def search(
 
     Budgets beyond the default ones never make a result costlier: where these run out, the space under them is searched
     first, and its result is kept unless the wider one is as cheap.
+
+    `memory`: the report says what each phase takes at most (in this process), which makes the search much slower.
     """
     space, on = space or SearchSpace(), on or device()
     started = time.perf_counter()
     program = program if space.ahead else program.without_constants()
 
     def within(space: SearchSpace, seconds: float) -> Found:
-        watch = Watch(seconds, interrupted)
-        if operators(program) > space.operators:
-            accepting = accept_cut or (lambda graph, _: accept(graph))
-            return _in_segments(program, space, on, accepting, solve or _one_by_one, watch)
-        return _whole(program, accept, space, on, watch)
+        watch = Watch(seconds, interrupted, memory)
+        with watch.measuring():
+            if operators(program) > space.operators:
+                accepting = accept_cut or (lambda graph, _: accept(graph))
+                return _in_segments(program, space, on, accepting, solve or _one_by_one, watch)
+            return _whole(program, accept, space, on, watch)
 
     narrow = space.under_default_budgets()
     if operators(program) <= narrow.operators:
@@ -155,41 +181,40 @@ def _cheaper(narrow: Found, wide: Found, budget_seconds: float) -> Found:
         stop = StopReason("TimeLimit", budget_seconds)
     phases = {*narrow.report.seconds, *wide.report.seconds}
     times = {p: narrow.report.seconds.get(p, 0.0) + wide.report.seconds.get(p, 0.0) for p in sorted(phases)}
+    most: dict[str, int] | None = None
+    if narrow.report.memory is not None and wide.report.memory is not None:
+        both = narrow.report.memory, wide.report.memory
+        most = {p: max(m.get(p, 0) for m in both) for p in sorted({*both[0], *both[1]})}
     if narrow.report.predicted_seconds >= wide.report.predicted_seconds:
-        return replace(wide, report=replace(wide.report, stop=stop, seconds=times))
-    note = "found under the default budgets; the wider ones gave nothing as cheap"
+        return replace(wide, report=replace(wide.report, stop=stop, seconds=times, memory=most))
     report = replace(
-        narrow.report, space=wide.report.space, stop=stop, seconds=times, notes=(*narrow.report.notes, note)
+        narrow.report,
+        space=wide.report.space,
+        stop=stop,
+        seconds=times,
+        memory=most,
+        notes=(*narrow.report.notes, NARROW),
     )
     return replace(narrow, report=report)
 
 
 def _whole(program: Program, accept: Accept, space: SearchSpace, on: Device, watch: Watch) -> Found:
     """One search of a whole program, within one space."""
-    stop = watch.over
-    cut = pieces(ordered(program))
-    here = canonical(cut)
-    known = meaning(here.program)
-    closure, seeds = _closure(here.program, known, space, stop)
-    watch.lap("closure")
-    widened = _widened(here.program, known, closure, space, stop)
-    if widened:
-        watch.lap("enumerator")
-    chosen = _canonical_space(space, here, program)
-    task = _Task(program, cut, here, known, closure, seeds, chosen, on, accept, stop)
+    task, enumeration = set_up(program, accept, space, on, watch)
     main = task.solve(space.symbolic)
     watch.lap("kernels")
     best = task.choose(main)
     watch.lap("verification")
     solved, structures = [main], [best.structure(space.symbolic)]
     for size in _other_sizes(program, space):
-        if stop():
+        if watch.over():
             break
         solved.append(task.solve(size))
         watch.lap("kernels")
         structures.append(task.choose(solved[-1], structures).structure(size))
         watch.lap("verification")
-    notes = widened + [
+    notes = [f"enumerator (abstraction {space.abstraction}): {enumeration}"] if enumeration else []
+    notes += [
         f"{e.targets[0].name} is outside the calculus and runs as a library call"
         for e in (task.called(best.plan) if best.plan else ())
     ]
@@ -197,8 +222,26 @@ def _whole(program: Program, accept: Accept, space: SearchSpace, on: Device, wat
         notes.append(UNBEATEN)
     notes += _kept(best.graph)
     ranges = _ranges(structures)
-    report = _report(task, space, solved, watch, best, ranges, notes)
+    report = _report(task, space, solved, watch, best, ranges, notes, enumeration)
     return Found(best.graph, best.accepted, report, ranges)
+
+
+def set_up(
+    program: Program, accept: Accept, space: SearchSpace, on: Device, watch: Watch | None = None
+) -> tuple[Setup, Enumeration | None]:
+    """The program's closure, and what the enumerator did to it, if it ran."""
+    watch = watch or Watch(math.inf, lambda: False)
+    program = program if space.ahead else program.without_constants()
+    cut = pieces(ordered(program))
+    here = canonical(cut)
+    known = meaning(here.program)
+    closure, seeds = _closure(here.program, known, space, watch.over)
+    watch.lap("closure")
+    widened = _widened(here.program, known, closure, space, watch.over)
+    if widened:
+        watch.lap("enumerator")
+    chosen = _canonical_space(space, here, program)
+    return Setup(program, cut, here, known, closure, seeds, chosen, on, accept, watch.over), widened
 
 
 # -- large programs
@@ -246,7 +289,7 @@ def _in_segments(
         states = space.states if not solved else max(1, space.states // OTHERS)
 
         def library(equations: Sequence[Equation], size: int = size) -> float:
-            return _equations_seconds(equations, program, size, dtype, on)
+            return equations_seconds(equations, program, size, dtype, on)
 
         solved.append(
             partitioned(whole, space.but(symbolic=size, sizes=(), states=states), on, solve, library, watch.over)
@@ -297,7 +340,7 @@ def _joined(
 
 
 @dataclass
-class _Solved:
+class Solved:
     """The plans at one size, cheapest first, and what the program costs as library calls."""
 
     symbolic: int
@@ -326,7 +369,7 @@ class _Chosen:
 
 
 @dataclass
-class _Task:
+class Setup:
     """A program and its closure: what does not depend on the size at which costs are compared."""
 
     program: Program
@@ -347,26 +390,35 @@ class _Task:
 
     def called(self, plan: Sequence[Choice]) -> list[Equation]:
         """What runs as library calls beside the plan's launches."""
-        _, wanted = _targets(self.here, self.known, self.seeds)
+        _, wanted = targets_of(self.here, self.known, self.seeds)
         made = {t for c in plan if c.derivations for r in c.roots for t in wanted.get(r, ())}
         joined = joints(self.boundaries, made, (o.value for o in self.program.outputs))
         return [e for e in self.boundaries if not is_free(e) and e.targets[0].name not in joined]
 
-    def solve(self, symbolic: int) -> _Solved:
+    def notation(self) -> Notation:
+        """How the explanations write its values."""
+        inputs = {i.name: tuple(a.name for a in i.tensor.axes) for i in self.here.program.inputs}
+        return Notation(self.here.axes, self.here.names, inputs, self.known.boundaries)
+
+    def laws(self, plan: Sequence[Choice]) -> Laws:
+        _, wanted = targets_of(self.here, self.known, self.seeds)
+        return Laws(self.closure, self.notation(), plan, wanted, [o.value for o in self.program.outputs])
+
+    def solve(self, symbolic: int) -> Solved:
         """All plans where every symbolic dimension has this size, clipped to its range."""
         states = self.space.states if symbolic == self.space.symbolic else max(1, self.space.states // OTHERS)
         space = self.space.but(symbolic=symbolic, states=states)
-        problem = _problem(self.here.program, self.closure, self.seeds, space, self.on)
-        targets, _ = _targets(self.here, self.known, self.seeds)
+        problem = problem_of(self.here.program, self.closure, self.seeds, space, self.on)
+        targets, _ = targets_of(self.here, self.known, self.seeds)
         fixed = self.fixed(problem, targets)
         plans, run = partition_with_ahead(problem, fixed, space, targets, self.stop)
-        return _Solved(
+        return Solved(
             symbolic,
             problem,
             run,
             fixed,
             plans,
-            _equations_seconds(self.equations, self.program, symbolic, problem.dtype, self.on),
+            equations_seconds(self.equations, self.program, symbolic, problem.dtype, self.on),
             self.all_materialised(problem),
         )
 
@@ -399,9 +451,9 @@ class _Task:
 
         return fixed_classes(problem, constants, self.here.axes, outputs, foldable)
 
-    def choose(self, at: _Solved, known: Sequence[Structure] = ()) -> _Chosen:
+    def choose(self, at: Solved, known: Sequence[Structure] = ()) -> _Chosen:
         """The cheapest plan that `accept` takes; one of a structure in `known` is that one."""
-        _, wanted = _targets(self.here, self.known, self.seeds)
+        _, wanted = targets_of(self.here, self.known, self.seeds)
         context = Context(
             program=self.cut,
             closure=self.closure,
@@ -420,7 +472,7 @@ class _Task:
         for plan in at.plans:
             seconds = sum(c.prediction.seconds for c in at.fixed.calls(plan))
             called = [e for e in self.called(plan) if not self.is_fixed(e)]
-            seconds += _equations_seconds(called, self.cut, at.symbolic, at.problem.dtype, self.on)
+            seconds += equations_seconds(called, self.cut, at.symbolic, at.problem.dtype, self.on)
             text = structure(plan, self.here.axes, at.fixed)
             kernels = sum(bool(c.derivations) for c in at.fixed.calls(plan))
             if kernels > self.space.kernels:
@@ -471,6 +523,7 @@ def _kept(graph: KernelGraph) -> list[str]:
 
 LIBRARY = "the program as library calls"
 UNBEATEN = "nothing beats the program as it stands: it runs as library calls"
+NARROW = "found under the default budgets; the wider ones gave nothing as cheap"
 UNFIT = "would keep in 16 bits what does not fit there"
 OTHERS = 2  # a further size gets that part of the budget of states
 
@@ -534,7 +587,7 @@ def _canonical_space(space: SearchSpace, here: Canonical, program: Program) -> S
 SAMPLES = 32  # two different maxima are taken for one with probability 2^-32
 
 
-def _written_sizes(program: Program) -> dict[str, int]:
+def written_sizes(program: Program) -> dict[str, int]:
     """Static axes whose size the program also writes as a number (sum / 4096 for a mean).  Only these sizes count
     as known, because two axes of one size are not the same axis.  Numbers of integer type are places, not sizes."""
     values = [e.op.value for e in program.equations if isinstance(e.op, Const) and e.op.dtype.is_float]
@@ -542,7 +595,7 @@ def _written_sizes(program: Program) -> dict[str, int]:
     return {a.name: a.size for a in program.axes().values() if isinstance(a.size, int) and a.size in literals}
 
 
-def _takes_extremes(program: Program) -> bool:
+def takes_extremes(program: Program) -> bool:
     return any(
         (isinstance(e.op, Elementwise) and e.op.fn in ("max", "min", "relu"))
         or (isinstance(e.op, Reduce) and e.op.kind in ("max", "min"))
@@ -563,8 +616,8 @@ def _closure(
 
 
 def _fingerprinter(program: Program, known: Meaning) -> v.Fingerprinter:
-    samples = SAMPLES if _takes_extremes(program) else 1
-    return v.Fingerprinter(known.base, _written_sizes(program), samples=samples)
+    samples = SAMPLES if takes_extremes(program) else 1
+    return v.Fingerprinter(known.base, written_sizes(program), samples=samples)
 
 
 def _rewritten(program: Program, known: Meaning, space: SearchSpace, prints: v.Fingerprinter) -> list[v.Value]:
@@ -576,12 +629,12 @@ def _rewritten(program: Program, known: Meaning, space: SearchSpace, prints: v.F
 
 def _widened(
     program: Program, known: Meaning, closure: Closure, space: SearchSpace, stop: Callable[[], bool]
-) -> list[str]:
-    """Runs the enumerator into the closure, in place, where the space asks for it: what the report says of it."""
+) -> Enumeration | None:
+    """Runs the enumerator into the closure, in place, where the space asks for it."""
     if not space.candidates:
-        return []
+        return None
     prints = _fingerprinter(program, known)
-    done = widen(
+    return widen(
         closure,
         prints,
         space.candidates,
@@ -590,10 +643,9 @@ def _widened(
         pruning=space.abstraction,
         stop=stop,
     )
-    return [f"enumerator (abstraction {space.abstraction}): {done}"]
 
 
-def _targets(
+def targets_of(
     here: Canonical, known: Meaning, seeds: Mapping[str, int]
 ) -> tuple[tuple[tuple[int, ...], ...], dict[int, list[str]]]:
     """The classes that must be in memory at the end, with the names they go by there; in groups, where the values of
@@ -636,7 +688,7 @@ def _computed(program: Program, known: Meaning) -> list[str]:
     return [e.target.name for e in program.equations if len(e.targets) == 1 and e.target.name not in outside]
 
 
-def _problem(program: Program, closure: Closure, seeds: Mapping[str, int], space: SearchSpace, on: Device) -> Problem:
+def problem_of(program: Program, closure: Closure, seeds: Mapping[str, int], space: SearchSpace, on: Device) -> Problem:
     axes = program.axes()
     sizes = {a.name: representative(a.size, space.symbolic) for a in axes.values()}
     limits = {a.name: _limit(a) for a in axes.values()}
@@ -709,7 +761,7 @@ def _operations(sizes: Mapping[str, int], op: Op, axes: set[str]) -> float:
     return (2.0 if isinstance(op, Contract) else 1.0) * math.prod(sizes[a] for a in axes)
 
 
-def _equations_seconds(
+def equations_seconds(
     equations: Sequence[Equation], program: Program, symbolic: int, dtype: DType, on: Device
 ) -> float:
     """Equations of the program as library calls, one launch each; scalars and views are free, unless they
@@ -855,17 +907,20 @@ def _report_of_segments(
         notes=tuple(dict.fromkeys(notes)),
         segments=best.segments,
         seconds=watch.phases,
+        memory=watch.memory,
+        asked=Asked(program, on),
     )
 
 
 def _report(
-    task: _Task,
+    task: Setup,
     space: SearchSpace,
-    solved: Sequence[_Solved],
+    solved: Sequence[Solved],
     watch: Watch,
     best: _Chosen,
     ranges: Sequence[Structure],
     notes: Sequence[str],
+    enumeration: Enumeration | None,
 ) -> SearchReport:
     """The report: counts over all sizes, costs at the size that stands for symbolic dimensions."""
     closure, axes, problem = task.closure, task.here.axes, solved[0].problem
@@ -879,11 +934,10 @@ def _report(
     elif any(at.problem.truncated for at in solved):
         stop = StopReason("StateLimit", space.states)
 
+    laws = task.laws(best.plan)
+
     def costs(plan: Sequence[Choice]) -> tuple[KernelCost, ...]:
-        return tuple(
-            KernelCost(structure([c], axes), c.prediction.seconds, c.prediction.bound, dict(c.prediction.terms))
-            for c in plan
-        )
+        return tuple(kernel_cost(structure([c], axes), c.prediction, problem, laws.steps(c)) for c in plan)
 
     fixed = solved[0].fixed
     return SearchReport(
@@ -899,6 +953,8 @@ def _report(
         pruned={
             "infeasible": sum(at.problem.infeasible for at in solved),
             "bound": sum(at.problem.bounded for at in solved),
+            "tile": sum(at.problem.untiled for at in solved),
+            **({"abstraction": enumeration.pruned} if enumeration else {}),
         },
         verified=len(ranges),
         refused=best.refused,
@@ -909,6 +965,15 @@ def _report(
         structures=tuple(StructureReport(s.low, s.high, s.at, s.text, s.seconds) for s in ranges),
         predicted_seconds=best.seconds,
         floor_seconds=_floor(task.here.program, best.plan, problem, fixed),
+        written=tuple(laws.written(task.here.program, task.known, task.seeds, space.laws)),
         notes=tuple(notes),
         seconds=watch.phases,
+        memory=watch.memory,
+        asked=Asked(task.program, task.on),
     )
+
+
+def kernel_cost(name: str, found: Prediction, p: Problem, steps: tuple[LawStep, ...] = ()) -> KernelCost:
+    """The prediction for a launch, with the laws that it follows from, as the report has it."""
+    floor = floor_seconds(found.unique_bytes, found.flops, p.dtype, p.device)
+    return KernelCost(name, found.seconds, found.bound, dict(found.terms), floor, steps)

@@ -32,7 +32,7 @@ from mugraph.ir.ops import (
 )  # fmt: skip
 from mugraph.search import values as v
 from mugraph.search.canonical import bases
-from mugraph.search.values import Factor, Number, Paren, Term, Value
+from mugraph.search.values import Body, Call, Factor, Number, Paren, Term, Value
 
 MOST_FACTORS = 10  # of a term: rule a looks at all their subsets
 MOST_TERMS = 64  # of a sum; a longer one has sums as terms
@@ -57,8 +57,8 @@ def meaning(program: Program) -> Meaning:
     base = bases(program)
     boundaries: list[Equation] = []
     for e in program.equations:
-        value = _equation_value(e, [found[a] for a in e.args])
-        if value is None or v.width(value) > v.MOST_AXES:
+        value = equation_value(e, [found[a] for a in e.args])
+        if value is None:
             boundaries.append(e)
             found.update((t.name, v.load(t.name, (a.name for a in t.axes))) for t in e.targets)
         else:
@@ -66,8 +66,13 @@ def meaning(program: Program) -> Meaning:
     return Meaning(found, tuple(boundaries), base)
 
 
+def equation_value(e: Equation, args: list[Value]) -> Value | None:
+    """The value of one equation, or None where the operator is outside the calculus, or the value has too many axes."""
+    value = _equation_value(e, args)
+    return None if value is None or v.width(value) > v.MOST_AXES else value
+
+
 def _equation_value(e: Equation, args: list[Value]) -> Value | None:
-    """The value of one equation, or None where the operator is outside the calculus."""
     match e.op:
         case Elementwise(fn, attrs):
             value = _function(fn, dict(attrs), args)
@@ -190,13 +195,17 @@ class Law:
     rewrite: Callable[[Value], Value | None]
 
 
-def _without_max(value: Value) -> Value | None:
-    """Substitutes 0 for every maximum taken over an axis."""
+def without_max(value: Value, gone: Callable[[Call], bool] = lambda _: True) -> Value | None:
+    """Substitutes 0 for every maximum taken over an axis of which `gone` holds; None where there is none."""
     if not any("max" in b.calls for b in v.bodies(value)):
         return None
-    stripped = v.rewritten(value, lambda b, _: v.number(0) if b.fn == "max" and b.bound else None)
+
+    def stripped_of(b: Body, args: tuple[Value, ...]) -> Value | None:
+        return v.number(0) if b.fn == "max" and b.bound and gone(Call(b.fn, b.attrs, b.bound, args)) else None
+
+    stripped = v.rewritten(value, stripped_of)
     return None if stripped == value else stripped
 
 
-STRIP_MAX = Law("strip-max", "exp(x - max x) / Σ exp(x - max x) = exp x / Σ exp x", _without_max)
+STRIP_MAX = Law("strip-max", "exp(x - max x) / Σ exp(x - max x) = exp x / Σ exp x", without_max)
 LAWS: dict[str, Law] = {law.name: law for law in (STRIP_MAX,)}

@@ -175,6 +175,7 @@ class Partition:
     def best(self, derivations: list[Derivation]) -> list[Choice]:
         """The few that the full model likes best, each at its best tiles."""
         tiled = [(self.tiled(d), n) for n, d in enumerate(derivations)]
+        self.p.untiled += sum(math.isinf(seconds) for (seconds, _), _ in tiled)
         scored = sorted((seconds + self.before(self.needs(d)), n) for (seconds, d), n in tiled if seconds < math.inf)
         return [self.choice(tiled[n][0][1]) for _, n in scored[:KEPT]]
 

@@ -71,7 +71,7 @@ class Done:
 
     def to_dict(self) -> dict[str, Any]:
         """The result as JSON data."""
-        return {"graph": to_json(self.graph), "report": asdict(self.report)}
+        return {"graph": to_json(self.graph), "report": asdict(replace(self.report, asked=None))}
 
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> Done:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -90,6 +91,21 @@ class SearchSpace:
 
     def __str__(self) -> str:
         return "SearchSpace(" + ", ".join(f"{f.name}={getattr(self, f.name)!r}" for f in fields(self)) + ")"
+
+
+def space_from(text: str) -> SearchSpace:
+    """The space that was printed so.  Raises SettingError for another text.
+
+    >>> space_from(str(SearchSpace(kernels=3))).kernels
+    3
+    """
+    try:
+        call = ast.parse(text, mode="eval").body
+        if not isinstance(call, ast.Call) or call.args:
+            raise ValueError("it is no SearchSpace(...)")
+        return SearchSpace(**{str(k.arg): ast.literal_eval(k.value) for k in call.keywords})
+    except (SyntaxError, TypeError, ValueError) as error:
+        raise SettingError(f"{text[:40]!r} is not the text of a SearchSpace: {error}") from error
 
 
 def space_of(effort: Effort) -> SearchSpace:
