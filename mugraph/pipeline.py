@@ -342,7 +342,7 @@ def optimize(
             f"{program.name} is not in the cache, and MUGRAPH_DISALLOW_SEARCH forbids a search",
             remedy="optimize it ahead of time with the same cache directory",
         )
-    jobs = None if settings.skip_cache.get() else store.jobs
+    jobs = None if settings.skip_cache.get() or settings.force_search.get() else store.jobs
     with engine_of(engine) if engine is None or isinstance(engine, str) else nullcontext(engine) as running:
         result = _optimized(program, chosen, space, budget, delta, number, running, jobs, say)
     report = result.report

@@ -228,6 +228,11 @@ def test_an_unknown_target_lists_the_known_ones(inside: Path, capsys: pytest.Cap
     ends("optimize model.py:mlp --target cuda:91", 2, "MG0013", "cuda:90", capsys=capsys)
 
 
+def test_engines_that_cannot_be_meant_are_refused(inside: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ends("optimize model.py:mlp --target torch --engine cluster", 2, "MG0015", "processes", capsys=capsys)
+    ends("optimize model.py:mlp --target torch --workers 2", 2, "MG0015", "processes", capsys=capsys)
+
+
 def test_with_json_an_error_is_the_document(inside: Path, capsys: pytest.CaptureFixture[str]) -> None:
     document = json.loads(ends("optimize nofile.py:f --json", 2, "MG0002", capsys=capsys))
     assert document["exit_code"] == 2
@@ -412,6 +417,34 @@ def test_show_prints_every_form(saved: Path, capsys: pytest.CaptureFixture[str])
     assert ends(f"show {saved} --format mermaid", 0, capsys=capsys).startswith("flowchart")
     assert ends(f"show {saved} --format report", 0, capsys=capsys).startswith("search of mlp: Saturated")
     assert ends(f"show {saved / 'program.json'}", 0, capsys=capsys).startswith("program mlp")
+
+
+def test_the_laws_are_printed_where_they_are_asked_for(
+    saved: Path, inside: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["show", str(saved), "--format", "laws"]) == 0
+    laws = capsys.readouterr().out
+    assert "as written" in laws
+    assert "split" in laws
+    assert main(["optimize", "model.py:mlp", "--target", "torch", "--explain"]) == 0
+    assert capsys.readouterr().out == laws
+    assert main(["optimize", "model.py:mlp", "--target", "torch", "--explain", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["explanation"] == laws.rstrip("\n")
+
+
+def test_why_not_answers_in_text_and_as_data(saved: Path, inside: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    graph = str(saved / "graph.txt")
+    assert main(["why-not", "model.py:mlp", graph, "--target", "torch"]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("found: it is number 1 of ")
+    assert main(["why-not", str(saved), str(saved / "program.json")]) == 0
+    assert "library calls" in capsys.readouterr().out
+    assert main(["why-not", str(saved), graph, "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert (answer["answer"], answer["rank"], answer["text"] + "\n") == ("Found", 1, text)
+    assert main(["why-not", str(saved), "absent.txt"]) == 2
+    assert main(["why-not", "model.py:annotated", graph, "--target", "torch"]) == 0
+    assert capsys.readouterr().out.startswith("not equivalent: ")
 
 
 def test_show_refuses_what_is_no_graph(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -213,6 +213,11 @@ def optimize(
     budget: Annotated[float | None, typer.Option(metavar="SECONDS", help="Stop with the best so far.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of every draw.")] = None,
     split: Annotated[bool, typer.Option("--split/--no-split", help="Reductions may be cut over the grid.")] = True,
+    engine: Annotated[
+        str | None, typer.Option(help="Where segments of a large program are searched: here, processes, ray.")
+    ] = None,
+    workers: Annotated[int | None, typer.Option(help="How many processes search.")] = None,
+    address: Annotated[str | None, typer.Option(help="The Ray cluster, host:port or auto (default: one here).")] = None,
     out: Annotated[Path | None, typer.Option("-o", "--out", help="Directory to write.")] = None,
     explain: Annotated[
         bool, typer.Option("--explain", help="Print the laws that lead to each kernel, and what it costs.")
@@ -225,6 +230,7 @@ def optimize(
 
     from mugraph import pipeline
     from mugraph.cli.subject import program_of
+    from mugraph.runtime.engine import engine_of
     from mugraph.search.space import space_of
     from mugraph.transpiler.target import parse_target
 
@@ -233,7 +239,10 @@ def optimize(
     space = space_of(settings.effort.get(effort)).but(**({} if split else {"split": False}))
     chosen = parse_target(target)
     program = program_of(subject, shapes or [])
-    result = pipeline.optimize(program, target=chosen, space=space, budget_seconds=budget, seed=seed, say=say)
+    with engine_of(engine, workers, address) as running:
+        result = pipeline.optimize(
+            program, target=chosen, space=space, budget_seconds=budget, seed=seed, engine=running, say=say
+        )
     if result.cached:
         say(f"found in the cache: {result.directory}")
     if out is not None:

@@ -16,6 +16,7 @@ import importlib
 import json
 import os
 import queue
+import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -83,12 +84,17 @@ class Engine(Protocol):
     ) -> None: ...
 
 
+def checked_engine(name: str) -> str:
+    """The name.  Raises SettingError where there is no such engine."""
+    if name not in get_args(EngineName):
+        raise SettingError(f"there is no engine {name!r}", remedy=f"known: {', '.join(get_args(EngineName))}")
+    return name
+
+
 def engine_of(name: str | None = None, workers: int | None = None, address: str | None = None) -> Engine:
     """The engine of that name ("here" where there is none).  Raises SettingError for what does not fit together, and
     MugraphError where Ray is not installed."""
-    chosen = name or "here"
-    if chosen not in get_args(EngineName):
-        raise SettingError(f"there is no engine {chosen!r}", remedy=f"known: {', '.join(get_args(EngineName))}")
+    chosen = checked_engine(name or "here")
     if workers is not None and (chosen == "here" or workers < 1):
         raise SettingError(f"engine {chosen} with {workers} workers", remedy="give processes or ray, and at least 1")
     if address is not None and chosen != "ray":
@@ -211,6 +217,10 @@ class Ray:
             raise MugraphError("the engine ray needs Ray", remedy="pip install 'mugraph[ray]'") from None
         self.ray: Any = ray
         self.own = not ray.is_initialized()
+        if not self.own and address is not None:
+            raise MugraphError("this process is connected to a Ray cluster already", remedy="give no address")
+        if self.own and address is not None:
+            _reach(address)
         if self.own:
             paths = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
             ours = {"env_vars": {"PYTHONPATH": os.pathsep.join(paths)}} if address is None else None
@@ -246,3 +256,15 @@ class Ray:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if self.own:
             self.ray.shutdown()
+
+
+def _reach(address: str) -> None:
+    """Raises MugraphError where nothing listens at `host:port`; Ray itself tries for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not port.isdigit():
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=5).close()
+    except OSError as error:
+        remedy = "start one (ray start --head), and give its host:port"
+        raise MugraphError(f"no Ray cluster at {address}: {error}", remedy=remedy) from None

@@ -80,6 +80,12 @@ def library_calls(p: Problem, c: int) -> list[tuple[LibraryCall, Prediction]]:
 
 
 def _contractions(p: Problem, c: int) -> list[Edge]:
+    """Of matrices, or of a matrix and a vector: one side at least has an axis of its own."""
+    products = (e for e in _edges(p, c, "product") if e.closes and readable(p, *e.children))
+    return [e for e in products if len({frozenset(p.axes(x)) for x in e.children}) > 1]
+
+
+def _matmuls(p: Problem, c: int) -> list[Edge]:
     return [e for e in p.closure.classes[c].edges if p.is_matmul(c, e) and readable(p, *e.children)]
 
 
@@ -88,7 +94,7 @@ def _added(p: Problem, c: int) -> Iterator[Added]:
     for e in _edges(p, c, "add"):
         if len(e.children) == 2:
             for x, other in itertools.permutations(e.children):
-                for product in _contractions(p, x) if set(p.axes(x)) == set(p.axes(c)) and readable(p, other) else ():
+                for product in _matmuls(p, x) if set(p.axes(x)) == set(p.axes(c)) and readable(p, other) else ():
                     if {p.dtypes.get(y, p.dtype) for y in (*product.children, other)} == {p.dtype}:
                         yield Added(product, other)
 

@@ -226,8 +226,9 @@ class _Emitter:
         """The value with the dimensions and the element type of the output; whether it may share an input's memory."""
         v = self.cast(self.spread(v, tuple(a.name for a in tensor.axes), tensor), dtype, tensor)
         text = v.text
-        shape = [d for d in tensor.dims if d]
-        for position, axes in reversed(list(enumerate(shape))):
+        position = len(tensor.axes)
+        for axes in reversed(tensor.dims):
+            position -= len(axes)
             if len(axes) > 1:
                 text += f".flatten({position}, {position + len(axes) - 1})"
         for position, axes in enumerate(tensor.dims):
