@@ -304,8 +304,7 @@ def cuts(whole: Line, most: int, sizes: Mapping[str, int], inside: Iterable[str]
     kept |= {b for b in least if weight[b] < math.inf}
     for choice in (
         [b for b in whole.groups if weight[b] < math.inf],
-        [b for b in whole.groups if never.isdisjoint(whole.live(b))],
-        [i for i in range(len(whole.operators)) if never.isdisjoint(whole.live(i))],
+        [i for i in range(len(whole.operators)) if bytes_at(i) < math.inf],
     ):
         marks = sorted(kept)
         for low, high in pairwise(marks):

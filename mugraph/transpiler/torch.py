@@ -26,6 +26,7 @@ from fractions import Fraction
 from functools import reduce
 from typing import assert_never
 
+from mugraph.codegen.shift import shifted
 from mugraph.errors import GraphError, UnsupportedOpError
 from mugraph.ir.axes import Axis, Dim, Size, dims_of, times
 from mugraph.ir.graph import BlockGraph, Equation, KernelGraph, Program, equations_of
@@ -405,7 +406,8 @@ class _Emitter:
             self.attended(parts, values, inner) if parts else op.name == ADDED and self.product_added(values, inner)
         )
         if not called:
-            self.equations(inner.equations, values, inner.tensors())
+            stable = inner if self.wide else shifted(inner)
+            self.equations(stable.equations, values, stable.tensors())
         self.sizes = kept
         found = [values[o.value] for o in inner.outputs]
         return [
