@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from typing import Any, TypeVar
 
@@ -64,7 +64,7 @@ def reduction(program: Program, graph: Program) -> tuple[dict[str, int], dict[st
     """Sizes and tiles at which every tiled axis of static size has two tiles and a tail, splits have few parts, one of
     them empty, and long whole axes shrink.
 
-    Axes that views cut or join, and what stands for them under another name, keep their sizes.
+    Axes that views cut or join keep their sizes; an axis and what stands for it under another name have one.
     """
     tiles: dict[str, int] = {}
     sizes: dict[str, int] = {}
@@ -76,14 +76,40 @@ def reduction(program: Program, graph: Program) -> tuple[dict[str, int], dict[st
             for a, t in block.tiles().items():
                 tiles[a] = min(MOST_TILE, max(t, tiles.get(a, 1)))
     fixed = {a for g in (program, graph) for a in _cut_axes(g)}
-    for name, axis in program.axes().items():
-        if name in fixed or not isinstance(axis.size, int):
+    for group in _aliases(program.axes(), (program, graph)):
+        size = program.axes()[group[0]].size
+        if not fixed.isdisjoint(group) or not isinstance(size, int):
             continue
-        if name in tiles:
-            sizes[name] = min(axis.size, 2 * tiles[name] + max(1, tiles[name] // 2 - 1))
-        elif axis.size > 64:
-            sizes[name] = 48
+        widest = max((tiles.get(a, 0) for a in group), default=0)
+        if widest:
+            sizes |= dict.fromkeys(group, min(size, 2 * widest + max(1, widest // 2 - 1)))
+        elif size > 64:
+            sizes |= dict.fromkeys(group, 48)
     return sizes, tiles
+
+
+def _aliases(axes: Mapping[str, Axis], graphs: Sequence[Program]) -> list[list[str]]:
+    """The axes in groups: those that stand for each other, by a renaming or by a load under other axes."""
+    group = {a: [a] for a in axes}
+
+    def unite(old: str, new: str) -> None:
+        one, other = group.setdefault(old, [old]), group.setdefault(new, [new])
+        if one is not other:
+            one[:] = sorted({*one, *other}, key=lambda a: (a not in axes, a))  # the program's own first
+            group.update(dict.fromkeys(one, one))
+
+    for graph in graphs:
+        tensors = graph.tensors()
+        for e in graph.equations:
+            if isinstance(e.op, Rename):
+                for old, new in e.op.axes:
+                    unite(old, new.name)
+            for block in e.op.blocks if isinstance(e.op, Kernel) else ():
+                for ld in block.all_loads():
+                    if ld.source in tensors:
+                        for a, b in zip(tensors[ld.source].axes, ld.value.axes, strict=False):
+                            unite(a.name, b.name)
+    return list({id(group[a]): group[a] for a in axes}.values())
 
 
 def _cut_axes(program: Program) -> set[str]:
@@ -96,8 +122,6 @@ def _cut_axes(program: Program) -> set[str]:
                 found |= {axis, out.name}
             case Concat(axes, out):
                 found |= {*axes, out.name}
-            case Rename(pairs):
-                found |= {a for old, new in pairs for a in (old, new.name)}
             case Reshape() | TopK() | Pack() | Unpack() | Gather() | Scatter():
                 found |= {a.name for n in (*e.args, *(t.name for t in e.targets)) for a in tensors[n].axes}
     found |= {a.name for t in tensors.values() for a in t.axes if dims_of(a.size)}
