@@ -419,6 +419,34 @@ def test_show_prints_every_form(saved: Path, capsys: pytest.CaptureFixture[str])
     assert ends(f"show {saved / 'program.json'}", 0, capsys=capsys).startswith("program mlp")
 
 
+def test_the_laws_are_printed_where_they_are_asked_for(
+    saved: Path, inside: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["show", str(saved), "--format", "laws"]) == 0
+    laws = capsys.readouterr().out
+    assert "as written" in laws
+    assert "split" in laws
+    assert main(["optimize", "model.py:mlp", "--target", "torch", "--explain"]) == 0
+    assert capsys.readouterr().out == laws
+    assert main(["optimize", "model.py:mlp", "--target", "torch", "--explain", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["explanation"] == laws.rstrip("\n")
+
+
+def test_why_not_answers_in_text_and_as_data(saved: Path, inside: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    graph = str(saved / "graph.txt")
+    assert main(["why-not", "model.py:mlp", graph, "--target", "torch"]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("found: it is number 1 of ")
+    assert main(["why-not", str(saved), str(saved / "program.json")]) == 0
+    assert "library calls" in capsys.readouterr().out
+    assert main(["why-not", str(saved), graph, "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert (answer["answer"], answer["rank"], answer["text"] + "\n") == ("Found", 1, text)
+    assert main(["why-not", str(saved), "absent.txt"]) == 2
+    assert main(["why-not", "model.py:annotated", graph, "--target", "torch"]) == 0
+    assert capsys.readouterr().out.startswith("not equivalent: ")
+
+
 def test_show_refuses_what_is_no_graph(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "report.json").write_text("[]")
     (tmp_path / "bad.txt").write_text("program p\n  nonsense\n")
