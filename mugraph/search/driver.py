@@ -525,6 +525,7 @@ LIBRARY = "the program as library calls"
 UNBEATEN = "nothing beats the program as it stands: it runs as library calls"
 NARROW = "found under the default budgets; the wider ones gave nothing as cheap"
 UNFIT = "would keep in 16 bits what does not fit there"
+LIMITS = ("Interrupted", "TimeLimit", "MemoryLimit", "NodeLimit", "EntryLimit", "StateLimit", "Saturated")  # by weight
 OTHERS = 2  # a further size gets that part of the budget of states
 
 
@@ -869,8 +870,7 @@ def _report_of_segments(
 ) -> SearchReport:
     """Counts of all searches made, and costs of the segments chosen at the size that stands for symbolic dimensions."""
     runs = [done.report for run in solved for done in run.searched.values()]
-    kinds = [r.stop for r in runs if r.stop.kind != "Saturated"]
-    stop = kinds[0] if kinds else StopReason("Saturated")
+    stop = min((r.stop for r in runs), key=lambda s: LIMITS.index(s.kind), default=StopReason("Saturated"))
     if watch.stopped:
         stop = StopReason(watch.stopped, watch.budget if watch.stopped == "TimeLimit" else None)
     elif any(run.truncated for run in solved):
@@ -898,8 +898,8 @@ def _report_of_segments(
         verified=len(ranges),
         refused=sum(r.refused for r in runs),
         seeds=("source", *space.laws),
-        kernels=tuple(replace(k, name=s.spelled(k.name)) for s, r in chosen for k in r.kernels),
-        ahead=tuple(replace(k, name=s.spelled(k.name)) for s, r in chosen for k in r.ahead),
+        kernels=tuple(s.cost(k) for s, r in chosen for k in r.kernels),
+        ahead=tuple(s.cost(k) for s, r in chosen for k in r.ahead),
         candidates=best.candidates,
         structures=tuple(StructureReport(s.low, s.high, s.at, s.text, s.seconds) for s in ranges),
         predicted_seconds=best.structure.seconds,

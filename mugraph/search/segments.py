@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from itertools import pairwise
 from typing import Any
@@ -32,10 +32,10 @@ from mugraph.ir.types import DType, Input, Output, Storage, Tensor
 from mugraph.search.canonical import Canonical, canonical, colours
 from mugraph.search.cost import Device, floor_seconds
 from mugraph.search.pieces import is_free
-from mugraph.search.report import SearchReport, SegmentReport, decoded
+from mugraph.search.report import KernelCost, LawStep, SearchReport, SegmentReport, decoded
 from mugraph.search.space import SearchSpace
 
-STEM = r"\b[va]\d{4}"  # a canonical name, or what the name of something made from it begins with
+STEM = r"(?<![A-Za-z0-9_])[va]\d{4}"  # a canonical name, or what the name of something made from it begins with
 NOT_SEARCHED = "library calls"
 MARGIN = 0.02  # of the time of its parts that a longer segment must promise to save; the model is no surer
 NAME = "segment"  # of every segment's program: equal segments are equal texts
@@ -96,6 +96,11 @@ class Segment:
         """A text about the task in the program's own names."""
         names = {**self.here.names} | {new: axis.name for new, axis in self.here.axes.items()}
         return re.sub(STEM, lambda m: names.get(m[0], m[0]), text)
+
+    def cost(self, k: KernelCost) -> KernelCost:
+        """The cost of a launch of the task, with its laws, in the program's own names."""
+        steps = (LawStep(*(self.spelled(getattr(s, f.name)) for f in fields(s))) for s in k.steps)
+        return replace(k, name=self.spelled(k.name), steps=tuple(steps))
 
 
 @dataclass

@@ -170,7 +170,7 @@ def test_the_words_of_values_are_a_budget(monkeypatch: pytest.MonkeyPatch) -> No
     closure = closure_of(program)
     assert str(closure.limit) == "MemoryLimit(100)"
     assert has_a_way(closure)
-    found = search(program, accept=lambda graph: graph, space=SearchSpace(sizes=(), states=100))
+    found = search(program, accept=lambda graph: graph, space=SearchSpace(sizes=(), states=100, operators=64))
     assert str(found.report.stop) == "MemoryLimit(100)"
 
 

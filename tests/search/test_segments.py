@@ -1,6 +1,7 @@
 """Large programs: where they are cut, what is shared, and that the whole is what the parts make of it."""
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -136,6 +137,13 @@ def test_the_limit_and_the_segments_are_in_the_report() -> None:
     assert "operators=8" in report.space
     assert f"{len(report.segments)} segments" in str(report)
     assert report.to_dict()["segments"][0]["program"].startswith("program segment")
+
+
+def test_the_explanation_is_in_the_names_of_the_program() -> None:
+    text = found(mlps(2)).report.explain()
+    assert "wg0" in text
+    assert "wg1" in text
+    assert not re.search(r"[va]\d{4}", text)
 
 
 def test_structures_differ_by_size() -> None:
