@@ -56,20 +56,21 @@ def test_the_result_is_the_same_whatever_the_engine(tmp_path: Path) -> None:
 
 def test_an_interrupted_run_goes_on_where_it_was(tmp_path: Path) -> None:
     cache = Cache(tmp_path)
-    first, second, third = Counting(interrupt_after=2), Counting(), Counting()
-    broken = optimize(mlps(2), target="torch", space=SPACE, cache=cache, engine=first)
+    first, second, third = Counting(interrupt_after=1), Counting(), Counting()
+    broken = optimize(mlps(1), target="torch", space=SPACE, cache=cache, engine=first)
     assert broken.interrupted
     assert report(broken).stop.kind == "Interrupted"
-    assert len(cache.jobs.ls()) == 2
+    assert len(cache.jobs.ls()) == 1
     assert cache.ls() == []
-    whole = optimize(mlps(2), target="torch", space=SPACE, cache=cache, engine=second)
+    whole = optimize(mlps(1), target="torch", space=SPACE, cache=cache, engine=second)
     assert not whole.interrupted
-    fresh = optimize(mlps(2), target="torch", space=SPACE, cache=Cache(tmp_path / "other"), engine=third)
-    assert second.done == third.done - 2
+    fresh = optimize(mlps(1), target="torch", space=SPACE, cache=Cache(tmp_path / "other"), engine=third)
+    assert second.done == third.done - 1
     assert report(whole) == report(fresh)
     assert texts(whole) == texts(fresh)
 
 
+@pytest.mark.full
 def test_another_program_takes_the_segments_that_it_shares(tmp_path: Path) -> None:
     first, second = Counting(), Counting()
     optimize(mlps(2), target="torch", space=SPACE, cache=Cache(tmp_path), engine=first)

@@ -54,12 +54,17 @@ def _groups(program: Program, graph: Program, names: Sequence[str], given: Colle
     return [g[0] for g in groups]
 
 
-def _needed(graph: Program, names: Collection[str], given: Collection[str]) -> tuple[Equation, ...]:
-    """The equations that compute these values, each cut value among their arguments taken as given."""
-    wanted = set(names)
-    kept: list[Equation] = []
-    for e in reversed(graph.equations):
-        if any(t.name in wanted for t in e.targets):
-            kept.append(e)
-            wanted.update(a for a in e.args if a not in given)
-    return tuple(reversed(kept))
+def _needed(graph: Program, names: Sequence[str], given: Collection[str]) -> tuple[Equation, ...]:
+    """The equations that compute these values, other cut values among their arguments taken as given.  Operands come
+    first, in the order in which they are needed: parts that are equal up to names have one order."""
+    made = {t.name: e for e in graph.equations for t in e.targets}
+    kept: dict[int, Equation] = {}
+    pending = [(made[n], False) for n in reversed(names)]
+    while pending:
+        e, ready = pending.pop()
+        if ready:
+            kept.setdefault(id(e), e)
+        elif id(e) not in kept:
+            pending.append((e, True))
+            pending += [(made[a], False) for a in reversed(e.args) if a in names or a not in given]
+    return tuple(kept.values())

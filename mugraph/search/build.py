@@ -541,9 +541,7 @@ def launch_equation(context: Context, choice: Choice, targets: Mapping[int, Sequ
     calls = isinstance(choice.how, LibraryCall)
     out = tuple(context.tensors[t] for r in choice.roots for t in targets[r][: 1 if calls else None])
     if isinstance(choice.how, Edge):
-        args = tuple(source_name(context, x) for x in choice.how.children)
-        op = Contract(context.axis_names(choice.how.axes))
-        return library_equation(Equation(out, op, args), context.tensors)
+        return contraction_equation(context, choice.how, out)
     if isinstance(choice.how, Added):
         return added_equation(context, choice.how, out)
     if isinstance(choice.how, Attention):
@@ -597,6 +595,18 @@ def attention_equation(context: Context, a: Attention, out: tuple[Tensor, ...]) 
     share = writer.emit(Elementwise("div"), weights, total)
     writer.emit(Contract((key,)), share, values)
     return writer.call(ATTENTION, out)
+
+
+def contraction_equation(context: Context, e: Edge, out: tuple[Tensor, ...]) -> Equation:
+    """A contraction as a library call, with a cast where the result is stored in another type."""
+    op = Contract(context.axis_names(e.axes))
+    args = tuple(source_name(context, x) for x in e.children)
+    (t,) = infer(op, [type_of(context.tensors[a]) for a in args])
+    if t.dtype is out[0].dtype:
+        return library_equation(Equation(out, op, args), context.tensors)
+    writer = _Meaning(context)
+    writer.emit(op, *map(writer.operand, e.children))
+    return writer.call(op_text(op), out)
 
 
 def added_equation(context: Context, a: Added, out: tuple[Tensor, ...]) -> Equation:

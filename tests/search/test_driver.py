@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 
 import mugraph.dsl.functions as mg
-from mugraph.dsl.trace import f16, f32, i64, trace
+from mugraph.dsl.trace import bf16, f16, f32, i64, trace
 from mugraph.errors import VerificationError
 from mugraph.ir.graph import KernelGraph, Program
 from mugraph.ir.ops import Kernel, Library
@@ -235,6 +235,9 @@ ODD: dict[str, Callable[[], Program]] = {
     "a cut of a cut": lambda: trace(lambda x: (x[2:12] * mg.sum(x[2:12]))[4:7], [f32[48]]),
     "a masked softmax of joined halves": lambda: trace(
         lambda x, m: mg.softmax(mg.where(mg.concat([m, m], 1) > 0, mg.concat([x, x * 3], 1), float("-inf"))), [X, X]
+    ),
+    "a library matmul in a narrower type": lambda: trace(
+        lambda x, y: (mg.gelu(mg.cumsum(x, -1)) @ mg.mT(y)).half(), [bf16[1009, 1009], bf16[1009, 1009]]
     ),
     "the greater of two equal softmaxes": lambda: trace(lambda x: mg.maximum(mg.softmax(x), mg.softmax(x)) * 2, [X]),
     "joined scalars of a narrower type": lambda: trace(
