@@ -51,7 +51,7 @@ from mugraph.transpiler import torch as torch_code
 from mugraph.transpiler import triton as triton_code
 from mugraph.transpiler.target import Target, parse_target
 from mugraph.verify.certificate import Certificate, How, NumericReport
-from mugraph.verify.equivalence import Verified, verify
+from mugraph.verify.equivalence import Verified, proved, verify
 from mugraph.verify.numeric import Checked, numeric_check
 from mugraph.viz.mermaid import draw_mermaid
 from mugraph.viz.svg import draw_svg
@@ -467,6 +467,7 @@ def _checked(
 
     The certificate reaches the tier `numerics` if some comparison counts.  A Ctrl-C ends the comparisons, and the
     result has what was established before."""
+    verified = proved(verified)
     certificate, interrupted = verified.certificate, False
     try:
         numerics = numeric_tier(verified, target, source, seed)

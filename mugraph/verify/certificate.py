@@ -21,11 +21,12 @@ from mugraph.errors import ParseError, TargetMismatchError
 from mugraph.ir.graph import Program
 from mugraph.ir.serialize import canonical_text
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
-Tier = Literal["tested", "numerics"]
+Tier = Literal["tested", "proved", "numerics"]
 How = Literal["interpreted", "device", "torch"]
 EXCUSED = ", and so does the source"  # ends the note of a row that `NumericReport.as_written` leaves out
+NOT_ATTEMPTED = "not attempted"  # by the search, which verifies many graphs; the one that is chosen is proved
 Pairs = tuple[tuple[str, int], ...]
 
 
@@ -128,7 +129,8 @@ class NumericReport:
 
 @dataclass(frozen=True)
 class Certificate:
-    """The record of a verification.  `delta_log2` is log2 of the bound on accepting a wrong graph over all draws."""
+    """The record of a verification.  `delta_log2` is log2 of the bound on accepting a wrong graph over all draws.
+    `laws` are those that a proof for all sizes rests on; `proof` is empty where there is one, and else says why not."""
 
     program: str
     graph: str
@@ -143,11 +145,18 @@ class Certificate:
     assumptions: tuple[str, ...]
     numerics: tuple[NumericReport, ...]
     versions: tuple[tuple[str, str], ...]
+    laws: tuple[str, ...] = ()
+    proof: str = NOT_ATTEMPTED
     schema_version: int = SCHEMA_VERSION
 
     @property
     def delta(self) -> float:
         return math.exp2(self.delta_log2)
+
+    def with_proof(self, laws: tuple[str, ...], reason: str) -> Certificate:
+        """The certificate with the outcome of the symbolic proof.  No reason against it: the tier is reached."""
+        reached: tuple[Tier, ...] = () if reason else ("proved",)
+        return dataclasses.replace(self, tiers=(*self.tiers, *reached), laws=laws, proof=reason)
 
     def with_numerics(self, table: NumericReport) -> Certificate:
         """The certificate with one more table of numeric comparisons.  The tier is reached if some count and pass."""
@@ -175,6 +184,8 @@ class Certificate:
             split = f", parts {_pairs_text(d.parts)}" if d.parts else ""
             head = f"    sizes {_pairs_text(d.sizes)}, tiles {_pairs_text(d.tiles) or '-'}{split}"
             lines.append(f"{head}: {d.tests} tests, 2^{d.delta_log2:.1f}")
+        lines.append(f"  all sizes: unknown, {self.proof}" if self.proof else "  all sizes: proved, by these laws")
+        lines += [f"    {law}" for law in self.laws]
         lines += [f"  law not used: {law}" for law in self.unused_laws]
         lines += [f"  assumes: {a}" for a in self.assumptions]
         lines += [f"  {report}" for report in self.numerics]

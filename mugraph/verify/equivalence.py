@@ -21,8 +21,9 @@ from mugraph.ir.evaluate import Named, outputs
 from mugraph.ir.graph import KernelGraph, Program
 from mugraph.ir.ops import Gather, Scatter
 from mugraph.ir.types import Input, Output
-from mugraph.verify.certificate import Certificate, DrawRecord, graph_hash, versions
+from mugraph.verify.certificate import NOT_ATTEMPTED, Certificate, DrawRecord, Tier, graph_hash, versions
 from mugraph.verify.formal import EVALUATED, EXP_CUT, FormalAlgebra, TooManyTerms, Value
+from mugraph.verify.prove import prove
 from mugraph.verify.sizes import Draw, cut_sizes, draws, literal_sizes
 
 DRAWS = 2
@@ -76,6 +77,15 @@ def verify(program: Program, graph: KernelGraph, *, delta: float = 2.0**-40, see
     return Verified(program, graph, certificate, _TOKEN)
 
 
+def proved(verified: Verified) -> Verified:
+    """With the outcome of the symbolic proof for all sizes on the certificate; one that is there stays."""
+    if verified.certificate.proof != NOT_ATTEMPTED:
+        return verified
+    proof = prove(verified.program, verified.graph)
+    certificate = verified.certificate.with_proof(proof.laws, proof.reason)
+    return Verified(verified.program, verified.graph, certificate, _TOKEN)
+
+
 def recheck(certificate: Certificate, program: Program, graph: KernelGraph) -> Verified:
     """Repeats the verification that a certificate records, and compares.  Raises VerificationError where the
     certificate is about other graphs, or says what does not come out again."""
@@ -86,7 +96,14 @@ def recheck(certificate: Certificate, program: Program, graph: KernelGraph) -> V
         if recorded != found:
             raise VerificationError(f"the certificate is about another {name} than {graph.name}")
     again = verify(program, graph, delta=2.0**certificate.delta_requested_log2, seed=certificate.seed)
-    for field in ("delta_log2", "draws", "unused_laws", "assumptions"):
+    if certificate.proof != NOT_ATTEMPTED:
+        again = proved(again)
+    numerics: tuple[Tier, ...] = ("numerics",) if any(r.passed for r in certificate.numerics) else ()
+    if certificate.tiers != (*again.certificate.tiers, *numerics):
+        raise VerificationError(
+            f"the certificate claims {certificate.tiers}, a new run reaches {again.certificate.tiers}"
+        )
+    for field in ("delta_log2", "draws", "unused_laws", "assumptions", "laws", "proof", "program", "graph"):
         was, now = getattr(certificate, field), getattr(again.certificate, field)
         if was != now:
             raise VerificationError(f"the certificate says {field} {was}, a new run {now}")

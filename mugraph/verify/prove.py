@@ -1,6 +1,7 @@
 """The `proved` tier: program and μGraph are equal for all sizes, by equality of index normal forms.
 
-    proof = prove(program, graph)          # Proof, or None where it cannot decide
+    proof = prove(program, graph)
+    proof.proved, proof.laws, proof.reason          # the reason, where it cannot decide
 
 A value is a sum of terms, a term a rational times powers of atoms:
 
@@ -10,9 +11,10 @@ Terms are expanded, factors are pushed out of sums that they do not depend on, s
 a b) and cut into connected components, exp(a + b) = exp a · exp b, and bound indices are named canonically.  Two values
 with the same normal form are equal at every size; others may still be equal, so the answer is then `unknown`, never no.
 
-A block graph is read as what it computes: tiles of an axis partition it, so an accumulator over a looped axis is the sum
-(maximum, minimum) over the whole axis; parts of a split partition it too.  What a loop computes from a running maximum m
-is a value for an unknown m; a rescaled accumulator is right where its tile is exp(-m) times something without m.
+A block graph is read as what it computes: tiles of an axis partition it, so an accumulator over a looped axis is the
+sum (maximum, minimum) over the whole axis; parts of a split partition it too.  What a loop computes from a running
+maximum m is a value for an unknown m; a rescaled accumulator is right where its tile is exp(-m) times something
+without m.
 
 The module shares no code with the search, and none with the `tested` tier: it does not compute in fields.
 """
@@ -25,7 +27,6 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
-from mugraph.errors import MugraphError
 from mugraph.ir.axes import Axis, Monomial, Size, product
 from mugraph.ir.check import check
 from mugraph.ir.graph import Accumulator, BlockGraph, Equation, Program, Step, Store, Thread
@@ -89,24 +90,32 @@ class Undecided(Exception):
 
 @dataclass(frozen=True)
 class Proof:
-    """The laws that the proof rests on."""
+    """The laws that it rests on, or why nothing is known."""
 
     laws: tuple[str, ...]
+    reason: str = ""
+
+    @property
+    def proved(self) -> bool:
+        return not self.reason
 
 
-def prove(program: Program, graph: Program) -> Proof | None:
-    """None: unknown.  Raises GraphError or ShapeError for a malformed graph.  With sizes as symbols first, then with static sizes as the numbers that they are."""
+def prove(program: Program, graph: Program) -> Proof:
+    """Whether the normal forms agree, with sizes as symbols first, then with static sizes as the numbers that they are.
+    Raises GraphError or ShapeError for a malformed graph."""
     check(program)
     check(graph)
+    reason = "the normal forms differ: a law is missing, or the sizes matter"
     for numbers in (False, True):
         try:
             form = _Form(numbers)
             wanted, given = form.outputs(program), form.outputs(graph)
-        except (Undecided, MugraphError, RecursionError):
+        except (Undecided, RecursionError) as error:
+            reason = str(error) or "the normal form is too long"
             continue
         if wanted == given:
             return Proof(tuple(sorted(form.laws | ({SIZES} if numbers else set()))))
-    return None
+    return Proof((), reason)
 
 
 def key(value: Any) -> str:
@@ -297,9 +306,7 @@ class _Form:
                 result = self.times(result, self.size(size))
         return result
 
-    def components(
-        self, powers: Powers, bound: Mapping[str, Size]
-    ) -> Iterator[tuple[dict[str, Size], Powers]]:
+    def components(self, powers: Powers, bound: Mapping[str, Size]) -> Iterator[tuple[dict[str, Size], Powers]]:
         """Factors that share bound variables, together."""
         groups: list[tuple[set[str], list[tuple[Atom, Fraction]]]] = []
         for factor in powers:
@@ -334,7 +341,7 @@ class _Form:
 
     def orders(self, powers: Powers, bound: Mapping[str, Size]) -> Iterator[tuple[str, ...]]:
         """Orders of the variables that a canonical one is chosen from: told apart by where they occur, if they are."""
-        blank = {v: "%" for v in bound}
+        blank = dict.fromkeys(bound, "%")
 
         def role(v: str) -> str:
             names = {**blank, v: "%!"}
@@ -361,7 +368,7 @@ class _Form:
                 using = [(a, p) for a, p in powers if v in _variables(a)]
                 if len(using) == 1 and using[0][0][0] == "in" and using[0][1] == 1 and using[0][0][2] == v:
                     self.laws.add(PARTS)
-                    powers = tuple(f for f in powers if f is not using[0])
+                    powers = tuple(f for f in powers if f != using[0])
                     del open_[v]
                     changed = True
                     break
@@ -426,7 +433,7 @@ class _Form:
                 if atom[0] == "lambda":
                     return ("lambda", atom[1], atom[2], self.with_(atom[3], names))
                 again = self.canonical(
-                    self.powers_with(atom[2], names | {b: f"$@{b}" for b, _ in atom[1]}),
+                    self.powers_with(atom[2], {**names, **{b: f"$@{b}" for b, _ in atom[1]}}),
                     {f"$@{b}": s for b, s in atom[1]},
                 )
                 (((found, _),), _) = again[0]
@@ -660,7 +667,7 @@ class _Form:
                 size = next(a.size for a in axes if a.name == axis)
                 inner = self.bound(forms[0], {f"${axis}": size})
                 return _Value(axes, self.call("cumsum", (f"${axis}",), [inner]))
-        raise Undecided(op_text(op))
+        raise Undecided(f"no normal form of {op_text(op)} is known")
 
     def size_of_product(self, count: Size, axes: Sequence[Axis], over: Sequence[str]) -> Expression:
         if self.numbers:
@@ -680,14 +687,20 @@ class _Form:
         names = {v: self.fresh() for v in bound}
         form = self.with_(form, names)
         height = 1 + _height(form)
-        chosen = {names[v]: f"%{height}.{i}" for i, v in enumerate(sorted(bound, key=lambda v: key((bound[v], v))))}
-        body = self.with_(form, chosen)
-        return _atom(("lambda", height, tuple(key(bound[v]) for v in sorted(bound, key=lambda v: key((bound[v], v)))), body))
+        order = sorted(bound, key=lambda v: key((bound[v], v)))
+        body = self.with_(form, {names[v]: f"%{height}.{i}" for i, v in enumerate(order)})
+        return _atom(("lambda", height, tuple(bound[v] for v in order), body))
 
     def largest(self, kind: str, axes: tuple[Axis, ...], form: Expression, over: Sequence[str]) -> _Value:
         gone = {f"${a.name}": a.size for a in axes if a.name in over}
         self.laws.add(SEMILATTICE)
         kept = tuple(a for a in axes if a.name not in over)
+        inner = form[0][0][0][0] if len(form) == 1 and form[0][1] == 1 and len(form[0][0]) == 1 else None
+        if inner is not None and inner[:2] == ("call", f"{kind} over") and form[0][0][0][1] == 1:  # of a maximum
+            _, height, sizes, body = inner[3][0][0][0][0][0]
+            names = {f"%{height}.{i}": self.fresh() for i in range(len(sizes))}
+            gone |= {names[f"%{height}.{i}"]: size for i, size in enumerate(sizes)}
+            form = self.with_(body, names)
         return _Value(kept, self.call(f"{kind} over", (), [self.bound(form, gone)]))
 
     def concatenated(self, args: Sequence[_Value], parts: Sequence[str], out: Axis) -> _Value:
@@ -752,7 +765,9 @@ def _regrouped(before: Sequence[Axis], after: Sequence[Axis]) -> Iterator[tuple[
     i = j = 0
     while i < len(before) or j < len(after):
         ends = itertools.product(range(i, len(before) + 1), range(j, len(after) + 1))
-        fits = [(m, n) for m, n in ends if (m, n) > (i, j) and m + n > i + j and _count(before[i:m]) == _count(after[j:n])]
+        fits = [
+            (m, n) for m, n in ends if (m, n) > (i, j) and m + n > i + j and _count(before[i:m]) == _count(after[j:n])
+        ]
         fits = [(m, n) for m, n in fits if m > i and n > j] or fits
         if not fits:
             raise Undecided

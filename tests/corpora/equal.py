@@ -11,11 +11,14 @@ import functools
 import random
 from collections.abc import Callable, Iterator
 from fractions import Fraction
+from pathlib import Path
 
+from benchmarks.programs import PROGRAMS
 from mugraph.ir.axes import Axis
 from mugraph.ir.graph import Equation, KernelGraph, Program
 from mugraph.ir.mirage import import_mirage
 from mugraph.ir.ops import Cast, Concat, Const, Contract, Elementwise, MaskedExp, Reduce, Reshape, SizeOf, Slice
+from mugraph.ir.parser import parse_program
 from mugraph.ir.types import DType
 from tests import graphs
 from tests.corpora.pairs import Pair, Spec, rebuilt, sources
@@ -23,6 +26,7 @@ from tests.verify.mirage_files import SMALL
 from tests.verify.mutants import SHIFTS, systematic
 from tests.verify.variants import EQUAL, pair
 
+WINNERS = Path(__file__).parent / "winners"  # what `mugraph optimize` chose, as it writes graph.txt
 SEEDS = 8  # disguises of each program
 MOST_LAWS = 5
 
@@ -309,17 +313,23 @@ def disguised(program: Program, seed: int) -> tuple[KernelGraph, tuple[str, ...]
 
 
 @functools.cache
-def equal() -> tuple[Pair, ...]:
-    """All pairs, in a fixed order, none twice."""
+def equal(every: int = 1) -> tuple[Pair, ...]:
+    """Each `every`-th pair, in a fixed order, none twice."""
+    choices = [(source, program, seed) for source, program in sources().items() for seed in range(SEEDS)]
     found: list[Pair] = []
     seen = set()
-    for source, program in sources().items():
-        for seed in range(SEEDS):
-            graph, used = disguised(program, seed)
-            if used and (program, graph) not in seen:
-                seen.add((program, graph))
-                name = f"{source}: laws {seed}"
-                found.append(Pair(name, ", ".join(used), program, graph, "tests.corpora.equal", seed))
+    for source, program, seed in choices[::every]:
+        graph, used = disguised(program, seed)
+        if used and (program, graph) not in seen:
+            seen.add((program, graph))
+            name = f"{source}: laws {seed}"
+            found.append(Pair(name, ", ".join(used), program, graph, "tests.corpora.equal", seed))
+    return tuple(found) + tuple(written()[::every])
+
+
+def written() -> list[Pair]:
+    """Pairs that are not made from seeds."""
+    found: list[Pair] = []
     for name, steps in EQUAL.items():
         found.append(Pair(name, "law", *pair(*steps), "tests.verify.variants", 0))
     for name, (make, fused) in graphs.ALL.items():
@@ -328,10 +338,14 @@ def equal() -> tuple[Pair, ...]:
         graph = graphs.attention_fused(online=online) if parts == 1 else graphs.attention_fused(parts=parts)
         name = f"schedule: attention, {parts} parts, online {online}"
         found.append(Pair(name, "schedule", graphs.attention(), graph, "tests.graphs", 0))
+    for file in sorted(WINNERS.glob("*.txt")):
+        graph = parse_program(file.read_text())
+        assert isinstance(graph, KernelGraph)
+        found.append(Pair(f"chosen: {file.stem}", "schedule", PROGRAMS[file.stem], graph, "mugraph optimize", 0))
     for m in systematic():
         if m.name in SHIFTS:
             found.append(Pair(f"shift: {m.name}", "shift", m.program, m.graph, "tests.verify.mutants", 0))
     for name, (program, operators) in SMALL.items():
         graph = import_mirage(operators, program)
         found.append(Pair(f"published: {name}", "published", program, graph, "tests.verify.mirage_files", 0))
-    return tuple(found)
+    return found

@@ -17,18 +17,17 @@ from fractions import Fraction
 
 from mugraph.errors import MugraphError
 from mugraph.ir.axes import Axis
-from mugraph.ir.check import check
 from mugraph.ir.graph import Equation, Program
 from mugraph.ir.mirage import import_mirage
 from mugraph.ir.ops import Compare, Const, Contract, Elementwise, Iota, MaskedExp, Reduce, SizeOf, Slice
 from tests.corpora.pairs import Pair, Spec, judged, rebuilt, sources
-from tests.verify.mirage_files import SMALL
+from tests.verify.mirage_files import SMALL, Graph
 from tests.verify.mutants import SHIFTS, by_hand, systematic
 from tests.verify.planted import planted
 from tests.verify.variants import UNEQUAL, Step, W, X, Y, const, pair
 from tests.verify.variants import Pair as Written
 
-MOST_OF_A_KIND = 3  # pairs of one mutation of one program
+MOST_OF_A_KIND = 4  # errors of one kind in one program
 
 Mutation = Callable[[Program, int, Equation], Iterator[list[Spec]]]
 
@@ -255,32 +254,50 @@ WRITTEN: dict[str, Written] = {
 }
 
 
-@functools.cache
-def wrong() -> tuple[Pair, ...]:
-    """All pairs, in a fixed order, none twice."""
-    found: list[Pair] = []
+Maker = Callable[[], "Pair | None"]
+
+
+def planted_in(source: str, program: Program, mutate: Mutation, i: int, n: int) -> Pair | None:
+    """The n-th error of a kind in one equation; None where it does not fit, or changes no number."""
+    e = program.equations[i]
+    specs = next(itertools.islice(mutate(program, i, e), n, None), None)
+    graph = rebuilt(program, {i: specs}) if specs is not None else None
+    if graph is None or judged(program, graph) is not False:
+        return None
+    name = f"{source}: {mutate.__name__} {n} at {e.targets[0].name}"
+    return Pair(name, mutate.__name__, program, graph, "tests.corpora.wrong", n)
+
+
+def imported(name: str, kind: str, n: int, program: Program, operators: Graph) -> Pair | None:
+    try:
+        graph = import_mirage(operators, program)
+    except MugraphError:
+        return None  # refused before there is a graph to verify
+    return Pair(f"published: {name}: {kind} {n}", "published", program, graph, "tests.verify.planted", n)
+
+
+def makers() -> Iterator[Maker]:
+    """What makes each pair, in a fixed order."""
     for source, program in sources().items():
         for mutate in MUTATIONS:
-            kind, made = mutate.__name__, 0
-            for i, e in enumerate(program.equations):
-                for specs in mutate(program, i, e):
-                    graph = rebuilt(program, {i: specs}) if made < MOST_OF_A_KIND else None
-                    if graph is not None and judged(program, graph) is False:
-                        made += 1
-                        name = f"{source}: {kind} {made}, at {e.targets[0].name}"
-                        found.append(Pair(name, kind, program, graph, "tests.corpora.wrong", made))
+            places = [(i, n) for i, e in enumerate(program.equations) for n, _ in enumerate(mutate(program, i, e))]
+            for i, n in places[:MOST_OF_A_KIND]:
+                yield functools.partial(planted_in, source, program, mutate, i, n)
     for name, steps in (WRITTEN | UNEQUAL).items():
-        found.append(Pair(name, "neighbour of a law", *pair(*steps), "tests.verify.variants", 0))
+        written = Pair(name, "neighbour of a law", *pair(*steps), "tests.verify.variants", 0)
+        yield functools.partial(lambda p: p, written)
     for m in (*by_hand(), *systematic()):
         if m.name not in SHIFTS:
-            found.append(Pair(f"schedule: {m.name}", "schedule", m.program, m.graph, "tests.verify.mutants", 0))
+            scheduled = Pair(f"schedule: {m.name}", "schedule", m.program, m.graph, "tests.verify.mutants", 0)
+            yield functools.partial(lambda p: p, scheduled)
     for name, (program, operators) in SMALL.items():
-        for n, (kind, other_operators) in enumerate(planted(operators)):
-            try:
-                graph = import_mirage(other_operators, program)
-                check(graph)
-            except MugraphError:
-                continue  # refused before there is a graph to verify
-            found.append(Pair(f"published: {name}: {kind} {n}", "published", program, graph, "tests.verify.planted", n))
+        for n, (kind, other) in enumerate(planted(operators)):
+            yield functools.partial(imported, name, kind, n, program, other)
+
+
+@functools.cache
+def wrong(every: int = 1) -> tuple[Pair, ...]:
+    """The pairs of each `every`-th maker, none twice."""
+    found = [p for make in itertools.islice(makers(), 0, None, every) if (p := make()) is not None]
     first = {(p.program, p.graph): p for p in reversed(found)}
     return tuple(p for p in found if first[p.program, p.graph] is p)
