@@ -53,6 +53,7 @@ def recheck_saved(directory: Path, strict: bool = False, say: Callable[[str], No
     checks = [
         f"files: {len(result.files())} with the hashes of the manifest",
         f"tested: {tests} tests repeated with their keys, error <= 2^{certificate.delta_log2:.1f}",
+        f"all sizes: {'unknown, ' + certificate.proof if certificate.proof else 'proved again'}",
         "kernel.py: emitted again from the graph, the same text",
     ]
     missing = ["report.json: the search's counts and prices are taken as recorded"]
