@@ -15,7 +15,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -28,7 +28,9 @@ from mugraph.codegen.stabilise import stabilise
 from mugraph.errors import (
     CacheError,
     CacheWarning,
+    GraphError,
     MugraphError,
+    ParseError,
     TargetMismatchError,
     UnsupportedOpError,
     VerificationError,
@@ -37,16 +39,20 @@ from mugraph.ir.axes import dims_of
 from mugraph.ir.check import check
 from mugraph.ir.graph import KernelGraph, Program
 from mugraph.ir.ops import Kernel, Library
+from mugraph.ir.parser import parse_program
 from mugraph.ir.printer import canonical_text
 from mugraph.ir.resize import reduction, resized
 from mugraph.ir.serialize import dumps, loads
 from mugraph.ir.threads import form_threads
 from mugraph.runtime.cache import Cache, key_of
+from mugraph.runtime.engine import Engine, EngineName, Job, completed, engine_of
 from mugraph.runtime.load import Executable, load_module
+from mugraph.search.answers import Answer
 from mugraph.search.build import baseline
 from mugraph.search.cost import device
-from mugraph.search.driver import search
-from mugraph.search.report import CandidateReport, SearchReport, StopReason
+from mugraph.search.driver import search, searched
+from mugraph.search.report import Asked, CandidateReport, SearchReport, StopReason
+from mugraph.search.segments import Done, Task
 from mugraph.search.space import SearchSpace, space_of
 from mugraph.transpiler import torch as torch_code
 from mugraph.transpiler import triton as triton_code
@@ -118,8 +124,15 @@ class Result:
         )
 
     def explain(self) -> str:
-        """Why this result: the search's report, then what the certificate says."""
-        return f"{self.report}\n{self.certificate}"
+        """Why this result: the laws that lead from the program to each launch, and what it costs."""
+        return self.report.explain()
+
+    def why_not(self, graph: KernelGraph | Program | str | Path) -> Answer:
+        """Why the search did not find, or did not choose, a μGraph: a graph, its text, or a file of it (`.txt` or
+        `.json`).  Searches again.  Raises ParseError or GraphError for what is no graph."""
+        if isinstance(self.report, ReportText):
+            raise GraphError(f"{self.program.name} was given as a graph, not searched for", remedy="use mg.optimize")
+        return self.report.why_not(read_graph(graph))
 
     def __str__(self) -> str:
         tiers = ", ".join(self.certificate.tiers)
@@ -208,8 +221,31 @@ class ReportText:
     def to_dict(self) -> dict[str, Any]:
         return dict(self.data)
 
+    def explain(self) -> str:
+        return str(self)
+
     def __str__(self) -> str:
         return str(self.data.get("text", ""))
+
+
+def read_graph(given: KernelGraph | Program | str | Path) -> KernelGraph | Program:
+    """A graph as it is, from its text, or from a file: a saved directory, `.json`, or text.  Raises ParseError."""
+    if isinstance(given, Program):
+        return given
+    text, form = str(given), ""
+    if isinstance(given, Path) or "\n" not in given:
+        path = Path(given)
+        path = path / "graph.json" if path.is_dir() else path
+        try:
+            text, form = path.read_text(encoding="utf-8"), path.suffix
+        except (OSError, ValueError) as error:
+            raise ParseError(
+                f"cannot read {path}: {error}", remedy="give a μGraph, its text or a file of it"
+            ) from error
+    found = loads(text) if form == ".json" else parse_program(text)
+    if not isinstance(found, Program):
+        raise ParseError(f"this is a {type(found).__name__}, not a graph")
+    return found
 
 
 def load(directory: str | Path) -> Result:
@@ -238,12 +274,17 @@ def load(directory: str | Path) -> Result:
 
 
 def _read(files: Mapping[str, str], target: Target, notes: tuple[str, ...]) -> Result:
+    program, data = loads(files["program.json"]), json.loads(files["report.json"])
+    report: SearchReport | ReportText = ReportText(data)
+    if "candidates" in data:
+        asked = Asked(program, device(_device_name(target)), verify)
+        report = replace(SearchReport.from_dict(data), asked=asked)
     return Result(
-        program=loads(files["program.json"]),
+        program=program,
         graph=loads(files["graph.json"]),
         source=files["kernel.py"],
         certificate=Certificate.from_json(files["certificate.json"]),
-        report=ReportText(json.loads(files["report.json"])),
+        report=report,
         target=target,
         notes=notes,
     )
@@ -265,14 +306,19 @@ def optimize(
     delta: float = DELTA,
     seed: int | None = None,
     cache: Cache | None = None,
+    engine: Engine | EngineName | None = None,
     say: Callable[[str], None] = lambda _: None,
 ) -> Result:
     """Search, stabilise, verify, emit, check; from the cache where it was done before.
 
+    A large program is searched in segments; `engine` says where ("here", "processes", "ray", or one from `engine_of`).
+    What is done of them is kept in the cache, so that an interrupted run goes on where it was.  The result is the same
+    whatever the engine.
+
     Ctrl-C (or the end of the budget) stops the search with the best so far; a second Ctrl-C during the search quits.
-    Ctrl-C after the search ends the checks: the result then says which tiers it reached.  Where the emitted source
-    disagrees with float64, or the search cannot handle the program, the program runs as library calls and a note says
-    why.
+    Ctrl-C after the search ends the checks: the result then says which tiers it reached.  Only a result that another
+    run would find again is kept in the cache.  Where the emitted source disagrees with float64, or the search cannot
+    handle the program, the program runs as library calls and a note says why.
     Raises GraphError for a malformed program, UnsupportedOpError where the target has no form for an operator,
     VerificationError where no candidate passes, UnknownTargetError for an unknown target.
     """
@@ -298,12 +344,15 @@ def optimize(
             f"{program.name} is not in the cache, and MUGRAPH_DISALLOW_SEARCH forbids a search",
             remedy="optimize it ahead of time with the same cache directory",
         )
-    result = _optimized(program, chosen, space, budget, delta, number, say)
+    jobs = None if settings.skip_cache.get() or settings.force_search.get() else store.jobs
+    with engine_of(engine) if engine is None or isinstance(engine, str) else nullcontext(engine) as running:
+        result = _optimized(program, chosen, space, budget, delta, number, running, jobs, say)
     report = result.report
-    saturated = not (isinstance(report, SearchReport) and report.stop.kind in ("TimeLimit", "Interrupted"))
-    if not settings.skip_cache.get() and saturated and not result.interrupted:
-        entry = store.put(key, result.files(), {"notes": list(result.notes), "target": str(chosen)})
-        result = replace(result, directory=entry.path if entry else None)
+    reproducible = not isinstance(report, SearchReport) or report.stop.reproducible
+    if not settings.skip_cache.get() and reproducible and not result.interrupted:
+        with interruptible() as interrupted:  # what was found is kept, whatever comes
+            entry = store.put(key, result.files(), {"notes": list(result.notes), "target": str(chosen)})
+        result = replace(result, directory=entry.path if entry else None, interrupted=interrupted())
     if settings.print_output_code.get():
         say(result.source)
     return result
@@ -331,6 +380,8 @@ def _optimized(
     budget: float,
     delta: float,
     seed: int,
+    engine: Engine,
+    jobs: Cache | None,
     say: Callable[[str], None],
 ) -> Result:
     started = time.perf_counter()
@@ -339,12 +390,15 @@ def _optimized(
         say(f"[{time.perf_counter() - started:.1f}s] {text}")
         _log.info(text)
 
-    def accept(graph: KernelGraph) -> tuple[Verified, str]:
-        verified = verify(program, finished(graph), delta=delta, seed=seed)
-        try:
-            return verified, emit(verified, target)
-        except UnsupportedOpError as error:  # this candidate has no form on the target; another may
-            raise VerificationError(f"not lowered: {error.message}") from error
+    def accept(graph: KernelGraph, cuts: tuple[str, ...] = ()) -> tuple[Verified, str]:
+        return accepted(program, graph, target, delta, seed, cuts)
+
+    def solve(tasks: Sequence[Task], stop: Callable[[], bool]) -> list[Done | None]:
+        tell(f"searching {len(tasks)} segments")
+        options = {"target": str(target), "delta": delta, "seed": seed}
+        wanted = [Job("mugraph.pipeline:search_segment", t.to_dict() | options) for t in tasks]
+        results = completed(engine, wanted, jobs, stop)
+        return [Done.from_dict(r) if r and r.get("graph") else None for r in results]
 
     tell(f"searching {program.name} for {target}")
     notes: tuple[str, ...]
@@ -358,6 +412,8 @@ def _optimized(
                 on=device(_device_name(target)),
                 budget_seconds=budget,
                 interrupted=interrupted,
+                accept_cut=accept,
+                solve=solve,
             )
         except (RecursionError, ZeroDivisionError) as error:
             why = _unsearchable(error)
@@ -367,7 +423,8 @@ def _optimized(
         else:
             assert isinstance(found.accepted, tuple)
             verified, source = found.accepted
-            report, notes = found.report, found.report.notes
+            report = replace(found.report, asked=Asked(program, device(_device_name(target)), verify))
+            notes = report.notes
             tell(f"found: {found.report.predicted_seconds * 1e6:.1f} µs predicted; verified, error <= {delta:.1e}")
         stopped = interrupted() or report.stop.kind == "Interrupted"
     try:
@@ -389,6 +446,28 @@ def _optimized(
     return replace(result, interrupted=result.interrupted or stopped)
 
 
+def accepted(
+    program: Program, graph: KernelGraph, target: Target, delta: float, seed: int, cuts: tuple[str, ...] = ()
+) -> tuple[Verified, str]:
+    """The μGraph verified, and its source.  Raises VerificationError where it computes something else, or has no form
+    on the target."""
+    verified = verify(program, finished(graph), delta=delta, seed=seed, cuts=cuts)
+    try:
+        return verified, emit(verified, target)
+    except UnsupportedOpError as error:  # this candidate has no form on the target; another may
+        raise VerificationError(f"not lowered: {error.message}") from error
+
+
+def search_segment(request: Mapping[str, Any], stop: Callable[[], bool]) -> dict[str, Any]:
+    """A job: the search of one segment of a large program."""
+    task = Task.from_dict(request)
+    target = parse_target(request["target"])
+    done = searched(task, lambda graph: accepted(task.program, graph, target, request["delta"], request["seed"]), stop)
+    if done is None:
+        return {"graph": None}
+    return done.to_dict() | {"whole": done.report.stop.reproducible}
+
+
 def _unsearchable(error: Exception) -> str:
     if isinstance(error, RecursionError):
         return "the values of the program nest too deeply for the search"
@@ -401,7 +480,7 @@ def unsearched(program: Program, target: Target, why: str) -> SearchReport:
     return SearchReport(
         program=program.name,
         device=device(_device_name(target)).label,
-        space="none",
+        space=str(space_of("none")),
         stop=StopReason("Unsearchable"),
         classes=0,
         edges={},
@@ -540,7 +619,7 @@ def numeric_tier(verified: Verified, target: Target, source: str, seed: int) -> 
     sizes, tiles = reduction(verified.program, verified.graph)
     program = resized(verified.program, sizes, {})
     graph = resized(verified.graph, sizes, tiles)
-    small = verify(program, graph, delta=2.0**-20, seed=seed)
+    small = verify(program, graph, delta=2.0**-20, seed=seed, cuts=verified.certificate.cuts)
     text = emit(small, target)
     stable = any(isinstance(e.op, Kernel) for e in graph.equations)
     with runner(text, target, program) as (run, how):
@@ -684,8 +763,9 @@ def superoptimize(subject: Any = None, **options: Any) -> Any:
     that is optimised at its first call for the shapes it gets, and falls back to the original, with one warning, where
     something in it is not understood.  Without a subject, returns a decorator: `@mg.superoptimize(target="cuda:90")`.
 
-    Options: target ("torch", "cuda", "cuda:90", ...), space (SearchSpace), budget_seconds, delta, seed, cache; for
-    PyTorch functions also dynamic ({"x": {0: mg.Dim("B", 1, 256)}}) and strict (raise instead of falling back).
+    Options: target ("torch", "cuda", "cuda:90", ...), space (SearchSpace), budget_seconds, delta, seed, cache, engine
+    (where segments of large programs are searched: "here", "processes", "ray"); for PyTorch functions also dynamic
+    ({"x": {0: mg.Dim("B", 1, 256)}}) and strict (raise instead of falling back).
     """
     if subject is None:
         return lambda later: superoptimize(later, **options)

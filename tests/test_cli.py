@@ -228,6 +228,11 @@ def test_an_unknown_target_lists_the_known_ones(inside: Path, capsys: pytest.Cap
     ends("optimize model.py:mlp --target cuda:91", 2, "MG0013", "cuda:90", capsys=capsys)
 
 
+def test_engines_that_cannot_be_meant_are_refused(inside: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ends("optimize model.py:mlp --target torch --engine cluster", 2, "MG0015", "processes", capsys=capsys)
+    ends("optimize model.py:mlp --target torch --workers 2", 2, "MG0015", "processes", capsys=capsys)
+
+
 def test_with_json_an_error_is_the_document(inside: Path, capsys: pytest.CaptureFixture[str]) -> None:
     document = json.loads(ends("optimize nofile.py:f --json", 2, "MG0002", capsys=capsys))
     assert document["exit_code"] == 2

@@ -1,4 +1,4 @@
-"""The command line: `mugraph optimize | verify | show | cache | env | calibrate`.
+"""The command line: `mugraph optimize | why-not | verify | show | cache | env | calibrate`.
 
 Data goes to stdout, narration and errors to stderr.  Exit codes: 0 ok, 1 internal (or stdout cannot be written),
 2 usage, 3 nothing beats the baseline (which is then the artefact), 4 verification failed, 5 unsupported, 6 compile

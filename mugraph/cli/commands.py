@@ -215,7 +215,15 @@ def optimize(
     budget: Annotated[float | None, typer.Option(metavar="SECONDS", help="Stop with the best so far.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of every draw.")] = None,
     split: Annotated[bool, typer.Option("--split/--no-split", help="Reductions may be cut over the grid.")] = True,
+    engine: Annotated[
+        str | None, typer.Option(help="Where segments of a large program are searched: here, processes, ray.")
+    ] = None,
+    workers: Annotated[int | None, typer.Option(help="How many processes search.")] = None,
+    address: Annotated[str | None, typer.Option(help="The Ray cluster, host:port or auto (default: one here).")] = None,
     out: Annotated[Path | None, typer.Option("-o", "--out", help="Directory to write.")] = None,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Print the laws that lead to each kernel, and what it costs.")
+    ] = False,
     as_json: Json = False,
 ) -> int:
     """Find, verify and emit a faster program."""
@@ -224,6 +232,7 @@ def optimize(
 
     from mugraph import pipeline
     from mugraph.cli.subject import program_of
+    from mugraph.runtime.engine import engine_of
     from mugraph.search.space import space_of
     from mugraph.transpiler.target import parse_target
 
@@ -232,7 +241,10 @@ def optimize(
     space = space_of(settings.effort.get(effort)).but(**({} if split else {"split": False}))
     chosen = parse_target(target)
     program = program_of(subject, shapes or [])
-    result = pipeline.optimize(program, target=chosen, space=space, budget_seconds=budget, seed=seed, say=say)
+    with engine_of(engine, workers, address) as running:
+        result = pipeline.optimize(
+            program, target=chosen, space=space, budget_seconds=budget, seed=seed, engine=running, say=say
+        )
     if result.cached:
         say(f"found in the cache: {result.directory}")
     if out is not None:
@@ -241,9 +253,9 @@ def optimize(
         result = replace(result, interrupted=result.interrupted or interrupted())
         say(f"wrote {', '.join(sorted(result.files()))} and manifest.json to {out}")
     if as_json:
-        print_document(summary(result))
+        print_document(summary(result) | ({"explanation": result.explain()} if explain else {}))
     else:
-        put(result)
+        put(result.explain() if explain else result)
     code = outcome(result)
     if code == BASELINE:
         say("nothing beats the program as it stands: what was emitted is the program as library calls")
@@ -293,6 +305,39 @@ def how_to_use(result: Result, subject: str, out: Path | None) -> str:
         again = f"mugraph optimize {subject} --target {result.target} -o DIR"
         return f"keep it: {again}, then mugraph.load('DIR')({arguments})"
     return f"use it: mugraph.load({str(out)!r})({arguments}), or run({arguments}) of {out / 'kernel.py'} alone"
+
+
+# -- why not
+
+
+@app.command("why-not")
+@command
+def why_not(
+    subject: Annotated[str, typer.Argument(metavar="PROGRAM", help="FILE.py:FN, or what `optimize -o` wrote.")],
+    graph: Annotated[Path, typer.Argument(help="A μGraph: a saved directory, a graph.json or a .txt.")],
+    shapes: Annotated[list[str] | None, typer.Option(help="Types of the arguments, as for optimize.")] = None,
+    target: Annotated[str | None, typer.Option(help="As for optimize.")] = None,
+    effort: Annotated[str | None, typer.Option(help="As for optimize.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Say why the search did not find, or did not choose, a μGraph."""
+    settings.configure_logging()
+    from mugraph import pipeline
+    from mugraph.cli.subject import program_of
+    from mugraph.search.answers import to_dict
+    from mugraph.search.space import space_of
+
+    given = read_graph(graph)
+    if Path(subject).is_dir():
+        result = pipeline.load(subject)
+    else:
+        program, space = program_of(subject, shapes or []), space_of(settings.effort.get(effort))
+        result = pipeline.optimize(program, target=target, space=space, say=say)
+    answer = result.why_not(given)
+    if as_json:
+        print_document({"schema_version": 1, **to_dict(answer)})
+    else:
+        put(answer)
 
 
 # -- verify
@@ -364,7 +409,7 @@ def import_mirage(
 
 # -- show
 
-Format = Literal["text", "svg", "mermaid", "json", "report"]
+Format = Literal["text", "svg", "mermaid", "json", "report", "laws"]
 
 
 @app.command()
@@ -373,9 +418,14 @@ def show(
     path: Annotated[Path, typer.Argument(help="A saved directory, a graph.json or a program's .txt.")],
     form: Annotated[Format, typer.Option("--format", help="What to print.")] = "text",
 ) -> None:
-    """Print a graph, its picture or its report."""
+    """Print a graph, its picture, its report, or the laws that lead to it."""
     if form == "report":
         put(report_text(path))
+        return
+    if form == "laws":
+        from mugraph import pipeline
+
+        put(pipeline.load(path if path.is_dir() else path.parent).explain())
         return
     graph = read_graph(path)
     match form:

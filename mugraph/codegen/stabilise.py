@@ -693,18 +693,18 @@ class _Writer:
 
     def shifted(self, terms: Terms, mask: str | None) -> tuple[list[str], Terms, str | None]:
         """exp(x - m) for each x in the terms that stands with its negated maximum m, and what is left.  The factors
-        are at most 1, and 0 where the mask is false.  Under a greater maximum, as of a sum with another exponential,
-        exp(x - top) is exp(x - m) * exp(m - top)."""
+        are at most 1, and the first is 0 where the mask is false.  Under a greater maximum, as of a sum with another
+        exponential, exp(x - top) is exp(x - m) * exp(m - top)."""
         factors: list[str] = []
         tops = [t for sign, t in terms if sign < 0 and t in self.bounds]
         while tops:
             top = tops.pop()
             if found := self.under(top, terms, mask):
-                factors.append(self.factor(found, top, mask))
+                factors.append(self.factor(found, top, None if factors else mask))
                 terms = _sum(terms, (*found, (-1, top)), -1)
             elif lower := next((m for m in self.lower(top) if self.under(m, terms, mask)), None):
                 found = self.under(lower, terms, mask)
-                factors.append(self.factor(found, lower, mask))
+                factors.append(self.factor(found, lower, None if factors else mask))
                 terms = _sum(_sum(terms, found, -1), ((1, lower),), 1)
                 tops.append(top)
         return factors, terms, None if factors else mask

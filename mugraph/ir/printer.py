@@ -101,7 +101,12 @@ def op_head(op: Op) -> str:
 def canonical_text(program: Program) -> str:
     """The program's text with programs, values, axes, symbolic sizes and inputs named by order of appearance.
     Programs that differ in names alone have one canonical text: it keys the cache."""
-    printer = _Printer(_Positional())
+    return text_under(program, _Positional())
+
+
+def text_under(program: Program, names: Names) -> str:
+    """The program's text under other names."""
+    printer = _Printer(names)
     printer.program(program)
     return "\n".join(line.text for line in printer.lines)
 

@@ -35,6 +35,7 @@ from mugraph.errors import (
 )
 from mugraph.ir.axes import Dim
 from mugraph.pipeline import Result
+from mugraph.runtime.engine import checked_engine
 from mugraph.search.space import SearchSpace, space_of
 from mugraph.transpiler.target import Target, parse_target
 
@@ -372,6 +373,8 @@ def _check_options(options: Mapping[str, Any]) -> None:
         parse_target(target)
     settings.budget_seconds.get(options.get("budget_seconds"))
     settings.seed.get(options.get("seed"))
+    if isinstance(engine := options.get("engine"), str):
+        checked_engine(engine)
 
 
 def _checked_dynamic(dynamic: Any, signature: inspect.Signature) -> dict[str, dict[int, Dim]]:

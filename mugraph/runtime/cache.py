@@ -104,9 +104,16 @@ class Cache:
         found = (self._read(key, warn=False) for key in self._keys())
         return [e for e in found if e is not None]
 
+    @property
+    def jobs(self) -> Cache:
+        """The results of jobs (`runtime.engine`), which go with the others."""
+        return Cache(self.path / "jobs")
+
     def clear(self) -> int:
         """Removes all entries, broken ones and abandoned drafts included; how many.  Other files are left alone."""
         count = 0
+        if self.jobs.path.is_dir():
+            self.jobs.clear()
         for path in self._children():
             if _KEY.fullmatch(path.name) or _DRAFT.fullmatch(path.name):
                 count += bool(_KEY.fullmatch(path.name))

@@ -62,6 +62,11 @@ class Worker:
             self._errors.close()
             self._errors = None
 
+    def kill(self) -> None:
+        """Ends the process from another thread than that which asks: its request fails."""
+        if (process := self._process) is not None:
+            process.kill()
+
     def ask(self, kind: str, request: Mapping[str, Any], timeout: float) -> Any:
         """The worker's answer.  Raises WorkerError if the request raises there, and if the process dies or takes more
         than `timeout` seconds; then the next request gets a fresh process."""

@@ -7,6 +7,7 @@ import importlib.util
 import os
 import pickle
 import re
+import signal
 import struct
 import subprocess
 import tempfile
@@ -115,7 +116,15 @@ def read_code(tools: Path, binary: Path) -> dict[str, int]:
     }
 
 
-KINDS: dict[str, Callable[..., Any]] = {"interpret": interpret, "compile": compile_kernels}
+def job(run: str, request: dict[str, Any]) -> Any:
+    """A job of an engine.  The process that asks decides when to stop: Ctrl-C, which all get, is not for this one."""
+    from mugraph.runtime.engine import compute
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    return compute(run, request)
+
+
+KINDS: dict[str, Callable[..., Any]] = {"interpret": interpret, "compile": compile_kernels, "job": job}
 
 
 def serve() -> None:

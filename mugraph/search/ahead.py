@@ -16,7 +16,7 @@ from mugraph.ir.axes import Axis, Dim, dims_of
 from mugraph.ir.types import Tensor
 from mugraph.search.closure import Edge
 from mugraph.search.extract import Problem, is_leaf_edge
-from mugraph.search.library import Attention, operands
+from mugraph.search.library import LibraryCall, operands
 from mugraph.search.partition import Choice, Partition, partition
 from mugraph.search.space import SearchSpace
 from mugraph.search.values import Load, Number
@@ -139,8 +139,8 @@ def partition_with_ahead(
             ranked.append((cost * MARGIN, before + plan))
     for other in (first, folding):
         run.configurations += other.configurations
-        run.entries = max(run.entries, other.entries)
-        for count in ("expanded", "generated", "infeasible", "bounded", "truncated"):
+        run.limited |= other.limited
+        for count in ("expanded", "generated", "infeasible", "bounded", "truncated", "untiled"):
             setattr(p, count, getattr(p, count) + getattr(other.p, count))
     return [plan for _, plan in sorted(ranked, key=lambda item: item[0])], run
 
@@ -156,6 +156,7 @@ def _with_inputs(p: Problem, classes: Classes) -> Problem:
         infeasible=0,
         bounded=0,
         truncated=0,
+        untiled=0,
     )
     found.inputs |= classes
     for c in p.bound:
@@ -168,7 +169,7 @@ def loaded(p: Problem, plan: Sequence[Choice]) -> set[int]:
     """The classes that the launches of a plan load."""
     found = set[int]()
     for c in plan:
-        if isinstance(c.how, Edge | Attention):
+        if isinstance(c.how, LibraryCall):
             found |= set(operands(p, c.how))
         found |= {s.entry[0] for d in c.derivations for s in d.loads()}
     return found

@@ -46,7 +46,7 @@ from mugraph.search import values as v
 from mugraph.search.closure import Closure, Edge
 from mugraph.search.extract import Derivation, Entry, is_leaf_edge
 from mugraph.search.extract import Step as Chosen
-from mugraph.search.library import ATTENTION, Attention
+from mugraph.search.library import ADDED, ATTENTION, Added, Attention, LibraryCall
 from mugraph.search.partition import Choice
 from mugraph.search.pieces import is_free, joints
 from mugraph.search.values import Number
@@ -519,7 +519,7 @@ def build(context: Context, plan: Sequence[Choice], roots: Mapping[int, Sequence
         launch = launch_equation(context, choice, targets)
         equations += [e for e in context.aliases if e not in equations]
         equations.append(launch)
-        if isinstance(choice.how, Edge | Attention):
+        if isinstance(choice.how, LibraryCall):
             equations += copies(context, targets[choice.roots[0]])
         ready.update(t for ts in targets.values() for t in ts)
     run_boundaries()
@@ -538,12 +538,14 @@ def _needed(equations: Sequence[Equation], program: Program) -> tuple[Equation, 
 
 
 def launch_equation(context: Context, choice: Choice, targets: Mapping[int, Sequence[str]]) -> Equation:
-    calls = isinstance(choice.how, Edge | Attention)
+    calls = isinstance(choice.how, LibraryCall)
     out = tuple(context.tensors[t] for r in choice.roots for t in targets[r][: 1 if calls else None])
     if isinstance(choice.how, Edge):
         args = tuple(source_name(context, x) for x in choice.how.children)
         op = Contract(context.axis_names(choice.how.axes))
         return library_equation(Equation(out, op, args), context.tensors)
+    if isinstance(choice.how, Added):
+        return added_equation(context, choice.how, out)
     if isinstance(choice.how, Attention):
         return attention_equation(context, choice.how, out)
     blocks = tuple(
@@ -593,17 +595,16 @@ def attention_equation(context: Context, a: Attention, out: tuple[Tensor, ...]) 
     weights = writer.emit(MaskedExp(), scores, mask) if mask else writer.emit(Elementwise("exp"), scores)
     total = writer.emit(Reduce("sum", (key,)), weights)
     share = writer.emit(Elementwise("div"), weights, total)
-    result = writer.emit(Contract((key,)), share, values)
-    *equations, last = writer.equations
-    if writer.types[result].dtype is out[0].dtype:
-        equations.append(replace(last, targets=out[:1]))
-    else:
-        equations += [last, Equation(out[:1], Cast(out[0].dtype), (result,))]
-    inputs = tuple(Input(context.tensors[n], Storage(context.tensors[n].dtype)) for n in writer.inputs)
-    outputs = tuple(Output(out[0].name, Storage(t.dtype)) for t in out)
-    return Equation(
-        out, Library(ATTENTION, Program(ATTENTION, inputs, tuple(equations), outputs)), tuple(writer.inputs)
-    )
+    writer.emit(Contract((key,)), share, values)
+    return writer.call(ATTENTION, out)
+
+
+def added_equation(context: Context, a: Added, out: tuple[Tensor, ...]) -> Equation:
+    """A contraction plus a value as one library call, in the form that `transpiler.torch` knows."""
+    writer = _Meaning(context)
+    product = writer.emit(Contract(context.axis_names(a.product.axes)), *map(writer.operand, a.product.children))
+    writer.emit(Elementwise("add"), product, writer.operand(a.other))
+    return writer.call(ADDED, out)
 
 
 class _Meaning:
@@ -623,6 +624,18 @@ class _Meaning:
             self.inputs.append(name)
         self.types[name] = self.context.tensors[name]
         return name
+
+    def call(self, name: str, out: tuple[Tensor, ...]) -> Equation:
+        """The call that computes the last value."""
+        *equations, last = self.equations
+        result = last.target
+        if result.dtype is out[0].dtype:
+            equations.append(replace(last, targets=out[:1]))
+        else:
+            equations += [last, Equation(out[:1], Cast(out[0].dtype), (result.name,))]
+        inputs = tuple(Input(self.context.tensors[n], Storage(self.context.tensors[n].dtype)) for n in self.inputs)
+        outputs = tuple(Output(out[0].name, Storage(t.dtype)) for t in out)
+        return Equation(out, Library(name, Program(name, inputs, tuple(equations), outputs)), tuple(self.inputs))
 
     def value(self, c: int) -> str:
         """A class as an operand, or computed from indices, sizes and numbers."""

@@ -10,8 +10,24 @@ from typing import Any
 
 from mugraph.ir.axes import Axis, Dim, Monomial, Size
 from mugraph.ir.graph import Equation, Program
-from mugraph.ir.ops import Compare, Contract, Elementwise, PureOp
+from mugraph.ir.ops import Contract, Elementwise, PureOp, Rename
 from mugraph.ir.types import Tensor
+
+
+def bases(program: Program) -> dict[str, str]:
+    """One axis for all that are aliases of each other, the oldest."""
+    above = {a: a for a in program.axes()}
+
+    def top(a: str) -> str:
+        while above.setdefault(a, a) != a:
+            a = above[a]
+        return a
+
+    for e in program.equations:
+        if isinstance(e.op, Rename):
+            for old, new in e.op.axes:
+                above[top(new.name)] = top(old)
+    return {a: top(a) for a in above}
 
 
 @dataclass(frozen=True)
@@ -24,19 +40,24 @@ class Canonical:
 
 
 def canonical(program: Program) -> Canonical:
-    """Inputs, values and axes named in order of their first use in the equations, commutative operands in the order of
-    their colours.  Unused inputs are dropped."""
+    """Inputs and values named in order of their first use in the equations, commutative operands in the order of their
+    colours.  The axes of outputs come first, in their order, so that the order of blocks does not depend on how the
+    program is associated; others by first use.  Aliases of an axis have its name, "_" and a number.  Unused inputs are
+    dropped."""
     program = ordered(program)
     tensors = program.tensors()
     used = dict.fromkeys([n for e in program.equations for n in (*e.args, *(t.name for t in e.targets))])
     used.update(dict.fromkeys(o.value for o in program.outputs))
     names = {name: f"v{i:04d}" for i, name in enumerate(used)}
     axes: dict[str, Axis] = {}
-    for name in used:
-        for a in tensors[name].axes:
-            axes.setdefault(a.name, Axis(f"a{len(axes):04d}", a.size))
-    for a in (a for e in program.equations for a in _op_axes(e.op)):
-        axes.setdefault(a.name, Axis(f"a{len(axes):04d}", a.size))
+    base, groups = bases(program), dict[str, list[str]]()
+    brought = [a for e in program.equations for a in _op_axes(e.op)]
+    first = [a for o in program.outputs for a in tensors[o.value].axes]
+    for a in [*first, *(a for name in used for a in tensors[name].axes), *brought]:
+        if a.name not in axes:
+            group = groups.setdefault(base.get(a.name, a.name), [f"a{len(groups):04d}"])
+            axes[a.name] = Axis(group[-1], a.size)
+            group.append(f"{group[0]}_{len(group)}")
     originals = program.axes() | {a.name: a for e in program.equations for a in _op_axes(e.op)}
 
     def of_tensor(t: Tensor) -> Tensor:
@@ -47,9 +68,7 @@ def canonical(program: Program) -> Canonical:
         "canonical",
         tuple(replace(i, tensor=of_tensor(i.tensor)) for i in inputs),
         tuple(
-            Equation(
-                tuple(map(of_tensor, e.targets)), _renamed_op(e.op, axes), tuple(names[a] for a in e.args), e.where
-            )
+            Equation(tuple(map(of_tensor, e.targets)), renamed_op(e.op, axes), tuple(names[a] for a in e.args), e.where)
             for e in program.equations
         ),
         tuple(replace(o, value=names[o.value], alias_of=None) for o in program.outputs),
@@ -58,31 +77,26 @@ def canonical(program: Program) -> Canonical:
     return Canonical(renamed, {axes[a].name: originals[a] for a in axes}, back)
 
 
-COMMUTATIVE = ("add", "mul", "max", "min", "and", "or")
+COMMUTATIVE = ("add", "mul", "max", "min")  # to the verifier too: it takes comparisons for functions of their order
 ROUNDS = 4
 
 
-def _is_commutative(op: Any) -> bool:
-    match op:
-        case Elementwise(fn):
-            return fn in COMMUTATIVE
-        case Compare(relation):
-            return relation in ("eq", "ne")
-        case _:
-            return isinstance(op, Contract)
+def is_commutative(op: Any) -> bool:
+    """Whether the operands may change places."""
+    return isinstance(op, Contract) or (isinstance(op, Elementwise) and op.fn in COMMUTATIVE)
 
 
 def ordered(program: Program) -> Program:
     """The program with commutative operands in the order of their colours."""
-    colours = _colours(program)
+    shade = colours(program)
 
     def one(e: Equation) -> Equation:
-        return replace(e, args=tuple(sorted(e.args, key=colours.__getitem__))) if _is_commutative(e.op) else e
+        return replace(e, args=tuple(sorted(e.args, key=shade.__getitem__))) if is_commutative(e.op) else e
 
     return replace(program, equations=tuple(map(one, program.equations)))
 
 
-def _colours(program: Program) -> dict[str, str]:
+def colours(program: Program) -> dict[str, str]:
     """For each value what it is made of and used for, as a digest without names: colour refinement (Weisfeiler and
     Leman, 1968) over values and axes.  Operands of one colour are interchangeable, or too alike to be told apart in a
     few rounds."""
@@ -96,7 +110,7 @@ def _colours(program: Program) -> dict[str, str]:
         colours = {name: _digest(c, _shape(tensors[name], of_axis)) for name, c in given.items()}
         for e in program.equations:
             args = [colours[a] for a in e.args]
-            made = _digest(_op_key(e.op, of_axis), sorted(args) if _is_commutative(e.op) else args)
+            made = _digest(_op_key(e.op, of_axis), sorted(args) if is_commutative(e.op) else args)
             colours.update((t.name, _digest(made, i, _shape(t, of_axis))) for i, t in enumerate(e.targets))
         if len(set(colours.values())) + len(set(of_axis.values())) == count:
             break
@@ -105,7 +119,7 @@ def _colours(program: Program) -> dict[str, str]:
         for e in reversed(program.equations):
             made = _digest([(colours[t.name], sorted(uses[t.name])) for t in e.targets])
             for i, a in enumerate(e.args):
-                uses[a].append(_digest(made, 0 if _is_commutative(e.op) else i))
+                uses[a].append(_digest(made, 0 if is_commutative(e.op) else i))
         for i, o in enumerate(program.outputs):
             uses[o.value].append(_digest("output", i))
         given = {name: _digest(colours[name], sorted(uses[name])) for name in given}
@@ -160,7 +174,7 @@ def _axes_in(value: Any) -> list[Axis]:
     return [a for x in value for a in _axes_in(x)] if isinstance(value, tuple) else []
 
 
-def _renamed_op(op: Any, axes: Mapping[str, Axis]) -> PureOp:
+def renamed_op(op: Any, axes: Mapping[str, Axis]) -> PureOp:
     """The operator with its axes renamed: Axis values, and the axis names in fields called `axis` and `axes`."""
 
     def rename(value: Any, named: bool) -> Any:

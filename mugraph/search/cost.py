@@ -22,6 +22,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from mugraph import settings
 from mugraph.errors import CacheWarning, UnknownTargetError
 from mugraph.ir.types import DType
@@ -37,6 +39,8 @@ BLOCK_SHARED = 1024  # bytes of shared memory that the system keeps for each blo
 THREAD_REGISTERS = 32  # addresses and counters
 ACCUMULATOR_REGISTERS = 1.5  # an accumulator and its share of operands
 STREAMED = 2048  # bytes in flight of a block that loads nothing into tiles
+
+Amount = Any  # a number, or an array with one for each way to cut a kernel
 
 
 @dataclass(frozen=True)
@@ -103,11 +107,11 @@ class Device:
     def on_tensor_cores(self, dtype: DType) -> bool:
         return self.matmul_rate(dtype) > self.vector_flops
 
-    def tile_share(self, rows: float, columns: float) -> float:
+    def tile_share(self, rows: Amount, columns: Amount) -> Amount:
         """The share of the tensor rate that a tile reaches: instructions of `tensor_rows` rows on the longer side
         (operands may change places), or small ones."""
-        longer = max(rows, columns)
-        return 1.0 if longer >= self.tensor_rows else max(self.small_tile_share, longer / self.tensor_rows)
+        reached = np.minimum(1.0, np.maximum(rows, columns) / self.tensor_rows)
+        return np.where(reached >= 1.0, 1.0, np.maximum(self.small_tile_share, reached))
 
 
 # -- descriptions
@@ -202,21 +206,21 @@ class Read:
 
     source: int
     bytes: float
-    grid: tuple[tuple[int, bool], ...]
-    waste: float = 1.0
+    grid: tuple[tuple[Amount, bool], ...]
+    waste: Amount = 1.0
 
     @property
-    def copies(self) -> int:
+    def copies(self) -> Amount:
         """How often blocks read each element."""
         return math.prod(n for n, cut in self.grid if not cut)
 
-    def share(self, of_blocks: float) -> float:
+    def share(self, of_blocks: Amount) -> Amount:
         """The share of the tensor that some of the blocks read together, if they are consecutive."""
         left, share = of_blocks * math.prod(n for n, _ in self.grid), 1.0
         for n, cut in self.grid:
             if cut:
-                share *= min(n, left) / n
-            left = max(1.0, left / n)
+                share *= np.minimum(n, left) / n
+            left = np.maximum(1.0, left / n)
         return share
 
 
@@ -224,20 +228,20 @@ class Read:
 class Product:
     """A contraction on tiles of rows x columns: `volume` multiply-adds by all blocks together."""
 
-    volume: float
-    rows: float
-    columns: float
+    volume: Amount
+    rows: Amount
+    columns: Amount
     dtype: DType
 
     @property
-    def padded(self) -> float:
+    def padded(self) -> Amount:
         """Multiply-adds of matrix instructions, whose sides have at least 16 elements."""
-        return self.volume * max(1.0, LEAST_SIDE / self.rows) * max(1.0, LEAST_SIDE / self.columns)
+        return self.volume * np.maximum(1.0, LEAST_SIDE / self.rows) * np.maximum(1.0, LEAST_SIDE / self.columns)
 
 
 @dataclass(frozen=True)
 class Work:
-    """What one launch does.
+    """What one launch does; or, with arrays, many launches that differ in their tiles.
 
     trips         loop iterations of one block, all passes together
     written       bytes of results, and `writing` the bytes that move for each
@@ -248,18 +252,18 @@ class Work:
     depth         matrix instructions in sequence in one iteration
     """
 
-    blocks: int
-    trips: int
+    blocks: Amount
+    trips: Amount
     reads: tuple[Read, ...]
     written: float
-    writing: float
-    stage: float
-    resident: float
+    writing: Amount
+    stage: Amount
+    resident: Amount
     partial: float
     products: tuple[Product, ...]
-    vector: float
-    accumulators: float
-    depth: int
+    vector: Amount
+    accumulators: Amount
+    depth: Amount
 
     @property
     def unique(self) -> float:
@@ -267,7 +271,7 @@ class Work:
         return self.written + sum({r.source: r.bytes for r in self.reads}.values())
 
     @property
-    def flops(self) -> float:
+    def flops(self) -> Amount:
         return self.vector + sum(2 * p.volume for p in self.products)
 
 
@@ -327,36 +331,52 @@ def explain(predictions: Sequence[Prediction], floor: float | None = None) -> st
     return text if floor is None else text + f"; {100 * floor / total if total else 100:.0f} % of floor"
 
 
-def prediction(
-    limits: Sequence[tuple[str, float]], added: Sequence[tuple[str, float]], unique: float, flops: float
-) -> Prediction:
+Terms = Sequence[tuple[str, Amount]]
+
+
+def prediction(limits: Terms, added: Terms, unique: float, flops: Amount) -> Prediction:
     """The 4-norm of the limits, plus what adds up."""
-    stream: float = sum(t**4 for _, t in limits) ** 0.25
-    return Prediction(stream + sum(t for _, t in added), (*limits, *added), unique, flops)
+    terms = tuple((name, float(t)) for name, t in (*limits, *added))
+    return Prediction(float(_total(limits, added)), terms, unique, float(flops))
 
 
-def blocks_at_once(work: Work, d: Device) -> int:
-    """How many blocks of the launch one SM holds."""
-    shared = STAGES * work.stage + work.resident + BLOCK_SHARED
-    threads = 128 if work.accumulators <= 8192 else 256
-    registers = ACCUMULATOR_REGISTERS * max(work.accumulators, 1.0) + THREAD_REGISTERS * threads
-    room = min(d.shared_bytes_per_sm // shared, d.registers_per_sm // registers, d.threads_per_sm // threads)
-    return max(1, min(d.blocks_per_sm, int(room)))
+def _total(limits: Terms, added: Terms) -> Amount:
+    return sum(t**4 for _, t in limits) ** 0.25 + sum(t for _, t in added)
 
 
 def predict(work: Work, d: Device) -> Prediction:
     """The time of one launch (two when it has partial results, whose combine is counted here)."""
+    return prediction(*_terms(work, d), work.unique, work.flops)
+
+
+def predicted_seconds(work: Work, d: Device) -> Amount:
+    """The times of many launches at once."""
+    return _total(*_terms(work, d))
+
+
+def blocks_at_once(work: Work, d: Device) -> Amount:
+    """How many blocks of the launch one SM holds."""
+    shared = STAGES * work.stage + work.resident + BLOCK_SHARED
+    threads = np.where(work.accumulators <= 8192, 128, 256)
+    registers = ACCUMULATOR_REGISTERS * np.maximum(work.accumulators, 1.0) + THREAD_REGISTERS * threads
+    room = np.minimum(d.shared_bytes_per_sm // shared, d.registers_per_sm // registers)
+    room = np.minimum(room, d.threads_per_sm // threads)
+    return np.maximum(1, np.minimum(d.blocks_per_sm, room))
+
+
+def _terms(work: Work, d: Device) -> tuple[Terms, Terms]:
+    """Limits that act at once, and what adds up."""
     blocks, per_sm = work.blocks, blocks_at_once(work, d)
-    at_once = min(blocks, d.sms * per_sm)
-    waves = math.ceil(blocks / (d.sms * per_sm))
-    rounds = math.ceil(blocks / d.sms) * d.sms / blocks  # the fullest SM over the average
+    at_once = np.minimum(blocks, d.sms * per_sm)
+    waves = np.ceil(blocks / (d.sms * per_sm))
+    rounds = np.ceil(blocks / d.sms) * d.sms / blocks  # the fullest SM over the average
     loaded = sum(r.bytes * r.copies * r.waste for r in work.reads)
     traffic = loaded + work.written * work.writing
-    ahead = max((STAGES - 1.5) * work.stage if work.stage else work.resident, STREAMED)
+    ahead = np.where(work.stage != 0, (STAGES - 1.5) * work.stage, work.resident)
     tensor, vector, operands = _arithmetic(work, d)
     limits = (
         ("dram", dram_bytes(work, d, at_once, waves) / d.bandwidth),
-        ("latency", waves * loaded / blocks * d.load_latency_seconds / ahead),
+        ("latency", waves * loaded / blocks * d.load_latency_seconds / np.maximum(ahead, STREAMED)),
         ("l2", (traffic + work.partial) / d.l2_bytes_per_second),
         ("sm", traffic * rounds / (d.sms * d.sm_bytes_per_second)),
         ("tensor", tensor * rounds),
@@ -366,14 +386,14 @@ def predict(work: Work, d: Device) -> Prediction:
     )
     added = (
         ("launch", d.launch_seconds + d.fill_seconds + DRAIN_SECONDS),
-        ("start", math.ceil(blocks / d.sms) * d.block_seconds),
+        ("start", np.ceil(blocks / d.sms) * d.block_seconds),
         ("tail", (waves - 1) * d.fill_seconds / per_sm),
         ("combine", d.launch_seconds + 0.5e-6 + work.partial / d.l2_bytes_per_second if work.partial else 0.0),
     )
-    return prediction(limits, added, work.unique, work.flops)
+    return limits, added
 
 
-def dram_bytes(work: Work, d: Device, at_once: int, waves: int) -> float:
+def dram_bytes(work: Work, d: Device, at_once: Amount, waves: Amount) -> Amount:
     """Bytes between DRAM and L2.
 
     Blocks of one wave that share a part find it in L2, if what they hold at once fits there.  A later wave (or pass)
@@ -383,41 +403,39 @@ def dram_bytes(work: Work, d: Device, at_once: int, waves: int) -> float:
     partial = work.partial if work.partial > room else 0.0
     once = work.unique + partial
     in_wave = [r.bytes * r.share(at_once / work.blocks) for r in work.reads]
-    if sum(in_wave) <= room:
-        return once
     fits = at_once * (STAGES * work.stage + work.resident) <= room
     moved = work.written + partial
     for r, one in zip(work.reads, in_wave, strict=True):
         all_copies = r.bytes * r.copies
-        moved += min(max(waves * one, r.bytes), all_copies) if fits else all_copies
-    return max(moved, once)
+        moved += np.where(fits, np.minimum(np.maximum(waves * one, r.bytes), all_copies), all_copies)
+    return np.where(sum(in_wave) <= room, once, np.maximum(moved, once))
 
 
-def _arithmetic(work: Work, d: Device) -> tuple[float, float, float]:
+def _arithmetic(work: Work, d: Device) -> tuple[Amount, Amount, Amount]:
     """(seconds of tensor cores, seconds of vector units, operand bytes from shared memory), on all SMs.
 
     A product whose tile has a single row or column is multiplied and summed on the vector units; so is a small one
     where that takes less time.
     """
     vector_rate = d.vector_flops * d.vector_efficiency
-    tensor, vector, operands = 0.0, work.vector / vector_rate, 0.0
+    tensor: Amount = 0.0
+    operands: Amount = 0.0
+    vector = work.vector / vector_rate
     for p in work.products:
         summed = VECTOR_WEIGHT * p.volume / vector_rate
-        if min(p.rows, p.columns) <= 1:
-            vector += summed
-            continue
-        rows, columns = max(p.rows, LEAST_SIDE), max(p.columns, LEAST_SIDE)
+        rows, columns = np.maximum(p.rows, LEAST_SIDE), np.maximum(p.columns, LEAST_SIDE)
+        rate = d.matmul_rate(p.dtype) * d.tensor_efficiency
+        narrow = np.minimum(p.rows, p.columns) <= 1
+        staged = np.where(narrow, 0.0, p.padded * (1 / rows + 1 / columns) * p.dtype.bits / 8)
         if d.on_tensor_cores(p.dtype):
-            rate = d.matmul_rate(p.dtype) * d.tensor_efficiency * d.tile_share(rows, columns)
-            multiplied = 2 * p.padded / rate
-            if multiplied <= summed:
-                tensor += multiplied
-                operands += p.padded * (1 / rows + 1 / columns) * p.dtype.bits / 8
-            else:
-                vector += summed
+            multiplied = 2 * p.padded / (rate * d.tile_share(rows, columns))
+            summing = narrow | (multiplied > summed)
+            tensor += np.where(summing, 0.0, multiplied)
+            vector += np.where(summing, summed, 0.0)
+            operands += np.where(summing, 0.0, staged)
         else:
-            vector += min(2 * p.padded / (d.matmul_rate(p.dtype) * d.tensor_efficiency), summed)
-            operands += p.padded * (1 / rows + 1 / columns) * p.dtype.bits / 8
+            vector += np.where(narrow, summed, np.minimum(2 * p.padded / rate, summed))
+            operands += staged
     return tensor, vector, operands
 
 

@@ -204,7 +204,7 @@ class KernelSearch:
             try:
                 return self.cheapest(start, upper, landmarks, min(most, p.states - p.expanded), tolerance)
             except _Exhausted:
-                landmarks = landmarks or Landmarks(self)
+                landmarks = landmarks or Landmarks(self, upper)
         p.truncated += 1
         return self.beam(start)
 
@@ -287,7 +287,8 @@ class Landmarks:
     are facts, moves are actions, and a derivation that pays each entry once is a plan without deletes.
     """
 
-    def __init__(self, search: KernelSearch) -> None:
+    def __init__(self, search: KernelSearch, upper: float) -> None:
+        """Enough of them to exceed `upper`, or as many as are worth their time."""
         self.search = search
         self._earliest: dict[Entry, Entry] = {}
         self.cost = [0.0]  # by move; the first: a closed value is there later too
@@ -308,7 +309,7 @@ class Landmarks:
         self._mandatory()
         least = sum(search.chain[r] for r in search.starts) * NEGLIGIBLE
         cuts = 0
-        while cuts < MOST_CUTS and (cut := self._cut(least)):
+        while cuts < MOST_CUTS and sum(self.gains) < upper and (cut := self._cut(least)):
             self._gain(cut)
             cuts += 1
         self.all = (1 << len(self.gains)) - 1

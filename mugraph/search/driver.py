@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+import tracemalloc
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -18,17 +21,41 @@ from mugraph.search.ahead import Fixed, fixed_classes, loaded, partition_with_ah
 from mugraph.search.build import Context, Unbuildable, baseline, build
 from mugraph.search.canonical import Canonical, canonical, ordered
 from mugraph.search.closure import Closure, Edge, close
-from mugraph.search.cost import Device, device, floor_seconds, predict_library
-from mugraph.search.enumerate import widen
+from mugraph.search.cost import Device, Prediction, device, floor_seconds, predict_library
+from mugraph.search.enumerate import Enumeration, widen
+from mugraph.search.explain import Laws
 from mugraph.search.extract import Derivation, Problem, Roles, is_leaf_edge
+from mugraph.search.formula import Notation
 from mugraph.search.laws import LAWS, Meaning, meaning
-from mugraph.search.library import Attention, contraction
+from mugraph.search.library import Added, Attention, contraction
 from mugraph.search.partition import Choice, Partition
 from mugraph.search.pieces import is_free, joints, pieces
-from mugraph.search.report import CandidateReport, KernelCost, SearchReport, StopReason, StructureReport
+from mugraph.search.report import (
+    Asked,
+    CandidateReport,
+    KernelCost,
+    LawStep,
+    SearchReport,
+    SegmentReport,
+    StopReason,
+    StructureReport,
+)
+from mugraph.search.segments import (
+    Done,
+    Partitioned,
+    Solve,
+    Task,
+    join,
+    least_seconds,
+    line,
+    operators,
+    partitioned,
+    segment_reports,
+)
 from mugraph.search.space import SearchSpace
 
 Accept = Callable[[KernelGraph], object]
+AcceptCut = Callable[[KernelGraph, tuple[str, ...]], object]
 
 
 @dataclass(frozen=True)
@@ -57,21 +84,40 @@ class Found:
 
 
 class Watch:
-    """Wall time by phase, and the budget."""
+    """Wall time by phase, the most bytes in use in each where that is measured, and the budget."""
 
-    def __init__(self, budget_seconds: float) -> None:
+    def __init__(self, budget_seconds: float, interrupted: Callable[[], bool], memory: bool = False) -> None:
+        self.interrupted = interrupted
         self.started = self.mark = time.perf_counter()
         self.budget = budget_seconds
         self.phases: dict[str, float] = {}
+        self.memory: dict[str, int] | None = {} if memory else None
         self.stopped: str | None = None
+
+    @contextmanager
+    def measuring(self) -> Iterator[None]:
+        """Memory is measured inside, if it is wanted."""
+        ours = self.memory is not None and not tracemalloc.is_tracing()
+        if ours:
+            tracemalloc.start()
+        try:
+            yield
+        finally:
+            if ours:
+                tracemalloc.stop()
 
     def lap(self, phase: str) -> None:
         now = time.perf_counter()
         self.phases[phase] = self.phases.get(phase, 0.0) + now - self.mark
         self.mark = now
+        if self.memory is not None:
+            self.memory[phase] = max(self.memory.get(phase, 0), tracemalloc.get_traced_memory()[1])
+            tracemalloc.reset_peak()
 
     def over(self) -> bool:
-        if time.perf_counter() - self.started > self.budget:
+        if self.interrupted():
+            self.stopped = "Interrupted"
+        elif time.perf_counter() - self.started > self.budget:
             self.stopped = "TimeLimit"
         return self.stopped is not None
 
@@ -84,58 +130,217 @@ def search(
     on: Device | None = None,
     budget_seconds: float = math.inf,
     interrupted: Callable[[], bool] = lambda: False,
+    accept_cut: AcceptCut | None = None,
+    solve: Solve | None = None,
+    memory: bool = False,
 ) -> Found:
     """The cheapest μGraph of the program that `accept` takes.
 
     `accept` verifies a μGraph and returns what it made of it, or raises VerificationError (the next plan is tried).
     The program's own equations as library calls are the last plan, so there is always an answer; when nothing
     beats them by the model, they are it.  Same program, same space, same result, whatever names are used.
+
+    A program of more than `space.operators` operators is searched in segments: `solve` searches them (here, one after
+    the other, where it is None), and `accept_cut` takes the μGraph and the values at which it was cut (`accept`, where
+    it is None).
+
+    Budgets beyond the default ones never make a result costlier: where these run out, the space under them is searched
+    first, and its result is kept unless the wider one is as cheap.
+
+    `memory`: the report says what each phase takes at most (in this process), which makes the search much slower.
     """
     space, on = space or SearchSpace(), on or device()
+    started = time.perf_counter()
     program = program if space.ahead else program.without_constants()
-    watch = Watch(budget_seconds)
 
-    def stop() -> bool:
-        if interrupted():
-            watch.stopped = "Interrupted"
-        return watch.over()
+    def within(space: SearchSpace, seconds: float) -> Found:
+        watch = Watch(seconds, interrupted, memory)
+        with watch.measuring():
+            if operators(program) > space.operators:
+                accepting = accept_cut or (lambda graph, _: accept(graph))
+                return _in_segments(program, space, on, accepting, solve or _one_by_one, watch)
+            return _whole(program, accept, space, on, watch)
 
-    cut = pieces(ordered(program))
-    here = canonical(cut)
-    known = meaning(here.program)
-    closure, seeds = _closure(here.program, known, space, stop)
-    watch.lap("closure")
-    widened = _widened(here.program, known, closure, space, stop)
-    if widened:
-        watch.lap("enumerator")
-    chosen = _canonical_space(space, here, program)
-    task = _Task(program, cut, here, known, closure, seeds, chosen, on, accept, stop)
+    narrow = space.under_default_budgets()
+    if operators(program) <= narrow.operators:
+        narrow = narrow.but(operators=space.operators)
+    if narrow == space or operators(program) > space.operators:  # segments are each searched within both
+        return within(space, budget_seconds)
+    first = within(narrow, budget_seconds)
+    stop, cut = first.report.stop, operators(program) > narrow.operators
+    if not stop.reproducible or (stop.kind == "Saturated" and not space.candidates and not cut):
+        return replace(first, report=replace(first.report, space=str(space)))
+    left = max(0.0, budget_seconds - (time.perf_counter() - started))
+    return _cheaper(first, within(space, left), budget_seconds)
+
+
+def _cheaper(narrow: Found, wide: Found, budget_seconds: float) -> Found:
+    """The cheaper of two results, with the report on both searches."""
+    stop = wide.report.stop
+    if stop.kind == "TimeLimit":
+        stop = StopReason("TimeLimit", budget_seconds)
+    phases = {*narrow.report.seconds, *wide.report.seconds}
+    times = {p: narrow.report.seconds.get(p, 0.0) + wide.report.seconds.get(p, 0.0) for p in sorted(phases)}
+    most: dict[str, int] | None = None
+    if narrow.report.memory is not None and wide.report.memory is not None:
+        both = narrow.report.memory, wide.report.memory
+        most = {p: max(m.get(p, 0) for m in both) for p in sorted({*both[0], *both[1]})}
+    if narrow.report.predicted_seconds >= wide.report.predicted_seconds:
+        return replace(wide, report=replace(wide.report, stop=stop, seconds=times, memory=most))
+    report = replace(
+        narrow.report,
+        space=wide.report.space,
+        stop=stop,
+        seconds=times,
+        memory=most,
+        notes=(*narrow.report.notes, NARROW),
+    )
+    return replace(narrow, report=report)
+
+
+def _whole(program: Program, accept: Accept, space: SearchSpace, on: Device, watch: Watch) -> Found:
+    """One search of a whole program, within one space."""
+    task, enumeration = set_up(program, accept, space, on, watch)
     main = task.solve(space.symbolic)
     watch.lap("kernels")
     best = task.choose(main)
     watch.lap("verification")
     solved, structures = [main], [best.structure(space.symbolic)]
     for size in _other_sizes(program, space):
-        if stop():
+        if watch.over():
             break
         solved.append(task.solve(size))
         watch.lap("kernels")
         structures.append(task.choose(solved[-1], structures).structure(size))
         watch.lap("verification")
-    notes = widened + [
+    notes = [f"enumerator (abstraction {space.abstraction}): {enumeration}"] if enumeration else []
+    notes += [
         f"{e.targets[0].name} is outside the calculus and runs as a library call"
         for e in (task.called(best.plan) if best.plan else ())
     ]
     if not best.plan:
-        notes.append("nothing beats the program as it stands: it runs as library calls")
+        notes.append(UNBEATEN)
     notes += _kept(best.graph)
     ranges = _ranges(structures)
-    report = _report(task, space, solved, watch, best, ranges, notes)
+    report = _report(task, space, solved, watch, best, ranges, notes, enumeration)
     return Found(best.graph, best.accepted, report, ranges)
 
 
+def set_up(
+    program: Program, accept: Accept, space: SearchSpace, on: Device, watch: Watch | None = None
+) -> tuple[Setup, Enumeration | None]:
+    """The program's closure, and what the enumerator did to it, if it ran."""
+    watch = watch or Watch(math.inf, lambda: False)
+    program = program if space.ahead else program.without_constants()
+    cut = pieces(ordered(program))
+    here = canonical(cut)
+    known = meaning(here.program)
+    closure, seeds = _closure(here.program, known, space, watch.over)
+    watch.lap("closure")
+    widened = _widened(here.program, known, closure, space, watch.over)
+    if widened:
+        watch.lap("enumerator")
+    chosen = _canonical_space(space, here, program)
+    return Setup(program, cut, here, known, closure, seeds, chosen, on, accept, watch.over), widened
+
+
+# -- large programs
+
+
+def _one_by_one(tasks: Sequence[Task], stop: Callable[[], bool]) -> list[Done | None]:
+    """Searches segments in this process.  What is wrong with one comes out when all are verified together."""
+    found: list[Done | None] = []
+    for task in tasks:
+        done = None if stop() else searched(task, lambda graph: graph, stop)
+        found.append(done)
+    return found
+
+
+def searched(task: Task, accept: Accept, stop: Callable[[], bool] = lambda: False) -> Done | None:
+    """The search of one segment: a pure function of the task, unless `stop` ends it.  None where the search cannot
+    handle the segment: its values nest too deeply, or it divides by the constant zero."""
+    try:
+        found = search(task.program, accept=accept, space=task.space, on=task.on, interrupted=stop)
+    except (RecursionError, ZeroDivisionError):
+        return None
+    return Done(found.graph, found.report)
+
+
+def _in_segments(
+    program: Program,
+    space: SearchSpace,
+    on: Device,
+    accept: AcceptCut,
+    solve: Solve,
+    watch: Watch,
+) -> Found:
+    """The search of a large program: for each size the segments that cost least together, joined, and accepted as a
+    whole.  Where they are refused, the program runs as library calls."""
+    _canonical_space(space, canonical(program), program)  # refuses unknown names
+    tensors = program.tensors()
+    dtype = tensors[program.outputs[0].value].dtype
+    whole = line(program, {a.name: representative(a.size, space.symbolic) for a in program.axes().values()})
+    watch.lap("segments")
+    solved: list[Partitioned] = []
+    chosen: list[_Joined] = []
+    for size in (space.symbolic, *_other_sizes(program, space)):
+        if solved and watch.over():
+            break
+        states = space.states if not solved else max(1, space.states // OTHERS)
+
+        def library(equations: Sequence[Equation], size: int = size) -> float:
+            return equations_seconds(equations, program, size, dtype, on)
+
+        solved.append(
+            partitioned(whole, space.but(symbolic=size, sizes=(), states=states), on, solve, library, watch.over)
+        )
+        watch.lap("segments")
+        chosen.append(_joined(program, size, solved[-1], library(program.equations), accept))
+        watch.lap("verification")
+    ranges = _ranges([c.structure for c in chosen])
+    report = _report_of_segments(program, space, on, solved, chosen[0], watch, ranges)
+    return Found(chosen[0].structure.graph, chosen[0].structure.accepted, report, ranges)
+
+
 @dataclass
-class _Solved:
+class _Joined:
+    """The μGraph of a large program at one size, and what became of it and of the library calls."""
+
+    structure: Structure
+    segments: tuple[SegmentReport, ...]
+    candidates: tuple[CandidateReport, ...]
+
+
+def _joined(
+    program: Program,
+    size: int,
+    run: Partitioned,
+    base_seconds: float,
+    accept: AcceptCut,
+) -> _Joined:
+    segments = segment_reports(run)
+    text = " | ".join(s.structure if s.shared_with is None else f"as {s.shared_with}" for s in segments)
+    parts = [(s, done.graph if done else baseline(s.task.program)) for s, done, _ in run.segments]
+    fits = not any(done and done.report.candidates[-1].verdict == UNFIT for _, done, _ in run.segments)
+    verdict = "costlier"
+    if run.seconds <= base_seconds or not fits:
+        graph = join(program, parts)
+        try:
+            accepted = accept(graph, tuple(o.value for s, _ in parts for o in s.program.outputs))
+        except (VerificationError, GraphError, ShapeError) as error:
+            verdict = f"refused: {error.message}"
+        else:
+            rest = CandidateReport(LIBRARY, base_seconds, "costlier" if fits else UNFIT)
+            made = Structure(size, size, size, graph, accepted, run.seconds, text)
+            return _Joined(made, segments, (CandidateReport(text, run.seconds, "chosen"), rest))
+    graph = baseline(program)
+    made = Structure(size, size, size, graph, accept(graph, ()), base_seconds, LIBRARY)
+    tried = (CandidateReport(text, run.seconds, verdict), CandidateReport(LIBRARY, base_seconds, "chosen"))
+    return _Joined(made, (), tried)
+
+
+@dataclass
+class Solved:
     """The plans at one size, cheapest first, and what the program costs as library calls."""
 
     symbolic: int
@@ -164,7 +369,7 @@ class _Chosen:
 
 
 @dataclass
-class _Task:
+class Setup:
     """A program and its closure: what does not depend on the size at which costs are compared."""
 
     program: Program
@@ -185,28 +390,48 @@ class _Task:
 
     def called(self, plan: Sequence[Choice]) -> list[Equation]:
         """What runs as library calls beside the plan's launches."""
-        _, wanted = _targets(self.here, self.known, self.seeds)
+        _, wanted = targets_of(self.here, self.known, self.seeds)
         made = {t for c in plan if c.derivations for r in c.roots for t in wanted.get(r, ())}
         joined = joints(self.boundaries, made, (o.value for o in self.program.outputs))
         return [e for e in self.boundaries if not is_free(e) and e.targets[0].name not in joined]
 
-    def solve(self, symbolic: int) -> _Solved:
+    def notation(self) -> Notation:
+        """How the explanations write its values."""
+        inputs = {i.name: tuple(a.name for a in i.tensor.axes) for i in self.here.program.inputs}
+        return Notation(self.here.axes, self.here.names, inputs, self.known.boundaries)
+
+    def laws(self, plan: Sequence[Choice]) -> Laws:
+        _, wanted = targets_of(self.here, self.known, self.seeds)
+        return Laws(self.closure, self.notation(), plan, wanted, [o.value for o in self.program.outputs])
+
+    def solve(self, symbolic: int) -> Solved:
         """All plans where every symbolic dimension has this size, clipped to its range."""
         states = self.space.states if symbolic == self.space.symbolic else max(1, self.space.states // OTHERS)
         space = self.space.but(symbolic=symbolic, states=states)
-        problem = _problem(self.here.program, self.closure, self.seeds, space, self.on)
-        targets, _ = _targets(self.here, self.known, self.seeds)
+        problem = problem_of(self.here.program, self.closure, self.seeds, space, self.on)
+        targets, _ = targets_of(self.here, self.known, self.seeds)
         fixed = self.fixed(problem, targets)
         plans, run = partition_with_ahead(problem, fixed, space, targets, self.stop)
-        return _Solved(
+        return Solved(
             symbolic,
             problem,
             run,
             fixed,
             plans,
-            _equations_seconds(ordered(self.program).equations, self.program, symbolic, problem),
-            all(may_be_materialised(problem, self.seeds[n]) for n in _computed(self.here.program, self.known)),
+            equations_seconds(self.equations, self.program, symbolic, problem.dtype, self.on),
+            self.all_materialised(problem),
         )
+
+    @cached_property
+    def equations(self) -> tuple[Equation, ...]:
+        """The program's equations, whatever the order of commutative operands."""
+        return ordered(self.program).equations
+
+    def all_materialised(self, problem: Problem) -> bool:
+        """Whether all that the source materialises may be."""
+        exponents = _exponents(problem)
+        computed = {self.seeds[n] for n in _computed(self.here.program, self.known)}
+        return all(may_be_materialised(problem, c, exponents) for c in computed)
 
     def is_fixed(self, e: Equation) -> bool:
         """Whether the equation works on constant inputs alone."""
@@ -219,14 +444,16 @@ class _Task:
         constants = {n: t for n, t in program.tensors().items() if lasting.get(self.here.names[n])}
         outputs = {self.seeds[o.value] for o in program.outputs}
 
+        exponents, kept = _exponents(problem), forced | inside | problem.scaled
+
         def foldable(c: int) -> bool:
-            return c not in forced | inside and c not in problem.scaled and may_be_materialised(problem, c)
+            return c not in kept and may_be_materialised(problem, c, exponents)
 
         return fixed_classes(problem, constants, self.here.axes, outputs, foldable)
 
-    def choose(self, at: _Solved, known: Sequence[Structure] = ()) -> _Chosen:
+    def choose(self, at: Solved, known: Sequence[Structure] = ()) -> _Chosen:
         """The cheapest plan that `accept` takes; one of a structure in `known` is that one."""
-        _, wanted = _targets(self.here, self.known, self.seeds)
+        _, wanted = targets_of(self.here, self.known, self.seeds)
         context = Context(
             program=self.cut,
             closure=self.closure,
@@ -245,7 +472,7 @@ class _Task:
         for plan in at.plans:
             seconds = sum(c.prediction.seconds for c in at.fixed.calls(plan))
             called = [e for e in self.called(plan) if not self.is_fixed(e)]
-            seconds += _equations_seconds(called, self.cut, at.symbolic, at.problem)
+            seconds += equations_seconds(called, self.cut, at.symbolic, at.problem.dtype, self.on)
             text = structure(plan, self.here.axes, at.fixed)
             kernels = sum(bool(c.derivations) for c in at.fixed.calls(plan))
             if kernels > self.space.kernels:
@@ -268,7 +495,7 @@ class _Task:
                     tried.append(CandidateReport(text, seconds, f"refused: {error.message}"))
                 except Unbuildable as error:
                     tried.append(CandidateReport(text, seconds, f"passed over: {error}"))
-        verdict = "costlier" if at.fits else "would keep in 16 bits what does not fit there"
+        verdict = "costlier" if at.fits else UNFIT
         if best is None:
             verdict = "chosen"
             if LIBRARY in accepted:
@@ -295,6 +522,9 @@ def _kept(graph: KernelGraph) -> list[str]:
 
 
 LIBRARY = "the program as library calls"
+UNBEATEN = "nothing beats the program as it stands: it runs as library calls"
+NARROW = "found under the default budgets; the wider ones gave nothing as cheap"
+UNFIT = "would keep in 16 bits what does not fit there"
 OTHERS = 2  # a further size gets that part of the budget of states
 
 
@@ -357,7 +587,7 @@ def _canonical_space(space: SearchSpace, here: Canonical, program: Program) -> S
 SAMPLES = 32  # two different maxima are taken for one with probability 2^-32
 
 
-def _written_sizes(program: Program) -> dict[str, int]:
+def written_sizes(program: Program) -> dict[str, int]:
     """Static axes whose size the program also writes as a number (sum / 4096 for a mean).  Only these sizes count
     as known, because two axes of one size are not the same axis.  Numbers of integer type are places, not sizes."""
     values = [e.op.value for e in program.equations if isinstance(e.op, Const) and e.op.dtype.is_float]
@@ -365,9 +595,9 @@ def _written_sizes(program: Program) -> dict[str, int]:
     return {a.name: a.size for a in program.axes().values() if isinstance(a.size, int) and a.size in literals}
 
 
-def _takes_extremes(program: Program) -> bool:
+def takes_extremes(program: Program) -> bool:
     return any(
-        (isinstance(e.op, Elementwise) and e.op.fn in ("max", "min"))
+        (isinstance(e.op, Elementwise) and e.op.fn in ("max", "min", "relu"))
         or (isinstance(e.op, Reduce) and e.op.kind in ("max", "min"))
         for e in program.equations
     )
@@ -386,8 +616,8 @@ def _closure(
 
 
 def _fingerprinter(program: Program, known: Meaning) -> v.Fingerprinter:
-    samples = SAMPLES if _takes_extremes(program) else 1
-    return v.Fingerprinter(known.base, _written_sizes(program), samples=samples)
+    samples = SAMPLES if takes_extremes(program) else 1
+    return v.Fingerprinter(known.base, written_sizes(program), samples=samples)
 
 
 def _rewritten(program: Program, known: Meaning, space: SearchSpace, prints: v.Fingerprinter) -> list[v.Value]:
@@ -399,12 +629,12 @@ def _rewritten(program: Program, known: Meaning, space: SearchSpace, prints: v.F
 
 def _widened(
     program: Program, known: Meaning, closure: Closure, space: SearchSpace, stop: Callable[[], bool]
-) -> list[str]:
-    """Runs the enumerator into the closure, in place, where the space asks for it: what the report says of it."""
+) -> Enumeration | None:
+    """Runs the enumerator into the closure, in place, where the space asks for it."""
     if not space.candidates:
-        return []
+        return None
     prints = _fingerprinter(program, known)
-    done = widen(
+    return widen(
         closure,
         prints,
         space.candidates,
@@ -413,10 +643,9 @@ def _widened(
         pruning=space.abstraction,
         stop=stop,
     )
-    return [f"enumerator (abstraction {space.abstraction}): {done}"]
 
 
-def _targets(
+def targets_of(
     here: Canonical, known: Meaning, seeds: Mapping[str, int]
 ) -> tuple[tuple[tuple[int, ...], ...], dict[int, list[str]]]:
     """The classes that must be in memory at the end, with the names they go by there; in groups, where the values of
@@ -459,7 +688,7 @@ def _computed(program: Program, known: Meaning) -> list[str]:
     return [e.target.name for e in program.equations if len(e.targets) == 1 and e.target.name not in outside]
 
 
-def _problem(program: Program, closure: Closure, seeds: Mapping[str, int], space: SearchSpace, on: Device) -> Problem:
+def problem_of(program: Program, closure: Closure, seeds: Mapping[str, int], space: SearchSpace, on: Device) -> Problem:
     axes = program.axes()
     sizes = {a.name: representative(a.size, space.symbolic) for a in axes.values()}
     limits = {a.name: _limit(a) for a in axes.values()}
@@ -478,14 +707,14 @@ def _problem(program: Program, closure: Closure, seeds: Mapping[str, int], space
     problem = Problem(closure, sizes, limits, on, dtype, memory, {}, leaves, set(), space.states, innermost)
     targets = {seeds[o.value] for o in program.outputs}
     room = sum(problem.bytes(c) for c in {*leaves, *targets})
-    inside = {seeds[n] for n in space.inside}
+    inside, exponents = {seeds[n] for n in space.inside}, _exponents(problem)
     written = set(seeds.values())  # values of the program itself
     for c in closure.order:
         result = c in written or any(e.closes or e.kind == "call" for e in closure.classes[c].edges)
         if c in leaves or c in inside or not result or problem.bytes(c) > room:
             continue
-        if not may_be_materialised(problem, c):
-            if c in targets or c in _exponents(problem) or not any(e.closes for e in closure.classes[c].edges):
+        if not may_be_materialised(problem, c, exponents):
+            if c in targets or c in exponents or not any(e.closes for e in closure.classes[c].edges):
                 continue
             problem.scaled.add(c)
             problem.dtypes[c] = DType.f32
@@ -497,27 +726,16 @@ def _limit(axis: Axis) -> int:
     return size_value(axis.size, {d.name: d.max for d in dims_of(axis.size)})
 
 
-def may_be_materialised(p: Problem, c: int) -> bool:
+def may_be_materialised(p: Problem, c: int, exponents: Collection[int] | None = None) -> bool:
     """Not what 16-bit storage would ruin: an exponential that is not yet normalised overflows, and the rounding of
-    an exponent is a relative error of the exponential."""
-    return p.dtype.bits >= 32 or not (exponential_degree(p.closure.classes[c].value) or c in _exponents(p))
+    an exponent is a relative error of the exponential.  `exponents` are those of the problem, where they are known."""
+    exponents = _exponents(p) if exponents is None else exponents
+    return p.dtype.bits >= 32 or not (c in exponents or exponential_degree(p.closure.classes[c].value))
 
 
 def exponential_degree(value: v.Value) -> bool:
     """Whether some term carries more exponentials than it divides by."""
-    return any(sum(_degree(f) for f in t.factors) != 0 for t in value)
-
-
-def _degree(f: v.Factor) -> int:
-    match f:
-        case v.Call("exp" | "masked_exp"):
-            return 1
-        case v.Call("inv", _, _, (arg,)):
-            return -max((sum(_degree(g) for g in t.factors) for t in arg), default=0)
-        case v.Paren(value):
-            return max((sum(_degree(g) for g in t.factors) for t in value), default=0)
-        case _:
-            return 0
+    return any(sum(map(v.degree, t.factors)) != 0 for t in value)
 
 
 def _exponents(p: Problem) -> set[int]:
@@ -543,12 +761,16 @@ def _operations(sizes: Mapping[str, int], op: Op, axes: set[str]) -> float:
     return (2.0 if isinstance(op, Contract) else 1.0) * math.prod(sizes[a] for a in axes)
 
 
-def _equations_seconds(equations: Sequence[Equation], program: Program, symbolic: int, p: Problem) -> float:
+def equations_seconds(
+    equations: Sequence[Equation], program: Program, symbolic: int, dtype: DType, on: Device
+) -> float:
     """Equations of the program as library calls, one launch each; scalars and views are free, unless they
     are given back."""
+    if not equations:
+        return 0.0
     tensors, seconds = program.tensors(), 0.0
     given = {o.value for o in program.outputs}
-    sizes = {a.name: representative(a.size, symbolic) for t in tensors.values() for a in t.axes}
+    sizes = {a.name: representative(a.size, symbolic) for a in program.axes().values()}
     for e in equations:
         if not e.args or (is_free(e) and e.target.name not in given):
             continue
@@ -562,9 +784,9 @@ def _equations_seconds(equations: Sequence[Equation], program: Program, symbolic
             if isinstance(e.op, Contract) and len(e.args) == 2:
                 left, right = (tuple(a.name for a in tensors[x].axes) for x in e.args)
                 out = tuple(a.name for a in e.target.axes)
-                seconds += contraction(sizes, left, right, out, moved, p.dtype, p.device).seconds
+                seconds += contraction(sizes, left, right, out, moved, dtype, on).seconds
             else:
-                seconds += predict_library(moved, _operations(sizes, e.op, axes), p.dtype, p.device).seconds
+                seconds += predict_library(moved, _operations(sizes, e.op, axes), dtype, on).seconds
     return seconds
 
 
@@ -625,6 +847,8 @@ def structure(plan: Sequence[Choice], axes: Mapping[str, Axis], fixed: Fixed | N
         match c.how:
             case Edge():
                 texts.append(f"library contraction over {named(c.how.axes)}")
+            case Added():
+                texts.append(f"library contraction over {named(c.how.product.axes)} added")
             case Attention():
                 texts.append(f"library attention over {named((c.how.key,))}")
             case Derivation(roles=roles):
@@ -634,32 +858,86 @@ def structure(plan: Sequence[Choice], axes: Mapping[str, Axis], fixed: Fixed | N
     return "; ".join(texts)
 
 
-def _report(
-    task: _Task,
+def _report_of_segments(
+    program: Program,
     space: SearchSpace,
-    solved: Sequence[_Solved],
+    on: Device,
+    solved: Sequence[Partitioned],
+    best: _Joined,
+    watch: Watch,
+    ranges: Sequence[Structure],
+) -> SearchReport:
+    """Counts of all searches made, and costs of the segments chosen at the size that stands for symbolic dimensions."""
+    runs = [done.report for run in solved for done in run.searched.values()]
+    kinds = [r.stop for r in runs if r.stop.kind != "Saturated"]
+    stop = kinds[0] if kinds else StopReason("Saturated")
+    if watch.stopped:
+        stop = StopReason(watch.stopped, watch.budget if watch.stopped == "TimeLimit" else None)
+    elif any(run.truncated for run in solved):
+        stop = StopReason("SegmentLimit", space.segments)
+    edges, pruned = Counter[str](), Counter[str]()
+    for r in runs:
+        edges.update(r.edges)
+        pruned.update(r.pruned)
+    chosen = [(s, done.report) for s, done, _ in solved[0].segments if done] if best.segments else []
+    sizes = {a.name: representative(a.size, space.symbolic) for a in program.axes().values()}
+    notes = [s.spelled(n) for s, r in chosen for n in r.notes if n != UNBEATEN]
+    if not best.segments:
+        notes.append(UNBEATEN)
+    return SearchReport(
+        program=program.name,
+        device=on.label,
+        space=str(space),
+        stop=stop,
+        classes=sum(r.classes for r in runs),
+        edges=dict(edges),
+        deduplicated=sum(r.deduplicated for r in runs),
+        configurations=sum(r.configurations for r in runs),
+        states=sum(r.states for r in runs),
+        pruned=dict(pruned),
+        verified=len(ranges),
+        refused=sum(r.refused for r in runs),
+        seeds=("source", *space.laws),
+        kernels=tuple(replace(k, name=s.spelled(k.name)) for s, r in chosen for k in r.kernels),
+        ahead=tuple(replace(k, name=s.spelled(k.name)) for s, r in chosen for k in r.ahead),
+        candidates=best.candidates,
+        structures=tuple(StructureReport(s.low, s.high, s.at, s.text, s.seconds) for s in ranges),
+        predicted_seconds=best.structure.seconds,
+        floor_seconds=min(least_seconds(program, sizes, on), best.structure.seconds),
+        notes=tuple(dict.fromkeys(notes)),
+        segments=best.segments,
+        seconds=watch.phases,
+        memory=watch.memory,
+        asked=Asked(program, on),
+    )
+
+
+def _report(
+    task: Setup,
+    space: SearchSpace,
+    solved: Sequence[Solved],
     watch: Watch,
     best: _Chosen,
     ranges: Sequence[Structure],
     notes: Sequence[str],
+    enumeration: Enumeration | None,
 ) -> SearchReport:
     """The report: counts over all sizes, costs at the size that stands for symbolic dimensions."""
     closure, axes, problem = task.closure, task.here.axes, solved[0].problem
     stop = StopReason("Saturated")
     if watch.stopped:
         stop = StopReason(watch.stopped, watch.budget if watch.stopped == "TimeLimit" else None)
-    elif closure.truncated:
-        stop = StopReason("NodeLimit", space.nodes)
-    elif any(at.run.entries >= space.entries for at in solved):
+    elif closure.limit:
+        stop = closure.limit
+    elif any(at.run.limited for at in solved):
         stop = StopReason("EntryLimit", space.entries)
     elif any(at.problem.truncated for at in solved):
         stop = StopReason("StateLimit", space.states)
 
+    laws = task.laws(best.plan)
+
     def costs(plan: Sequence[Choice]) -> tuple[KernelCost, ...]:
-        return tuple(
-            KernelCost(structure([c], axes), c.prediction.seconds, c.prediction.bound, dict(c.prediction.terms))
-            for c in plan
-        )
+        return tuple(kernel_cost(structure([c], axes), c.prediction, problem, laws.steps(c)) for c in plan)
 
     fixed = solved[0].fixed
     return SearchReport(
@@ -675,6 +953,8 @@ def _report(
         pruned={
             "infeasible": sum(at.problem.infeasible for at in solved),
             "bound": sum(at.problem.bounded for at in solved),
+            "tile": sum(at.problem.untiled for at in solved),
+            **({"abstraction": enumeration.pruned} if enumeration else {}),
         },
         verified=len(ranges),
         refused=best.refused,
@@ -685,6 +965,15 @@ def _report(
         structures=tuple(StructureReport(s.low, s.high, s.at, s.text, s.seconds) for s in ranges),
         predicted_seconds=best.seconds,
         floor_seconds=_floor(task.here.program, best.plan, problem, fixed),
+        written=tuple(laws.written(task.here.program, task.known, task.seeds, space.laws)),
         notes=tuple(notes),
         seconds=watch.phases,
+        memory=watch.memory,
+        asked=Asked(task.program, task.on),
     )
+
+
+def kernel_cost(name: str, found: Prediction, p: Problem, steps: tuple[LawStep, ...] = ()) -> KernelCost:
+    """The prediction for a launch, with the laws that it follows from, as the report has it."""
+    floor = floor_seconds(found.unique_bytes, found.flops, p.dtype, p.device)
+    return KernelCost(name, found.seconds, found.bound, dict(found.terms), floor, steps)

@@ -278,9 +278,11 @@ def apply(prints: Fingerprinter, edge: Edge, operands: Sequence[tuple[Value, Poi
                 point = prints.join(point, other, multiply_them=edge.kind == "product")
         case "sum":
             point = operands[0][1]
-        case "load" | "number" | "call" | "reduce":
-            prints.points.update(operands)  # the operands' own values are known
-            return prints.value(value_of(edge, [value for value, _ in operands]))
+        case "load" | "number":
+            assert edge.leaf is not None
+            return prints.factor(edge.leaf)
+        case "call" | "reduce":
+            return prints.called(edge.fn, edge.attrs, frozenset((a, 0) for a in edge.axes), [p for _, p in operands])
         case _:
             assert_never(edge.kind)
     for axis in edge.axes:

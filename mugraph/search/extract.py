@@ -33,6 +33,7 @@ Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
 INFEASIBLE = 99
 LOADED_TILE = 65_536  # elements of a tile that is only loaded: 128 KiB of f16 in shared memory
+TIE = 1e-3  # in the smallest tiles each block may repeat a row's work at no cost, in larger ones fewer elements win
 COMPUTED_TILE = 32_768  # elements of a computed tile: 128 KiB of f32 in registers
 
 
@@ -44,7 +45,7 @@ class Roles:
     passes: tuple[Loop, ...]
     split: tuple[str, int] | None = None
 
-    @property
+    @cached_property
     def loops(self) -> frozenset[str]:
         return frozenset(a for loop in self.passes for a in loop)
 
@@ -127,6 +128,7 @@ class Problem:
     infeasible: int = 0
     bounded: int = 0
     truncated: int = 0
+    untiled: int = 0
 
     def __post_init__(self) -> None:
         self.position = {c: i for i, c in enumerate(self.closure.order)}
@@ -304,7 +306,7 @@ class Survey:
             return np.full(len(self.assignments), 1e-12)
         key = (frozenset(way.axes), way.matmul)
         if key not in self._seconds:
-            p, volume = self.p, way.volume * self.replication(way.axes)
+            p, volume = self.p, way.volume * (self.replication(way.axes) + TIE)
             rate = p.device.matmul_rate(p.dtype) / 2 if way.matmul else p.device.vector_flops / VECTOR_WEIGHT
             self._seconds[key] = volume / rate / self.busy + 1e-11
         closed = self.mask(way.edge.axes)

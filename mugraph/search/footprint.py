@@ -6,8 +6,10 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+import numpy as np
+
 from mugraph.ir.types import DType
-from mugraph.search.cost import VECTOR_WEIGHT, Product, Read, Work
+from mugraph.search.cost import VECTOR_WEIGHT, Amount, Product, Read, Work
 from mugraph.search.extract import COMPUTED_TILE, LOADED_TILE, Derivation, Option, Problem
 
 SECTOR = 64  # bytes side by side below which reads and writes waste bandwidth
@@ -98,27 +100,30 @@ class Footprint:
             not looped,
         )
 
-    def excess(self, tiles: Mapping[str, int]) -> float:
+    def excess(self, tiles: Mapping[str, Amount]) -> Amount:
         """Elements beyond what tiles may have."""
         sizes = self.limits
         over = (math.prod([tiles.get(a, sizes[a]) for a in axes]) - most for axes, most in sorted(self.held))
-        return math.fsum(x for x in over if x > 0)
+        return sum(np.maximum(0, x) for x in over)
 
-    def work(self, tiles: Mapping[str, int]) -> Work:
+    def work(self, tiles: Mapping[str, Amount]) -> Work:
+        """The work at some tile sizes; with arrays of them, at each."""
         sizes = self.sizes
         along = {a: -(-sizes[a] // t) for a, t in tiles.items()}
-        width = {a: min(t, sizes[a]) for a, t in tiles.items()}
+        width = {a: np.minimum(t, sizes[a]) for a, t in tiles.items()}
 
-        def elements(axes: tuple[str, ...]) -> int:
+        def elements(axes: tuple[str, ...]) -> Amount:
             return math.prod([width[a] if a in width else sizes[a] for a in axes])
 
-        def waste(run: str | None, element: float) -> float:
+        def waste(run: str | None, element: float) -> Amount:
             """Bytes that move for each byte that is wanted: short runs waste the rest of a sector."""
-            if run is None or run not in width or tiles[run] >= sizes[run]:
-                return 1.0  # whole rows lie side by side too
-            return max(1.0, SECTOR / (tiles[run] * element))
+            if run is None or run not in width:
+                return 1.0
+            wasted = np.maximum(1.0, SECTOR / (tiles[run] * element))
+            return np.where(tiles[run] >= sizes[run], 1.0, wasted)  # whole rows lie side by side too
 
-        stage = resident = partial = vector = accumulators = 0.0
+        stage: Amount = 0.0
+        resident, vector, accumulators, partial = stage, stage, stage, 0.0
         blocks = [along[a] for a in self.grid]
         reads: list[Read] = []
         for x in self.loads:
@@ -128,28 +133,28 @@ class Footprint:
             reads.append(Read(x.source, x.bytes, cut, waste(x.run, x.width)))
             held = elements(x.axes) * x.width
             if x.looped:
-                stage += held
+                stage = stage + held
             else:
-                resident += held
+                resident = resident + held
         products: list[Product] = []
-        depth = 1
+        depth: Amount = 1
         for s in self.steps:
             volume = math.prod([along[a] * tiles[a] if a in tiles else sizes[a] for a in s.joined])
-            volume *= math.prod([along[a] for a in s.absent])
+            volume = 1.0 * volume * math.prod([along[a] for a in s.absent])
             if s.sides:
-                products.append(Product(float(volume), elements(s.sides[0]), elements(s.sides[1]), s.dtype))
-                depth += max(1, elements(s.depth) // 16)
+                products.append(Product(volume, elements(s.sides[0]), elements(s.sides[1]), s.dtype))
+                depth = depth + np.maximum(1, elements(s.depth) // 16)
             else:
-                vector += VECTOR_WEIGHT * volume
+                vector = vector + VECTOR_WEIGHT * volume
             if s.accumulated:
-                accumulators += elements(s.axes)
+                accumulators = accumulators + elements(s.axes)
                 partial += s.stored
             elif s.held:
-                accumulators = max(accumulators, elements(s.axes))
+                accumulators = np.maximum(accumulators, elements(s.axes))
         wanted = sum(size * waste(run, element) for size, run, element in self.roots)
         return Work(
             blocks=math.prod(blocks) * self.parts,
-            trips=sum(math.ceil(math.prod([along[a] for a in loop]) / self.parts) for loop in self.passes),
+            trips=sum(np.ceil(math.prod([along[a] for a in loop]) / self.parts) for loop in self.passes),
             reads=tuple(reads),
             written=self.written,
             writing=wanted / self.written if self.written else 1.0,

@@ -31,9 +31,12 @@ from mugraph.ir.ops import (
     Transpose,
 )  # fmt: skip
 from mugraph.search import values as v
-from mugraph.search.values import Call, Factor, Number, Paren, Term, Value
+from mugraph.search.canonical import bases
+from mugraph.search.values import Body, Call, Factor, Number, Paren, Term, Value
 
 MOST_FACTORS = 10  # of a term: rule a looks at all their subsets
+MOST_TERMS = 64  # of a sum; a longer one has sums as terms
+MOST_BITS = 1024  # of a coefficient
 MOST_NAMINGS = 120  # of the bound axes of a term: each axis five times, say
 IOTA = "#iota"  # the index along an axis: computed where it is used, not loaded
 
@@ -51,13 +54,10 @@ class Meaning:
 def meaning(program: Program) -> Meaning:
     """The value of every equation of the program."""
     found: dict[str, Value] = {i.name: v.load(i.name, (a.name for a in i.tensor.axes)) for i in program.inputs}
-    base = {a: a for a in program.axes()}
+    base = bases(program)
     boundaries: list[Equation] = []
     for e in program.equations:
-        if isinstance(e.op, Rename):
-            for old, new in e.op.axes:
-                base[new.name] = base[old]
-        value = _equation_value(e, [found[a] for a in e.args])
+        value = equation_value(e, [found[a] for a in e.args])
         if value is None:
             boundaries.append(e)
             found.update((t.name, v.load(t.name, (a.name for a in t.axes))) for t in e.targets)
@@ -66,8 +66,13 @@ def meaning(program: Program) -> Meaning:
     return Meaning(found, tuple(boundaries), base)
 
 
+def equation_value(e: Equation, args: list[Value]) -> Value | None:
+    """The value of one equation, or None where the operator is outside the calculus, or the value has too many axes."""
+    value = _equation_value(e, args)
+    return None if value is None or v.width(value) > v.MOST_AXES else value
+
+
 def _equation_value(e: Equation, args: list[Value]) -> Value | None:
-    """The value of one equation, or None where the operator is outside the calculus."""
     match e.op:
         case Elementwise(fn, attrs):
             value = _function(fn, dict(attrs), args)
@@ -107,22 +112,36 @@ def _equation_value(e: Equation, args: list[Value]) -> Value | None:
 
 
 def _is_tractable(value: Value) -> bool:
-    """Whether no term has more factors, or more ways to name its bound axes, than rule a and the key can go through.
-    A longer product is a function of its own, a longer contraction a boundary."""
+    """Whether no term has more factors, or more ways to name its bound axes, than rule a and the key can go through,
+    nor a longer coefficient or more axes than are computed with.  What is not is a function of its own, or a
+    boundary."""
 
     def namings(t: Term) -> int:
         return math.prod(map(math.factorial, Counter(axis for axis, _ in t.bound).values()))
 
-    return all(len(t.factors) <= MOST_FACTORS and namings(t) <= MOST_NAMINGS for t in value)
+    def bits(t: Term) -> int:
+        numbers = [f.coefficient for f in t.factors if isinstance(f, Number)]
+        return max((max(abs(n.numerator), n.denominator).bit_length() for n in numbers), default=0)
+
+    return v.width(value) <= v.MOST_AXES and all(
+        len(t.factors) <= MOST_FACTORS and namings(t) <= MOST_NAMINGS and bits(t) <= MOST_BITS for t in value
+    )
+
+
+def _sum(*values: Value) -> Value:
+    """The sum; terms of a long one stay in parentheses."""
+    if sum(map(len, values)) > MOST_TERMS:
+        return tuple(v.as_term(x) for x in values)
+    return v.add(*values)
 
 
 def _function(fn: str, attrs: Mapping[str, str | Fraction], args: list[Value]) -> Value:
     x = args[0]
     match fn:
         case "add":
-            return hoisted(v.add(*args))
+            return hoisted(_sum(*args))
         case "sub":
-            return hoisted(v.add(x, v.negate(args[1])))
+            return hoisted(_sum(x, v.negate(args[1])))
         case "mul":
             return v.multiply(*args)
         case "div":
@@ -154,20 +173,14 @@ def hoisted(value: Value) -> Value:
     for f in value[0].factors:
         if isinstance(f, Number) or not v.factor_tokens(f) < free or v.factor_tokens(f) & value[0].bound:
             continue
-        places = [_place(f, rest) for rest in rests]
-        if all(i is not None for i in places):
+        if all(f in rest for rest in rests):
             common.append(f)
-            for i, rest in zip(places, rests, strict=True):
-                del rest[i]  # type: ignore[arg-type]
+            for rest in rests:
+                rest.remove(f)
     if not common:
         return value
     inner = v.add(*((v.normal_term(t.bound, rest),) for t, rest in zip(value, rests, strict=True)))
     return (v.normal_term((), (*common, Paren(inner))),)
-
-
-def _place(f: Factor, factors: list[Factor]) -> int | None:
-    wanted = v.key((Term(v.NOTHING, (f,)),))
-    return next((i for i, g in enumerate(factors) if v.key((Term(v.NOTHING, (g,)),)) == wanted), None)
 
 
 # -- named laws
@@ -182,33 +195,17 @@ class Law:
     rewrite: Callable[[Value], Value | None]
 
 
-def _without_max(value: Value) -> Value | None:
-    """Substitutes 0 for every maximum taken over an axis."""
-    changed = False
+def without_max(value: Value, gone: Callable[[Call], bool] = lambda _: True) -> Value | None:
+    """Substitutes 0 for every maximum taken over an axis of which `gone` holds; None where there is none."""
+    if not any("max" in b.calls for b in v.bodies(value)):
+        return None
 
-    def in_value(x: Value) -> Value:
-        terms = [t for t in (in_term(t) for t in x) if t is not None]
-        return v.add(*((t,) for t in terms)) if terms else v.number(0)
+    def stripped_of(b: Body, args: tuple[Value, ...]) -> Value | None:
+        return v.number(0) if b.fn == "max" and b.bound and gone(Call(b.fn, b.attrs, b.bound, args)) else None
 
-    def in_term(t: Term) -> Term | None:
-        nonlocal changed
-        factors: list[Factor] = []
-        for f in t.factors:
-            match f:
-                case Call("max", _, bound, _) if bound:
-                    changed = True
-                    return None
-                case Call(fn, attrs, bound, args):
-                    factors.append(Call(fn, attrs, bound, tuple(in_value(a) for a in args)))
-                case Paren(inner):
-                    factors.append(Paren(in_value(inner)))
-                case _:
-                    factors.append(f)
-        return v.normal_term(t.bound, factors)
-
-    result = in_value(value)
-    return result if changed else None
+    stripped = v.rewritten(value, stripped_of)
+    return None if stripped == value else stripped
 
 
-STRIP_MAX = Law("strip-max", "exp(x - max x) / Σ exp(x - max x) = exp x / Σ exp x", _without_max)
+STRIP_MAX = Law("strip-max", "exp(x - max x) / Σ exp(x - max x) = exp x / Σ exp x", without_max)
 LAWS: dict[str, Law] = {law.name: law for law in (STRIP_MAX,)}

@@ -1,4 +1,4 @@
-"""What library calls can compute: contractions of two values, and attention.
+"""What library calls can compute: contractions of two values, alone or added to a third, and attention.
 
 A call counts where its operands lie in memory (inputs) or may be put there.  Attention is recognised in the class
 graph, so that it is found whatever way the program was written:
@@ -20,6 +20,7 @@ from mugraph.search.extract import Problem, is_leaf_edge
 from mugraph.search.laws import IOTA
 
 ATTENTION = "scaled_dot_product_attention"
+ADDED = "addmm"
 MOST = 8  # ways to read one value as attention
 FUSED_DEPTH = 256  # the longest heads that the fastest attention kernels take
 SLOWER_SHARE = 0.5  # of their rate, where other kernels run: f32, an explicit mask, unequal or long heads
@@ -40,13 +41,26 @@ class Attention:
     mask: int | None = None
 
 
-LibraryCall = Edge | Attention
+@dataclass(frozen=True)
+class Added:
+    """A contraction plus a value in memory."""
+
+    product: Edge
+    other: int
+
+
+LibraryCall = Edge | Added | Attention
 
 
 def operands(p: Problem, call: LibraryCall) -> tuple[int, ...]:
     """The classes that the call reads from memory."""
-    if isinstance(call, Edge):
-        return call.children
+    match call:
+        case Edge():
+            return call.children
+        case Added():
+            return (*call.product.children, call.other)
+        case Attention():
+            pass
     found = [call.query, call.keys, call.values, call.bias, call.mask]
     return tuple(x for x in found if x is not None and not made_of_indices(p, x))
 
@@ -56,13 +70,33 @@ def library_calls(p: Problem, c: int) -> list[tuple[LibraryCall, Prediction]]:
     found: list[tuple[LibraryCall, Prediction]] = []
     if c in p.scaled:
         return []
-    for e in p.closure.classes[c].edges:
-        if p.is_matmul(c, e) and readable(p, *e.children):
-            moved = p.bytes(c) + sum(p.bytes(x) for x in set(e.children))
-            left, right = (p.axes(x) for x in e.children)
-            found.append((e, contraction(p.sizes, left, right, p.axes(c), moved, p.dtype, p.device)))
+    calls: list[Edge | Added] = [*_contractions(p, c), *_added(p, c)]
+    for call in calls:
+        moved = p.bytes(c) + sum(p.bytes(x) for x in set(operands(p, call)))
+        left, right = (p.axes(x) for x in (call.product if isinstance(call, Added) else call).children)
+        found.append((call, contraction(p.sizes, left, right, p.axes(c), moved, p.dtype, p.device)))
     found += [(a, attention_seconds(p, c, a)) for a in attentions(p, c)]
     return found
+
+
+def _contractions(p: Problem, c: int) -> list[Edge]:
+    """Of matrices, or of a matrix and a vector: one side at least has an axis of its own."""
+    products = (e for e in _edges(p, c, "product") if e.closes and readable(p, *e.children))
+    return [e for e in products if len({frozenset(p.axes(x)) for x in e.children}) > 1]
+
+
+def _matmuls(p: Problem, c: int) -> list[Edge]:
+    return [e for e in p.closure.classes[c].edges if p.is_matmul(c, e) and readable(p, *e.children)]
+
+
+def _added(p: Problem, c: int) -> Iterator[Added]:
+    """Sums of a contraction over all axes of the class and another value, in one type."""
+    for e in _edges(p, c, "add"):
+        if len(e.children) == 2:
+            for x, other in itertools.permutations(e.children):
+                for product in _matmuls(p, x) if set(p.axes(x)) == set(p.axes(c)) and readable(p, other) else ():
+                    if {p.dtypes.get(y, p.dtype) for y in (*product.children, other)} == {p.dtype}:
+                        yield Added(product, other)
 
 
 def readable(p: Problem, *classes: int) -> bool:

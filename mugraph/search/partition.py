@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mugraph.search.closure import Edge
-from mugraph.search.cost import STAGES, Prediction, beside, predict
+from mugraph.search.cost import STAGES, Amount, Prediction, beside, predict, predicted_seconds
 from mugraph.search.derive import KernelSearch
 from mugraph.search.extract import (
     Assignment,
@@ -29,10 +29,11 @@ from mugraph.search.extract import (
     Survey,
 )  # fmt: skip
 from mugraph.search.footprint import Footprint, work_of
-from mugraph.search.library import Attention, LibraryCall, library_calls, operands
+from mugraph.search.library import Added, Attention, LibraryCall, library_calls, operands
 from mugraph.search.space import SearchSpace
 
-KEPT = 16  # derivations per kernel that the full model ranks
+JOINED = 3  # plans of a group whose launches are joined
+KEPT = 8  # derivations per kernel that the full model ranks
 WHOLE = 128  # a shorter axis is whole in the tile at first
 ACCUMULATED = 40_960  # elements of all accumulators together: 160 of the 256 KiB of registers
 SPLIT_MARGIN = 1.15  # the model is no surer than this, so a split must promise more for its second launch
@@ -41,7 +42,7 @@ SLACK = 4.0  # additive costs that far above the best are not ranked
 RUNS = 24  # assignments of roles that are extracted, cheapest bound first
 ATTEMPTS = ((WHOLE, (1, 4)), (1, (1, 4, 16, 64)))  # (shortest loop, divisors of the first tiles): until one works
 
-Fit = tuple[float, float]  # how far tiles exceed the device, and the predicted seconds
+MOST_TILINGS = 65_536  # of one kernel; beyond, every second or third power of two
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Choice:
     def derivations(self) -> tuple[Derivation, ...]:
         """Those of our own kernels."""
         match self.how:
-            case Edge() | Attention():
+            case Edge() | Added() | Attention():
                 return ()
             case Derivation():
                 return (self.how,)
@@ -76,6 +77,7 @@ class Partition:
         self._at_prices: dict[tuple[tuple[int, ...], tuple[tuple[int, float], ...]], list[Choice]] = {}
         self._surveys: dict[tuple[tuple[int, ...], int], Survey] = {}
         self.configurations = self.entries = 0
+        self.limited = False  # whether the budget of entries left assignments out
         self.seconds = 0.0
 
     # -- prices
@@ -172,11 +174,10 @@ class Partition:
 
     def best(self, derivations: list[Derivation]) -> list[Choice]:
         """The few that the full model likes best, each at its best tiles."""
-        scored = sorted(
-            (self.fit(Footprint(self.p, d), dict(d.tiles))[1] + self.before(self.needs(d)), n)
-            for n, d in enumerate(derivations)
-        )
-        return [c for c in (self.ranked(derivations[n]) for _, n in scored[:KEPT]) if c is not None]
+        tiled = [(self.tiled(d), n) for n, d in enumerate(derivations)]
+        self.p.untiled += sum(math.isinf(seconds) for (seconds, _), _ in tiled)
+        scored = sorted((seconds + self.before(self.needs(d)), n) for (seconds, d), n in tiled if seconds < math.inf)
+        return [self.choice(tiled[n][0][1]) for _, n in scored[:KEPT]]
 
     def needs(self, d: Derivation) -> tuple[int, ...]:
         """What the derivation loads beside inputs."""
@@ -241,10 +242,13 @@ class Partition:
         """All assignments of roles, from several tile sizes; None beyond the budget."""
         if (roots, least) not in self._surveys:
             if self.entries >= self.space.entries:
+                self.limited = True
                 return None
             members = len(frozenset().union(*(self.p.below[r] for r in roots)))
             most = max(1, (self.space.entries - self.entries) // members)
-            assignments = list(itertools.islice(self.assignments(roots, least, shrinks), most))
+            assignments = list(itertools.islice(self.assignments(roots, least, shrinks), most + 1))
+            self.limited |= len(assignments) > most
+            assignments = assignments[:most]
             self.configurations += len(assignments)
             self.entries += len(assignments) * members
             self._surveys[roots, least] = Survey(self.p, roots, assignments)
@@ -351,60 +355,45 @@ class Partition:
 
     # -- tiles
 
-    def ranked(self, d: Derivation) -> Choice | None:
-        """The derivation at the tile sizes that the full model likes best, or None if no tile fits the device."""
+    def tiled(self, d: Derivation) -> tuple[float, Derivation]:
+        """The derivation at the tile sizes that the full model likes best, and its seconds; infinite if no tile fits
+        the device."""
         footprint = Footprint(self.p, d)
-        known: dict[tuple[int, ...], Fit] = {}
-        found = [self.descended(footprint, start, known) for start in self.starts(d)]
-        (excess, _), tiles = min(found, key=lambda x: x[0])
-        if excess > 0:
-            return None
-        d = replace(d, tiles=tuple(sorted(tiles.items())))
-        return Choice(d.roots, d, predict(footprint.work(tiles), self.p.device), self.needs(d))
+        axes = [a for a, _ in d.tiles]
+        tiles = dict(zip(axes, self.tilings(d, footprint), strict=True))
+        excess, seconds = self.fit(footprint, tiles)
+        seconds = np.where(excess > 0, math.inf, seconds) + np.zeros(len(tiles[axes[0]]) if axes else 1)
+        least = float(seconds.min())
+        best = int(np.flatnonzero(seconds <= least * (1 + 1e-9))[0])
+        return least, replace(d, tiles=tuple((a, int(tiles[a][best])) for a in axes))
 
-    def starts(self, d: Derivation) -> list[dict[str, int]]:
-        """The tile sizes that the extraction may start from under these roles, those of the derivation first."""
-        found = [dict(d.tiles)]
-        for shrink, single in itertools.product((1, 4), (True, False)):
-            tiles = self.default_tiles(d.roots, d.roles, shrink, single)
-            if tiles not in found:
-                found.append(tiles)
-        return found
+    def choice(self, d: Derivation) -> Choice:
+        return Choice(d.roots, d, predict(work_of(self.p, d), self.p.device), self.needs(d))
 
-    def descended(
-        self, footprint: Footprint, tiles: dict[str, int], known: dict[tuple[int, ...], Fit]
-    ) -> tuple[Fit, dict[str, int]]:
-        """Steepest descent by factors of two."""
-        axes = sorted(tiles)
-        fixed = {a for a, _ in self.space.tiles}
-        most = {a: MATMUL_TILE if a in footprint.multiplied else ROW_TILE for a in axes}
+    def tilings(self, d: Derivation, footprint: Footprint) -> list[NDArray[np.float64]]:
+        """For each axis its tile sizes, side by side: all powers of two together, those next to where the extraction
+        started first."""
+        fixed = dict(self.space.tiles)
+        sides = []
+        for a, start in d.tiles:
+            most = min(MATMUL_TILE if a in footprint.multiplied else ROW_TILE, power_of_two(self.p.sizes[a]))
+            sides.append([start] if a in fixed else [1 << n for n in range(most.bit_length())])
+        step = 1
+        while math.prod(-(-len(side) // step) for side in sides) > MOST_TILINGS:
+            step += 1
+        grid = np.meshgrid(*(np.array(side[::step], float) for side in sides), indexing="ij")
+        flat = [g.ravel() for g in grid]
+        away = sum((abs(np.log2(g / t)) for g, (_, t) in zip(flat, d.tiles, strict=True)), np.zeros(1))
+        order = np.argsort(away, kind="stable")
+        return [g[order] for g in flat]
 
-        def fit(tiles: dict[str, int]) -> Fit:
-            key = tuple(tiles[a] for a in axes)
-            if key not in known:
-                known[key] = self.fit(footprint, tiles)
-            return known[key]
-
-        score = fit(tiles)
-        while True:
-            steps = [
-                {**tiles, axis: tile}
-                for axis in axes
-                if axis not in fixed
-                for tile in (tiles[axis] * 2, tiles[axis] // 2)
-                if 1 <= tile <= min(most[axis], power_of_two(self.p.sizes[axis]))
-            ]
-            (excess, seconds), n = min(((fit(t), n) for n, t in enumerate(steps)), default=((math.inf, math.inf), 0))
-            if (excess, seconds) >= (score[0], score[1] * (1 - 1e-9)):
-                return score, tiles
-            tiles, score = steps[n], (excess, seconds)
-
-    def fit(self, footprint: Footprint, tiles: Mapping[str, int]) -> Fit:
+    def fit(self, footprint: Footprint, tiles: Mapping[str, Amount]) -> tuple[Amount, Amount]:
+        """How far tiles exceed the device, and the predicted seconds."""
         work = footprint.work(tiles)
         excess = footprint.excess(tiles)
-        excess += max(0.0, STAGES * work.stage + work.resident - self.p.device.shared_bytes_per_block)
-        excess += max(0.0, work.accumulators - ACCUMULATED)
-        return excess, predict(work, self.p.device).seconds
+        excess = excess + np.maximum(0, STAGES * work.stage + work.resident - self.p.device.shared_bytes_per_block)
+        excess = excess + np.maximum(0, work.accumulators - ACCUMULATED)
+        return excess, predicted_seconds(work, self.p.device)
 
 
 def power_of_two(n: int) -> int:
@@ -427,16 +416,34 @@ def partition(
 def _plans(run: Partition, groups: tuple[tuple[int, ...], ...]) -> list[list[Choice]]:
     """The cheapest plan of every group together, then the second of those that have one, and so on; and the cheapest
     with launches joined."""
-    ways = [sorted(_complete(run, _ways(run, targets)), key=run.cost) for targets in groups]
+    ways = [sorted(_with_variants(run, targets), key=run.cost) for targets in groups]
     most = max(map(len, ways), default=0) if all(ways) else 0
     plans = [[c for way in ways for c in way[min(n, len(way) - 1)]] for n in range(most)]
     if most:
-        joined = [joined_up(run, way[0], targets) for way, targets in zip(ways, groups, strict=True)]
+        joined = [
+            min((joined_up(run, plan, targets) for plan in way[:JOINED]), key=run.cost)
+            for way, targets in zip(ways, groups, strict=True)
+        ]
         if run.space.beside:
             joined = [side_by_side(run, way) for way in joined]
         plans.append([c for way in joined for c in way])
     unique = dict.fromkeys(tuple(dict.fromkeys(plan)) for plan in plans)
     return sorted(map(list, unique), key=run.cost)
+
+
+def _with_variants(run: Partition, targets: tuple[int, ...]) -> list[list[Choice]]:
+    """The complete plans of a group; and the cheapest with each launch replaced by others for the same values: one for
+    each set of values that they need."""
+    plans = list(_complete(run, _ways(run, targets)))
+    best = min(plans, key=run.cost, default=[])
+    for choice in best:
+        others: dict[tuple[int, ...], Choice] = {}
+        for other in run.choices.get(choice.roots, ()):
+            others.setdefault(other.needs, other)
+        rest = [c for c in best if c is not choice]
+        made = _complete(run, ([*rest, other] for other in others.values() if other.needs != choice.needs))
+        plans += (_live(plan, targets) for plan in made)
+    return plans
 
 
 def _complete(run: Partition, ways: Iterable[Sequence[Choice]]) -> Iterator[list[Choice]]:

@@ -50,6 +50,7 @@ from mugraph.ir.ops import (
 from mugraph.ir.types import DType, Tensor, tensor
 
 MOST_CELLS = 16  # pieces of one axis; more would blow up the program
+DEEPEST = 40  # pieces of pieces that are taken by recursion; deeper ones are taken first, then all is tried again
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,8 @@ class Stuck(Exception):
 
 def pieces(program: Program) -> Program:
     """The program over cells, with views of inputs only; the program itself where there is nothing to cut."""
-    if not any(_is_view(e, program.tensors()) for e in program.equations):
+    tensors = program.tensors()
+    if not any(_is_view(e, tensors) for e in program.equations):
         return program
     outside: set[str] = set()
     while True:
@@ -128,6 +130,14 @@ def _static(size: Size) -> int:
     if not isinstance(size, int):
         raise Stuck
     return size
+
+
+class Deeper(Exception):
+    """A piece lies too deep for recursion: of a value that is computed, for a demand, or else the whole value."""
+
+    def __init__(self, name: str, demand: Demand | None) -> None:
+        super().__init__()
+        self.name, self.demand = name, demand
 
 
 # -- where axes are cut
@@ -305,11 +315,13 @@ class _Pieces:
         self.values = {i.name: i.tensor for i in program.inputs}
         self.equations: list[Equation] = []
         self.memo: dict[object, str] = {}
+        self.cells_of: dict[object, list[Region]] = {}
+        self.depth = 0
         self.used = set(self.tensors)
 
     def run(self) -> Program:
         for o in self.program.outputs:
-            self.whole(o.value)
+            self.settle(o.value)
         p = self.program
         used = {o.value for o in p.outputs}
         kept: list[Equation] = []
@@ -318,6 +330,20 @@ class _Pieces:
                 kept.append(e)
                 used.update(e.args)
         return Program(p.name, p.inputs, tuple(reversed(kept)), p.outputs)
+
+    def settle(self, output: str) -> None:
+        """Emits an output, however deep it lies."""
+        pending: list[tuple[str, Demand | None]] = [(output, None)]
+        while pending:
+            name, demand = pending[-1]
+            try:
+                if demand is None:
+                    self.whole(name)
+                else:
+                    self.piece(name, demand)
+                pending.pop()
+            except Deeper as deeper:
+                pending.append((deeper.name, deeper.demand))
 
     # -- emission
 
@@ -405,14 +431,20 @@ class _Pieces:
             return self.memo[key]
         changed = {a.name: full[a.name] for a in own.axes if full[a.name] != Region(0, ((a, 1),))}
         e = self.defined.get(name)
-        if e is None or not is_calculable(e, self.outside):
-            self.whole(name)
-            found = self.view(name, changed)
-        else:
-            try:
-                found = self.computed(e, full, not changed)
-            except Stuck as stuck:
-                raise stuck if stuck.equation else Stuck(e) from None
+        computed = e is not None and is_calculable(e, self.outside)
+        if self.depth >= DEEPEST and e is not None and (computed or name not in self.values):
+            raise Deeper(name, demand if computed else None)
+        self.depth += 1
+        try:
+            if e is not None and computed:
+                found = self.same(e, self.computed(e, full, not changed))
+            else:
+                self.whole(name)
+                found = self.view(name, changed)
+        except Stuck as stuck:
+            raise stuck if stuck.equation or not computed else Stuck(e) from None
+        finally:
+            self.depth -= 1
         self.memo[key] = found
         return found
 
@@ -519,7 +551,7 @@ class _Pieces:
                 return self.total(e, axes, full, target)
             case Slice(axis, out, start, step):
                 moved = {axis: full[out.name].inside(start, step)}
-                return self.same(e, self.of(e.args[0], {**full, **moved}), target)
+                return self.of(e.args[0], {**full, **moved})
             case Rename(pairs):
                 return self.renamed(e, pairs, full, target)
             case Reshape(dims):
@@ -532,14 +564,11 @@ class _Pieces:
     def of(self, arg: str, full: Demand) -> str:
         return self.piece(arg, {a.name: full[a.name] for a in self.tensors[arg].axes if a.name in full})
 
-    def same(self, e: Equation, found: str, target: Tensor | None) -> str:
-        """A piece that is there already, under its own name only where that name is asked for."""
-        del target
-        return (
-            self.emit(e, Cast(e.target.dtype), [found], e.target.name)
-            if self.values[found].dtype is not e.target.dtype
-            else found
-        )
+    def same(self, e: Equation, found: str) -> str:
+        """A piece in the element type of the whole: without an axis of size 1 it may be a scalar, which counts less."""
+        if self.values[found].dtype is e.target.dtype:
+            return found
+        return self.emit(e, Cast(e.target.dtype), [found], e.target.name)
 
     def index(self, e: Equation, region: Region, target: Tensor | None) -> str:
         """start + Σ stride · index."""
@@ -580,6 +609,9 @@ class _Pieces:
         whole = _axis(self.tensors[args[0]], axis)
         if whole.size == 1:
             return [Region(0, ())]
+        key = (e.target.name, axis, frozenset(taken))
+        if key in self.cells_of:
+            return self.cells_of[key]
         cuts = sorted({c for a in args for c in self.cuts[a].get(axis, ())} | set(self.tiled.get(axis, ())))
         found = []
         for region in self.cells(whole, cuts):
@@ -587,6 +619,7 @@ class _Pieces:
                 (Axis(self.names.fresh(a.name), a.size) if a.name in taken else a, s) for a, s in region.digits
             )
             found.append(Region(region.start, digits))
+        self.cells_of[key] = found
         return found
 
     def is_whole(self, e: Equation, axes: Sequence[str], full: Mapping[str, Region]) -> bool:
@@ -633,7 +666,7 @@ class _Pieces:
         own = {a.name: Region(0, ((a, 1),)) for a in arg.axes if a.name in kept}
         names = [a.name for region in {**demand, **own}.values() for a in region.axes]
         if len(set(names)) < len(names) or not kept:
-            return self.same(e, self.piece(arg.name, demand), target)
+            return self.piece(arg.name, demand)
         inner = self.piece(arg.name, {**demand, **own})
         return self.emit(e, Rename(tuple(kept.items())), [inner], e.target.name, target)
 
@@ -655,7 +688,7 @@ class _Pieces:
         found = self.piece(arg.name, demand)
         if units:
             return self.emit(e, Broadcast(tuple(units)), [found], e.target.name)
-        return self.same(e, found, target)
+        return found
 
     def picked(
         self, e: Equation, axes: Sequence[str], full: dict[str, Region], region: Region, target: Tensor | None
@@ -667,7 +700,7 @@ class _Pieces:
             if low <= region.start and region.last() < low + size:
                 moved = Region(region.start - low, region.digits)
                 others = {a: r for a, r in full.items() if a != e.op.out.name}  # type: ignore[union-attr]
-                return self.same(e, self.of(arg, {**others, axis: moved}), target)
+                return self.of(arg, {**others, axis: moved})
             low += size
         raise Stuck
 

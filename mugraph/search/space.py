@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -9,6 +10,8 @@ from mugraph.errors import SettingError
 from mugraph.search.abstraction import ABSTRACTIONS, AbstractionName
 from mugraph.search.laws import LAWS
 from mugraph.settings import Effort
+
+BUDGETS = ("nodes", "entries", "states", "operators")
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,8 @@ class SearchSpace:
     nodes         budget of factors in the expressions of the closure
     entries       budget of classes looked at, over all assignments of roles of all kernels
     states        budget of expanded states, over all kernels
+    operators     a program of more operators (views and numbers apart) is cut into segments of at most that many
+    segments      budget of different segments searched, for each size at which costs are compared
     candidates    budget of the enumerator, which widens the closure with identities found bottom-up; 0: it does not run
     abstraction   what the enumerator is pruned by: "closure", "size" or "off"
     """
@@ -51,13 +56,15 @@ class SearchSpace:
     nodes: int = 4_000
     entries: int = 1_000_000
     states: int = 32_000
+    operators: int = 20
+    segments: int = 40
     candidates: int = 0
     abstraction: AbstractionName = "closure"
 
     def __post_init__(self) -> None:
         if unknown := set(self.laws) - set(LAWS):
             raise SettingError(f"unknown laws {sorted(unknown)}", remedy=f"known: {', '.join(LAWS)}")
-        for name in ("symbolic", "kernels", "nodes", "entries", "states"):
+        for name in ("symbolic", "kernels", "nodes", "entries", "states", "operators", "segments"):
             if getattr(self, name) < 1:
                 raise SettingError(f"SearchSpace.{name} is {getattr(self, name)}", remedy="give at least 1")
         if any(size < 1 for size in self.sizes):
@@ -77,8 +84,28 @@ class SearchSpace:
         """The same space with some fields changed."""
         return replace(self, **changes)
 
+    def under_default_budgets(self) -> SearchSpace:
+        """The space with no budget beyond the default one, and without the enumerator: part of this one."""
+        least = {f.name: min(getattr(self, f.name), f.default) for f in fields(self) if f.name in BUDGETS}
+        return self.but(**least, candidates=0)
+
     def __str__(self) -> str:
         return "SearchSpace(" + ", ".join(f"{f.name}={getattr(self, f.name)!r}" for f in fields(self)) + ")"
+
+
+def space_from(text: str) -> SearchSpace:
+    """The space that was printed so.  Raises SettingError for another text.
+
+    >>> space_from(str(SearchSpace(kernels=3))).kernels
+    3
+    """
+    try:
+        call = ast.parse(text, mode="eval").body
+        if not isinstance(call, ast.Call) or call.args:
+            raise ValueError("it is no SearchSpace(...)")
+        return SearchSpace(**{str(k.arg): ast.literal_eval(k.value) for k in call.keywords})
+    except (SyntaxError, TypeError, ValueError) as error:
+        raise SettingError(f"{text[:40]!r} is not the text of a SearchSpace: {error}") from error
 
 
 def space_of(effort: Effort) -> SearchSpace:

@@ -5,6 +5,11 @@
     Factor = Load(input, tokens) | Number(coefficient, sizes) | Call(fn, attrs, bound, args) | Paren(Value)
     Token  = (axis, uid)                              uid 0 is free; bound tokens have uids of their own
 
+A call or a sum in parentheses is a `Body` at tokens, as a load is an input at tokens: what it is made of stands there
+once, under names of its own.  So renaming touches one level, and a value of a program of any depth is a graph in which
+everything is shared.  A body has a digest (Merkle, 1987) that does not depend on bound names nor on the order of terms
+and factors: it is compared, looked up and evaluated once.
+
 Two expressions are one *class* iff they agree in Z_p x Z_q on random inputs at tiny sizes, where a sum is an integral
 against random weights: Σ_k f = Σ_i w_k[i] f(i).  Every law of sums holds for any weights, and Σ_k 1 is a random
 element, so no size coincides with a literal or with another size by accident.
@@ -12,11 +17,12 @@ element, so no size coincides with a literal or with another size by accident.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
-from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -25,14 +31,19 @@ from mugraph.ir import fields
 from mugraph.ir.fields import P, Q, U, Words
 
 Token = tuple[str, int]
+Tokens = tuple[Token, ...]
 
 
 class Load(NamedTuple):
     """An input (or a boundary value) under an index map."""
 
     name: str
-    tokens: tuple[Token, ...]
+    tokens: Tokens
     kind: Literal["load"] = "load"
+
+    @property
+    def free(self) -> frozenset[Token]:
+        return frozenset(self.tokens)
 
 
 class Number(NamedTuple):
@@ -42,22 +53,164 @@ class Number(NamedTuple):
     sizes: tuple[tuple[str, int], ...] = ()
     kind: Literal["number"] = "number"
 
+    @property
+    def free(self) -> frozenset[Token]:
+        return NOTHING
 
-class Call(NamedTuple):
+
+class Body:
+    """A function of values, or (fn "") a sum, over parameters: its free tokens.
+
+    digest      the same for bodies that differ in names of tokens and order alone, where parameters correspond
+    symmetries  the orders of the parameters that give the same body; the first is the order that they have
+    places      for each parameter the first that a symmetry puts in its place
+    closed      the axes that are summed or reduced over inside
+    calls       the names of the functions inside, its own included
+    degree      how many exponentials it carries more than it divides by
+    width       the most axes that evaluation meets inside at once
+    """
+
+    calls: frozenset[str]
+    __slots__ = (
+        "args",
+        "attrs",
+        "bound",
+        "calls",
+        "closed",
+        "degree",
+        "digest",
+        "fn",
+        "params",
+        "places",
+        "symmetries",
+        "width",
+    )
+
+    def __init__(self, fn: str, attrs: tuple[Any, ...], bound: frozenset[Token], args: tuple[Value, ...]) -> None:
+        self.fn, self.attrs, self.bound, self.args = fn, attrs, bound, args
+        free = frozenset().union(*map(free_tokens, args))
+        best: str | None = None
+        orders: list[Tokens] = []
+        for order in _orders(_places(free - bound, args, fn in COMMUTATIVE)):
+            names = {t: f"{i}" for i, t in enumerate(order)}
+            found = self._digest(names, free & bound)
+            if best is None or found < best:
+                best, orders = found, [order]
+            elif found == best:
+                orders.append(order)
+        assert best is not None
+        self.digest, self.params = best, orders[0]
+        self.symmetries = tuple(tuple(map(self.params.index, order)) for order in orders)
+        self.places = tuple(map(min, zip(*self.symmetries, strict=True)))
+        terms = [t for x in args for t in x]
+        closing = [bound, *(t.bound for t in terms)]
+        self.closed = frozenset(axis for tokens in closing for axis, _ in tokens).union(
+            *(closed_axes(f) for t in terms for f in t.factors)
+        )
+        self.calls = frozenset((fn,)).union(*(b.calls for b in self.parts()))
+        self.degree = int(fn in ("exp", "masked_exp"))
+        if fn in ("", "inv"):
+            most = max(sum(map(degree, t.factors)) for t in terms)
+            self.degree = -most if fn else most
+        self.width = max(len(free), *map(width, args))
+
+    def parts(self) -> Iterator[Body]:
+        """The bodies that it is made of, one level down."""
+        return (b for x in self.args for b in bodies(x))
+
+    def _digest(self, names: dict[Token, str], bound: Iterable[Token]) -> str:
+        """The least over all ways to name the bound tokens."""
+        keys = []
+        for own in _namings(bound, self.args, "!"):
+            args = [value_key(x, names | own) for x in self.args]
+            keys.append(sorted(args) if self.fn in COMMUTATIVE else args)
+        text = repr((self.fn, self.attrs, sorted(t[0] for t in self.bound), list(names.values()), min(keys)))
+        return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
+
+
+class Applied:
+    """A body at tokens, one for each parameter.  Equal if the bodies are, up to their symmetries."""
+
+    __slots__ = ("_opened", "body", "free", "tokens")
+
+    def __init__(self, body: Body, tokens: Tokens) -> None:
+        self.body = body
+        if len(body.symmetries) > 1:
+            tokens = min(tuple(tokens[i] for i in order) for order in body.symmetries)
+        self.tokens, self.free = tokens, frozenset(tokens)
+        self._opened: tuple[frozenset[Token], tuple[Value, ...]] | None = None
+
+    def at(self, tokens: Tokens) -> Any:
+        """The same body at other tokens."""
+        other = object.__new__(type(self))
+        Applied.__init__(other, self.body, tokens)
+        return other
+
+    def opened(self) -> tuple[frozenset[Token], tuple[Value, ...]]:
+        """The bound tokens and the arguments under the tokens of this use."""
+        if self._opened is None:
+            body, names = self.body, {p: t for p, t in zip(self.body.params, self.tokens, strict=True) if p != t}
+            bound, args = body.bound, body.args
+            if names:
+                if not bound.isdisjoint(names.values()):
+                    own = fresh_tokens(bound)
+                    bound, names = frozenset(own.values()), names | own
+                args = tuple(rename(x, names) for x in args)
+            self._opened = bound, args
+        return self._opened
+
+    def __eq__(self, other: object) -> bool:
+        if self is other:
+            return True
+        return isinstance(other, Applied) and self.body.digest == other.body.digest and self.tokens == other.tokens
+
+    def __hash__(self) -> int:
+        return hash((self.body.digest, self.tokens))
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.body.fn}#{self.body.digest[:6]}{list(self.tokens)})"
+
+
+class Call(Applied):
     """An opaque function of values.  `max` and `min` with bound tokens are reductions."""
 
-    fn: str
-    attrs: tuple[Any, ...]
-    bound: frozenset[Token]
-    args: tuple[Value, ...]
-    kind: Literal["call"] = "call"
+    __slots__ = ()
+    __match_args__ = ("fn", "attrs", "bound", "args")
+
+    def __init__(self, fn: str, attrs: tuple[Any, ...], bound: frozenset[Token], args: tuple[Value, ...]) -> None:
+        body = Body(fn, attrs, bound, args)
+        super().__init__(body, body.params)
+
+    @property
+    def fn(self) -> str:
+        return self.body.fn
+
+    @property
+    def attrs(self) -> tuple[Any, ...]:
+        return self.body.attrs
+
+    @property
+    def bound(self) -> frozenset[Token]:
+        return self.opened()[0]
+
+    @property
+    def args(self) -> tuple[Value, ...]:
+        return self.opened()[1]
 
 
-class Paren(NamedTuple):
+class Paren(Applied):
     """A sum used as a factor."""
 
-    value: Value
-    kind: Literal["paren"] = "paren"
+    __slots__ = ()
+    __match_args__ = ("value",)
+
+    def __init__(self, value: Value) -> None:
+        body = Body("", (), NOTHING, (value,))
+        super().__init__(body, body.params)
+
+    @property
+    def value(self) -> Value:
+        return self.opened()[1][0]
 
 
 Factor = Load | Number | Call | Paren
@@ -71,9 +224,12 @@ class Term(NamedTuple):
 
 Value = tuple[Term, ...]
 
+MOST_AXES = 10  # of a value, and of what is multiplied on the way to it: its points have 2 elements or 3 an axis
+COMMUTATIVE = frozenset({"max", "min", "and", "or"})
 ONE = Number(Fraction(1))
 NOTHING: frozenset[Token] = frozenset()
 SAMPLE: Token = ("", 0)  # the dimension of independent samples, in points only
+MOST_ORDERS = 720  # of tokens; beyond, bodies that differ in order and names may not be told to be the same
 _uids = itertools.count(1)
 
 
@@ -82,80 +238,111 @@ _uids = itertools.count(1)
 
 def factor_tokens(f: Factor) -> frozenset[Token]:
     """The tokens that are free in a factor."""
-    match f:
-        case Load(_, index):
-            return frozenset(index)
-        case Number():
-            return NOTHING
-        case Call(_, _, bound, args):
-            return frozenset().union(*(free_tokens(a) for a in args)) - bound
-        case Paren(value):
-            return free_tokens(value)
+    return f.free
 
 
-@lru_cache(maxsize=1 << 16)
+def bodies(value: Value) -> Iterator[Body]:
+    """The bodies at the top of a value."""
+    return (f.body for t in value for f in t.factors if isinstance(f, Applied))
+
+
 def free_tokens(value: Value) -> frozenset[Token]:
-    return frozenset().union(*(factor_tokens(f) - t.bound for t in value for f in t.factors))
+    if len(value) == 1:
+        return _held(value[0].factors) - value[0].bound
+    return frozenset().union(*[_held(t.factors) - t.bound for t in value])
 
 
-@lru_cache(maxsize=1 << 16)
+def _held(factors: Iterable[Factor]) -> frozenset[Token]:
+    return frozenset().union(*[f.free for f in factors])
+
+
 def weight(value: Value) -> int:
-    """The number of factors in the value, nested ones included: what it costs to look at."""
-    total_weight = 0
-    for f in (f for t in value for f in t.factors):
-        match f:
-            case Call(_, _, _, args):
-                total_weight += 1 + sum(weight(a) for a in args)
-            case Paren(inner):
-                total_weight += 1 + weight(inner)
-            case _:
-                total_weight += 1
-    return total_weight
+    """The number of factors, those within calls and parentheses not counted: what it costs to look at."""
+    return sum(len(t.factors) for t in value)
+
+
+def width(value: Value) -> int:
+    """The most axes that evaluation meets at once."""
+    inside = [b.width for b in bodies(value)]
+    return max(len(free_tokens(value)), *inside, *map(_term_width, value))
+
+
+def _term_width(term: Term) -> int:
+    held = len(_held(term.factors))
+    return held if held <= MOST_AXES else max(n for _, _, n in elimination(term))
+
+
+def elimination(term: Term) -> list[tuple[Factor, Iterable[Token], int]]:
+    """The factors in an order to multiply them in, the bound tokens that are summed over after each, and the number of
+    tokens before that.  Of many tokens, the factor that brings the fewest comes next."""
+    if len(term.factors) == 1:
+        return [(term.factors[0], term.bound, len(term.factors[0].free))]
+    left = [(f, f.free) for f in term.factors]
+    greedy = len(frozenset().union(*(ts for _, ts in left))) > MOST_AXES
+    found: list[tuple[Factor, Iterable[Token], int]] = []
+    held: frozenset[Token] = NOTHING
+    while left:
+        at = min(range(len(left)), key=lambda i: len(held | left[i][1])) if greedy else 0
+        f, tokens = left.pop(at)
+        held |= tokens
+        done = held & term.bound
+        done = done.difference(*(ts for _, ts in left)) if done else done
+        found.append((f, done, len(held)))
+        held -= done
+    return found
 
 
 def closed_axes(f: Factor) -> frozenset[str]:
     """The axes that are summed or reduced over inside a factor."""
-    match f:
-        case Load() | Number():
-            return frozenset()
-        case Call(_, _, bound, args):
-            return frozenset(t[0] for t in bound).union(*(_closed_in(a) for a in args))
-        case Paren(value):
-            return _closed_in(value)
+    return f.body.closed if isinstance(f, Applied) else frozenset()
 
 
-@lru_cache(maxsize=1 << 16)
-def _closed_in(value: Value) -> frozenset[str]:
-    return frozenset(a for t in value for a, _ in t.bound).union(*(closed_axes(f) for t in value for f in t.factors))
+def degree(f: Factor) -> int:
+    """How many exponentials a factor carries more than it divides by."""
+    return f.body.degree if isinstance(f, Applied) else 0
 
 
 def rename_factor(f: Factor, names: Mapping[Token, Token]) -> Factor:
-    match f:
-        case Load(name, index):
-            return Load(name, tuple(names.get(t, t) for t in index))
-        case Number():
-            return f
-        case Call(fn, attrs, bound, args):
-            names = _unbound(names, bound)
-            return Call(fn, attrs, bound, tuple(rename(a, names) for a in args))
-        case Paren(value):
-            return Paren(rename(value, names))
+    if isinstance(f, Number) or names.keys().isdisjoint(f.tokens):
+        return f
+    tokens = tuple([names.get(t, t) for t in f.tokens])
+    return Load(f.name, tokens) if isinstance(f, Load) else f.at(tokens)
 
 
 def rename(value: Value, names: Mapping[Token, Token]) -> Value:
-    """Renames free tokens.  New names are free ones or fresh, so nothing is captured; a token may be free here and
-    bound further in, where the same sum is used twice."""
-    names = {old: new for old, new in names.items() if old in free_tokens(value) and old != new}
-    if not names:
-        return value
-    return tuple(
-        Term(t.bound, tuple(rename_factor(f, inner) for f in t.factors))
-        for t, inner in ((t, _unbound(names, t.bound)) for t in value)
-    )
+    """Renames free tokens."""
+    free = free_tokens(value)
+    names = {old: new for old, new in names.items() if old in free and old != new}
+    return tuple(_renamed_term(t, names) for t in value) if names else value
 
 
-def _unbound(names: Mapping[Token, Token], bound: frozenset[Token]) -> Mapping[Token, Token]:
-    return names if bound.isdisjoint(names) else {old: new for old, new in names.items() if old not in bound}
+def _renamed_term(t: Term, names: Mapping[Token, Token]) -> Term:
+    """A token may be free in one term and bound in another.  What a new name would capture is freshened.  Where the
+    new name is of another axis (an alias), sums over that axis go over one that is free no more: Σ_k x[b,k]·w[k,n]
+    with k for n is Σ_n x[b,n]·w[n,k], so that no part has one axis twice."""
+    if not t.bound.isdisjoint(names):
+        names = {old: new for old, new in names.items() if old not in t.bound}
+    own: dict[Token, Token] = {}
+    exchanged = {new[0]: old[0] for old, new in names.items() if old[0] != new[0]}
+    if exchanged:
+        left = {names.get(token, token)[0] for token in _held(t.factors) - t.bound}
+        for b in sorted(t.bound):
+            if b[0] in left and b[0] in exchanged:
+                own[b] = (_spare(b[0], exchanged[b[0]], left), next(_uids))
+    if not t.bound.isdisjoint(names.values()):
+        own = fresh_tokens(t.bound - own.keys()) | own
+    inner = {**names, **own}
+    return Term(frozenset(own.get(b, b) for b in t.bound), tuple(rename_factor(f, inner) for f in t.factors))
+
+
+def _spare(axis: str, alias: str, taken: Collection[str]) -> str:
+    """An alias of the axis that is not taken, or the axis.  Aliases share the name before "_": then it is the first
+    that is not taken, so that all sums which must evade an axis go over the same one."""
+    group = axis.partition("_")[0]
+    if alias.partition("_")[0] == group:
+        names = itertools.chain([group], (f"{group}_{i}" for i in itertools.count(1)))
+        alias = next(name for name in names if name == alias or name not in taken)
+    return axis if alias in taken else alias
 
 
 def fresh_tokens(tokens: Iterable[Token]) -> dict[Token, Token]:
@@ -188,28 +375,28 @@ def load(name: str, axes: Iterable[str]) -> Value:
 def normal_term(bound: Iterable[Token], factors: Iterable[Factor]) -> Term:
     """Splices one-term parentheses, folds coefficients into at most one, and replaces Σ_k c by |k|·c."""
     live, flat, coefficient = set(bound), list[Factor](), ONE
-    pending = list(factors)
+    pending = list(reversed(tuple(factors)))
     while pending:
-        f = pending.pop(0)
-        match f:
-            case Paren((only,)):
-                only = freshened(only)
-                live |= only.bound
-                pending = [*only.factors, *pending]
-            case Number():
-                coefficient = product_of_numbers(coefficient, f)
-            case _:
-                flat.append(f)
-    held = frozenset().union(*(factor_tokens(f) for f in flat))
-    for token in sorted(live - held):
+        f = pending.pop()
+        if isinstance(f, Number):
+            coefficient = product_of_numbers(coefficient, f)
+        elif isinstance(f, Paren) and len(f.body.args[0]) == 1:
+            only = freshened(f.value[0])
+            live |= only.bound
+            pending += reversed(only.factors)
+        else:
+            flat.append(f)
+    for token in sorted(live - _held(flat)):
         live.discard(token)
         coefficient = product_of_numbers(coefficient, Number(Fraction(1), ((token[0], 1),)))
-    if coefficient != ONE or not flat:
+    if not flat or (coefficient is not ONE and coefficient != ONE):
         flat.insert(0, coefficient)
     return Term(frozenset(live), tuple(flat))
 
 
 def product_of_numbers(a: Number, b: Number) -> Number:
+    if a is ONE:
+        return b
     powers: dict[str, int] = defaultdict(int)
     for axis, power in (*a.sizes, *b.sizes):
         powers[axis] += power
@@ -276,68 +463,127 @@ def invert(value: Value) -> Value:
     return (normal_term((), factors),)
 
 
+def rewritten(value: Value, rule: Callable[[Body, tuple[Value, ...]], Value | None]) -> Value:
+    """The value with `rule` applied to every call and reduction in it, innermost first.  The rule gets a body and its
+    arguments, which are rewritten already, and gives the value that takes its place, or None for the same call."""
+    known: dict[str, tuple[Tokens, Value] | None] = {}  # over its parameters; None: as it was
+    pending = list(bodies(value))
+    while pending:
+        top = pending[-1]
+        inside = [] if top.digest in known else [b for b in top.parts() if b.digest not in known]
+        pending += inside
+        if not inside:
+            pending.pop()
+            if top.digest not in known:
+                args = tuple(_replaced(x, known) for x in top.args)
+                new = rule(top, args) if top.fn else args[0]
+                if new is None and args != top.args:
+                    new = (Term(NOTHING, (Call(top.fn, top.attrs, top.bound, args),)),)
+                same = new is None or (not top.fn and args == top.args)
+                known[top.digest] = None if new is None or same else (top.params, new)
+    return _replaced(value, known)
+
+
+def _replaced(value: Value, known: Mapping[str, tuple[Tokens, Value] | None]) -> Value:
+    """The value with other values in place of its bodies."""
+    if not any(known[b.digest] for b in bodies(value)):
+        return value
+
+    def factor(f: Factor) -> Factor:
+        new = known[f.body.digest] if isinstance(f, Applied) else None
+        return f if new is None else Paren(rename(new[1], dict(zip(new[0], f.tokens, strict=True))))  # type: ignore[union-attr]
+
+    return add(*((normal_term(t.bound, map(factor, t.factors)),) for t in value))
+
+
 # -- a syntactic key, equal for values that differ only in bound names and in order
 
-
-def key(value: Value) -> tuple[Any, ...]:
-    return _value_key(value, {}, 0)
+Key = tuple[Any, ...]
 
 
-def _value_key(value: Value, names: Mapping[Token, str], depth: int) -> tuple[Any, ...]:
-    return tuple(sorted(_term_key(t, names, depth) for t in value))
+def key(value: Value) -> Key:
+    return value_key(value, {t: f"{t[0]}:{t[1]}" for t in free_tokens(value)})
 
 
-def _namings(bound: Iterable[Token], depth: int) -> Iterator[dict[Token, str]]:
-    """All namings of bound tokens by axis and number; tokens of different axes are never confused."""
-    by_axis: dict[str, list[Token]] = defaultdict(list)
-    for t in sorted(bound):
-        by_axis[t[0]].append(t)
-    for orders in itertools.product(*(itertools.permutations(ts) for ts in by_axis.values())):
-        yield {t: f"{t[0]}~{depth}.{i}" for order in orders for i, t in enumerate(order)}
+def value_key(value: Value, names: Mapping[Token, str]) -> Key:
+    """The key where free tokens have these names."""
+    return tuple(sorted(term_key(t, names) for t in value)) if len(value) > 1 else (term_key(value[0], names),)
 
 
-def _term_key(term: Term, names: Mapping[Token, str], depth: int) -> tuple[Any, ...]:
-    best: tuple[Any, ...] | None = None
-    for own in _namings(term.bound, depth):
+def term_key(term: Term, names: Mapping[Token, str]) -> Key:
+    """The least over all ways to name the bound tokens: these names, and the keys of the factors, in order."""
+    if not term.bound:
+        return (), tuple(sorted([factor_key(f, names) for f in term.factors]))
+    found = []
+    for own in _namings(term.bound, ((Term(NOTHING, term.factors),),)):
         inner = {**names, **own}
-        candidate = (
-            tuple(sorted(own.values())),
-            tuple(sorted(_factor_key(f, inner, depth + 1) for f in term.factors)),
-        )
-        if best is None or candidate < best:
-            best = candidate
-    assert best is not None
-    return best
+        found.append((tuple(sorted(own.values())), tuple(sorted([factor_key(f, inner) for f in term.factors]))))
+    return min(found) if len(found) > 1 else found[0]
 
 
-_COMMUTATIVE = {"max", "min", "and", "or"}
+def factor_key(f: Factor, names: Mapping[Token, str]) -> tuple[str, ...]:
+    """What it is, then the names of its tokens."""
+    if isinstance(f, Load):
+        return (f"load {f.name}", *[names[t] for t in f.tokens])
+    if isinstance(f, Number):
+        return (f"number {f.coefficient} {f.sizes}",)
+    if len(f.body.symmetries) == 1:
+        return (f.body.digest, *[names[t] for t in f.tokens])
+    return (f.body.digest, *min(tuple(names[f.tokens[i]] for i in order) for order in f.body.symmetries))
 
 
-def _factor_key(f: Factor, names: Mapping[Token, str], depth: int) -> tuple[Any, ...]:
-    match f:
-        case Load(name, index):
-            return ("load", name, tuple(names.get(t, f"{t[0]}:{t[1]}") for t in index))
-        case Number(coefficient, sizes):
-            return ("number", str(coefficient), sizes)
-        case Paren(value):
-            return ("paren", "", _value_key(value, names, depth))
-        case Call(fn, attrs, bound, args):
-            candidates = []
-            for own in _namings(bound, depth):
-                keys = [_value_key(a, {**names, **own}, depth + 1) for a in args]
-                candidates.append(tuple(sorted(keys) if fn in _COMMUTATIVE else keys))
-            return ("call", f"{fn}{attrs}{sorted(t[0] for t in bound)}", min(candidates))
+def _namings(bound: Iterable[Token], args: Iterable[Value], mark: str = "~") -> Iterator[dict[Token, str]]:
+    """All namings of bound tokens by axis and number; tokens of different axes are never confused."""
+    axes: dict[Token, Any] = {t: t[0] for t in bound}
+    if len(set(axes.values())) < len(axes):
+        axes = {t: (t[0], places) for t, places in _places(bound, args, True).items()}
+    for order in _orders(axes):
+        yield {t: f"{t[0]}{mark}{i}" for i, t in enumerate(order)}
+
+
+def _places(tokens: Iterable[Token], args: Iterable[Value], unordered: bool) -> dict[Token, Any]:
+    """Where each token stands: what must be the same for tokens that a symmetry exchanges."""
+    found: dict[Token, Any] = {t: [] for t in tokens}
+    for i, x in enumerate(args):
+        for term in x:
+            for f in term.factors:
+                if isinstance(f, Number):
+                    continue
+                name, places = (f.name, None) if isinstance(f, Load) else (f.body.digest, f.body.places)
+                for at, t in enumerate(f.tokens):
+                    if t in found and t not in term.bound:
+                        found[t].append((0 if unordered else i, name, places[at] if places else at))
+    for places in found.values():
+        places.sort()
+    return found
+
+
+def _orders(ranks: Mapping[Token, Any]) -> Sequence[Tokens]:
+    """All orders of tokens in which their ranks ascend; of too many, one."""
+    ordered = sorted(ranks, key=lambda t: (ranks[t], t))
+    groups = [list(group) for _, group in itertools.groupby(ordered, key=ranks.__getitem__)]
+    if len(groups) == len(ordered) or math.prod(math.factorial(len(g)) for g in groups) > MOST_ORDERS:
+        return (tuple(ordered),)
+    return [tuple(itertools.chain(*order)) for order in itertools.product(*map(itertools.permutations, groups))]
 
 
 # -- evaluation in the fields
 
 
 class Point(NamedTuple):
-    """A value at the random inputs: its free tokens and its two components; the second is lost by exp."""
+    """A value at the random inputs: its free tokens, and an array over (field, *tokens) of its components in Z_p and
+    in Z_q; the second is lost by exp."""
 
-    tokens: tuple[Token, ...]
-    p: Words
-    q: Words | None
+    tokens: Tokens
+    words: Words
+
+    @property
+    def p(self) -> Words:
+        return np.asarray(self.words[0])
+
+    @property
+    def q(self) -> Words | None:
+        return np.asarray(self.words[1]) if len(self.words) == 2 else None
 
 
 class Fingerprinter:
@@ -353,142 +599,204 @@ class Fingerprinter:
         self.base, self.static, self.key, self.samples = base, static, key, samples
         aliased = {b for a, b in base.items() if a != b}
         self.wide = {a for a in base if base[a] in aliased}
-        self.points: dict[Factor | Value, Point] = {}
         self.omega = np.asarray(fields.order_q_element("search", key), dtype=U)
-        self._weights: dict[tuple[str, int], Words] = {}
+        self._bodies: dict[tuple[str, tuple[int, ...]], Words] = {}  # by digest and sizes; dimensions as parameters
+        self._loads: dict[tuple[str, tuple[str, ...]], Words] = {}
+        self._weights: dict[str, Words] = {}
+        self.words = 0  # that what is kept takes
 
     def length(self, axis: str) -> int:
         return 3 if axis in self.wide else 2
 
-    def weights(self, axis: str, modulus: int) -> Words:
+    def weights(self, axis: str) -> Words:
+        """An array over (field, index)."""
         axis = self.base.get(axis, axis)
-        found = self._weights.get((axis, modulus))
+        found = self._weights.get(axis)
         if found is None:
-            found = fields.random_words(("weight", axis, self.key), (self.length(axis),), modulus)
-            if axis in self.static:
-                rest = int(found[:-1].sum()) % modulus
-                found[-1] = (self.static[axis] - rest) % modulus
-            self._weights[axis, modulus] = found
+            rows = [fields.random_words(("weight", axis, self.key), (self.length(axis),), m) for m in (P, Q)]
+            for row, modulus in zip(rows, (P, Q), strict=True):
+                if axis in self.static:
+                    rest = int(row[:-1].sum()) % modulus
+                    row[-1] = (self.static[axis] - rest) % modulus
+            found = self._weights[axis] = np.stack(rows)
         return found
 
     def fingerprint(self, value: Value) -> Print:
-        return print_of(self.value(value))
+        found = print_of(self.value(value))
+        self.words += len(found[1]) // 8
+        return found
 
     def value(self, value: Value) -> Point:
-        found = self.points.get(value)
-        if found is None:
-            found = self.term(value[0])
-            for t in value[1:]:
-                found = self.join(found, self.term(t), multiply_them=False)
-            self.points[value] = found
+        found = self.term(value[0])
+        for t in value[1:]:
+            found = self.join(found, self.term(t), multiply_them=False)
         return found
 
     def term(self, term: Term) -> Point:
-        point = self.factor(term.factors[0])
-        for f in term.factors[1:]:
-            point = self.join(point, self.factor(f), multiply_them=True)
-        for token in term.bound:
-            point = self.integral(point, token)
+        point: Point | None = None
+        for f, closed, _ in elimination(term):
+            point = self.factor(f) if point is None else self.join(point, self.factor(f), multiply_them=True)
+            for token in closed:
+                point = self.integral(point, token)
+        assert point is not None
         return point
 
     def integral(self, point: Point, token: Token) -> Point:
-        at = point.tokens.index(token)
-        shape = [1] * len(point.tokens)
-        shape[at] = -1
-
-        def weigh(words: Words, modulus: int) -> Words:
-            w = self.weights(token[0], modulus).reshape(shape)
-            return np.asarray((words * w % U(modulus)).sum(axis=at) % U(modulus), dtype=U)
-
-        rest = point.tokens[:at] + point.tokens[at + 1 :]
-        return Point(rest, weigh(point.p, P), None if point.q is None else weigh(point.q, Q))
+        at, words = point.tokens.index(token), point.words
+        shape = [len(words)] + [1] * len(point.tokens)
+        shape[at + 1] = -1
+        # at most three products of words below 2**31 fit 64 bits
+        found = (words * self.weights(token[0])[: len(words)].reshape(shape)).sum(axis=at + 1)
+        return Point(point.tokens[:at] + point.tokens[at + 1 :], found % _moduli(found))
 
     def join(self, a: Point, b: Point, multiply_them: bool) -> Point:
-        tokens = tuple(dict.fromkeys((*a.tokens, *b.tokens)))
-        operation = fields.multiply if multiply_them else fields.add
-        p = operation(spread(a, a.p, tokens), spread(b, b.p, tokens), P)
-        q = None
-        if a.q is not None and b.q is not None:
-            q = operation(spread(a, a.q, tokens), spread(b, b.q, tokens), Q)
-        return Point(tokens, p, q)
+        tokens = a.tokens if a.tokens == b.tokens else tuple(dict.fromkeys((*a.tokens, *b.tokens)))
+        x, y = spread(a, tokens), spread(b, tokens)
+        if len(x) != len(y):
+            x, y = x[:1], y[:1]
+        found = x * y if multiply_them else x + y
+        return Point(tokens, found % _moduli(found))
 
     def factor(self, f: Factor) -> Point:
-        found = self.points.get(f)
-        if found is None:
-            found = self.points[f] = self._factor(f)
-        return found
-
-    def _factor(self, f: Factor) -> Point:
         match f:
-            case Paren(value):
-                return self.value(value)
             case Load(name, index):
-                shape = tuple(self.length(t[0]) for t in index)
-                if self.samples > 1:
-                    index, shape = (SAMPLE, *index), (self.samples, *shape)
-                parts = (fields.random_words(("input", name, self.key), shape, m) for m in (P, Q))
-                return Point(index, *parts)
+                axes = tuple(t[0] for t in index)
+                words = self._loads.get((name, axes))
+                if words is None:
+                    words = self._loads[name, axes] = self._random(name, tuple(map(self.length, axes)))
+                return Point((SAMPLE, *index) if self.samples > 1 else index, words)
             case Number(coefficient, sizes):
-                return Point((), self.number(coefficient, sizes, P), self.number(coefficient, sizes, Q))
-            case Call("inv", _, _, (arg,)):
-                x = self.value(arg)
-                return Point(x.tokens, fields.inverse(x.p, P), None if x.q is None else fields.inverse(x.q, Q))
-            case Call("exp", _, _, (arg,)):
-                x = self.value(arg)
-                if x.q is not None:
-                    return Point(x.tokens, fields.power(self.omega, x.q, P), None)
-                return self.opaque(("exp",), (x,))
-            case Call("max" | "min", _, bound, args):
-                return self.extreme(f.fn, bound, [self.value(a) for a in args])
-            case Call(fn, attrs, bound, args):
-                return self.opaque((fn, attrs, sorted(t[0] for t in bound)), tuple(self.value(a) for a in args))
+                return Point((), self.number(coefficient, sizes))
+            case Call(body=body, tokens=tokens) | Paren(body=body, tokens=tokens):
+                words = self.body(body)
+                sampled = words.ndim > len(tokens) + 1
+                return Point((SAMPLE, *tokens) if sampled else tokens, words)
 
-    def number(self, coefficient: Fraction, sizes: tuple[tuple[str, int], ...], modulus: int) -> Words:
-        result = fields.rational(coefficient.numerator, coefficient.denominator, modulus)
-        for axis, power in sizes:
-            count = int(self.weights(axis, modulus).sum()) % modulus
-            result = result * pow(count, power, modulus) % modulus
-        return np.asarray(result, dtype=U)
+    def _random(self, name: str, shape: tuple[int, ...]) -> Words:
+        # beyond MOST_AXES it is constant: then no value is compared, only the name
+        shape = shape[:MOST_AXES] + (1,) * len(shape[MOST_AXES:])
+        if self.samples > 1:
+            shape = (self.samples, *shape)
+        return np.stack([fields.random_words(("input", name, self.key), shape, m) for m in (P, Q)])
 
-    def opaque(self, fn: object, args: tuple[Point, ...]) -> Point:
+    def body(self, body: Body) -> Words:
+        """The body, with dimensions as parameters.  What is inside comes first, without recursion."""
+        pending = [body]
+        while pending:
+            top = pending[-1]
+            known = self._at(top) in self._bodies
+            inside = [] if known else [b for b in top.parts() if self._at(b) not in self._bodies]
+            pending += inside
+            if not inside:
+                pending.pop()
+                if not known:
+                    found = self.called(top.fn, top.attrs, top.bound, [self.value(x) for x in top.args])
+                    order = top.params if SAMPLE not in found.tokens else (SAMPLE, *top.params)
+                    self._bodies[self._at(top)] = spread(found, order)
+                    self.words += found.words.size
+        return self._bodies[self._at(body)]
+
+    def _at(self, body: Body) -> tuple[str, tuple[int, ...]]:
+        return body.digest, tuple([self.length(axis) for axis, _ in body.params])
+
+    def called(self, fn: str, attrs: tuple[Any, ...], bound: frozenset[Token], args: Sequence[Point]) -> Point:
+        """The function at points; "" is a value in parentheses."""
+        x = args[0]
+        match fn:
+            case "":
+                return x
+            case "inv":
+                return Point(x.tokens, _inverse(x.words))
+            case "exp" if len(x.words) == 2:
+                return Point(x.tokens, fields.power(self.omega, x.words[1:], P))
+            case "exp":
+                return self.opaque(("exp",), args)
+            case "max" | "min":
+                return self.extreme(fn, bound, args)
+            case "relu":
+                return self.extreme("max", NOTHING, [x, Point((), np.zeros((2,), dtype=U))])
+            case "silu":
+                return self.join(x, self.called("sigmoid", (), NOTHING, args), multiply_them=True)
+            case "and" | "or":
+                return self.opaque(fn, args, ordered=False)
+            case _:
+                return self.opaque((fn, attrs, sorted(t[0] for t in bound)), args)
+
+    def number(self, coefficient: Fraction, sizes: tuple[tuple[str, int], ...]) -> Words:
+        found = []
+        for i, modulus in enumerate((P, Q)):
+            result = fields.rational(coefficient.numerator, coefficient.denominator, modulus)
+            for axis, power in sizes:
+                count = int(self.weights(axis)[i].sum()) % modulus
+                result = result * pow(count, power, modulus) % modulus
+            found.append(result)
+        return np.array(found, dtype=U)
+
+    def opaque(self, fn: object, args: Sequence[Point], ordered: bool = True) -> Point:
         tokens = tuple(dict.fromkeys(t for a in args for t in a.tokens))
-        mixed: Words = np.asarray(0, dtype=U)
+        mixed: Words = np.zeros((1,), dtype=U)
+        if not ordered:
+            each = (fields.keyed_hash(spread(a, tokens)[:1], (fn, "each"), 2**62) for a in args)
+            args = [Point(tokens, sum(each, mixed))]
         for i, a in enumerate(args):
-            mixed = fields.keyed_hash(np.asarray(mixed + spread(a, a.p, tokens) * U(2), dtype=U), (fn, i), 2**62)
-        return Point(tokens, fields.keyed_hash(mixed, (fn, "p"), P), fields.keyed_hash(mixed, (fn, "q"), Q))
+            x = spread(a, tokens)[:1]
+            mixed = fields.keyed_hash(np.asarray(x * U(2) if i == 0 else mixed + x * U(2)), (fn, i), 2**62)
+        return Point(tokens, np.concatenate([fields.keyed_hash(mixed, (fn, k), m) for k, m in (("p", P), ("q", Q))]))
 
-    def extreme(self, fn: str, bound: frozenset[Token], args: list[Point]) -> Point:
+    def extreme(self, fn: str, bound: frozenset[Token], args: Sequence[Point]) -> Point:
         """max or min under a random order of Z_p: commutative, associative, idempotent."""
         tokens = tuple(dict.fromkeys(t for a in args for t in a.tokens))
-        p, q = spread(args[0], args[0].p, tokens), None
-        if all(a.q is not None for a in args):
-            q = spread(args[0], args[0].q, tokens)
+        kept = min(len(a.words) for a in args)
+        words = spread(args[0], tokens)[:kept]
         for other in args[1:]:
-            p2 = spread(other, other.p, tokens)
-            left = fields.keyed_hash(p, fn, 2**62) >= fields.keyed_hash(p2, fn, 2**62)
-            q = None if q is None else np.where(left, q, spread(other, other.q, tokens))
-            p = np.where(left, p, p2)
+            words2 = spread(other, tokens)[:kept]
+            left = fields.keyed_hash(words[:1], fn, 2**62) >= fields.keyed_hash(words2[:1], fn, 2**62)
+            words = np.where(left, words, words2)
         for token in sorted(bound & set(tokens)):
-            at = tokens.index(token)
-            best = np.expand_dims(fields.keyed_hash(p, fn, 2**62).argmax(axis=at), at)
-            p = np.take_along_axis(p, best, axis=at).squeeze(at)
-            q = None if q is None else np.take_along_axis(q, best, axis=at).squeeze(at)
-            tokens = tokens[:at] + tokens[at + 1 :]
-        return Point(tokens, p, q)
+            at = tokens.index(token) + 1
+            best = np.expand_dims(fields.keyed_hash(words[:1], fn, 2**62).argmax(axis=at), at)
+            words = np.concatenate([np.take_along_axis(w[None], best, axis=at) for w in words]).squeeze(at)
+            tokens = tokens[: at - 1] + tokens[at:]
+        return Point(tokens, words)
+
+
+_MODULI = [np.array([P, Q], dtype=U).reshape(2, *[1] * n) for n in range(32)]
+
+
+def _moduli(words: Words) -> Words:
+    """The moduli of an array over (field, ...)."""
+    found = _MODULI[words.ndim - 1]
+    return found if len(words) == 2 else found[:1]
+
+
+FEW_WORDS = 128  # below, one inverse after the other is faster than all at once
+
+
+def _inverse(words: Words) -> Words:
+    """1 / word; 0 for 0."""
+    if words.size > FEW_WORDS:
+        return np.stack([fields.inverse(row, m) for row, m in zip(words, (P, Q), strict=False)])
+    rows = [[pow(x, -1, m) if x else 0 for x in row.ravel().tolist()] for row, m in zip(words, (P, Q), strict=False)]
+    return np.array(rows, dtype=U).reshape(words.shape)
 
 
 def print_of(point: Point) -> Print:
     order = sorted(range(len(point.tokens)), key=lambda i: point.tokens[i])
     axes = tuple(point.tokens[i][0] for i in order if point.tokens[i] != SAMPLE)
-    return axes, point.p.transpose(order).tobytes()
+    return axes, point.words[0].transpose(order).tobytes()
 
 
-def spread(point: Point, words: Words | None, tokens: tuple[Token, ...]) -> Words:
-    """The component with one dimension per token, of size 1 where it lacks the token."""
-    assert words is not None
-    order = [point.tokens.index(t) for t in tokens if t in point.tokens]
-    moved = words.transpose(order) if len(order) > 1 else words
-    return moved[tuple(slice(None) if t in point.tokens else None for t in tokens)] if tokens else moved
+def spread(point: Point, tokens: Tokens) -> Words:
+    """The components with one dimension per token, of size 1 where the point lacks the token."""
+    own, words = point.tokens, point.words
+    if own == tokens:
+        return words
+    order = [own.index(t) + 1 for t in tokens if t in own]
+    if order != sorted(order):
+        words = words.transpose(0, *order)
+    if len(own) == len(tokens):
+        return words
+    return words[(slice(None), *(slice(None) if t in own else None for t in tokens))]
 
 
 def text(value: Value) -> str:

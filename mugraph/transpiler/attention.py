@@ -8,6 +8,7 @@ from mugraph.ir.graph import Equation, Program
 from mugraph.ir.ops import Cast, Compare, Contract, Elementwise, Iota, MaskedExp, Reduce
 
 ATTENTION = "scaled_dot_product_attention"
+ADDED = "addmm"  # a contraction plus a value
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,7 @@ from mugraph.ir.ops import (
 )  # fmt: skip
 from mugraph.ir.printer import program_lines
 from mugraph.ir.types import DType, Input, Tensor, promote
-from mugraph.transpiler.attention import ATTENTION, AttentionParts, attention_of
+from mugraph.transpiler.attention import ADDED, ATTENTION, AttentionParts, attention_of
 from mugraph.transpiler.divided import OWN_NAMES, divided_text, kept_text
 from mugraph.transpiler.signature import bindings, shapes_text, size_text
 
@@ -226,8 +226,9 @@ class _Emitter:
         """The value with the dimensions and the element type of the output; whether it may share an input's memory."""
         v = self.cast(self.spread(v, tuple(a.name for a in tensor.axes), tensor), dtype, tensor)
         text = v.text
-        shape = [d for d in tensor.dims if d]
-        for position, axes in reversed(list(enumerate(shape))):
+        position = len(tensor.axes)
+        for axes in reversed(tensor.dims):
+            position -= len(axes)
             if len(axes) > 1:
                 text += f".flatten({position}, {position + len(axes) - 1})"
         for position, axes in enumerate(tensor.dims):
@@ -400,7 +401,10 @@ class _Emitter:
         self.sizes = {a.name: a.size for a in inner.axes().values()}
         self.sizes |= {f: kept[a] for f, a in names.items()}
         parts = attention_of(inner) if op.name == ATTENTION else None
-        if parts is None or not self.attended(parts, values, inner):
+        called = (
+            self.attended(parts, values, inner) if parts else op.name == ADDED and self.product_added(values, inner)
+        )
+        if not called:
             self.equations(inner.equations, values, inner.tensors())
         self.sizes = kept
         found = [values[o.value] for o in inner.outputs]
@@ -458,6 +462,54 @@ class _Emitter:
         layout = (*batch, *heads, *rows, width)
         found = self.let(out.name, f"{text}.reshape{self.shape(layout)}")
         values[parts.result] = Value(found, layout, dtype, dtype)
+        return True
+
+    def product_added(self, values: dict[str, Value], inner: Program) -> bool:
+        """A contraction plus a value as PyTorch's own call, if that computes the same; False, with nothing written,
+        if it may not."""
+        match inner.equations:
+            case (
+                Equation(op=Contract(closed), args=(left, right)) as product,
+                Equation(op=Elementwise("add")) as total,
+            ):
+                other = next((a for a in total.args if a != product.target.name), None)
+            case _:
+                return False
+        tensors = inner.tensors()
+        dtype = total.target.dtype
+        if self.wide or other is None or any(tensors[n].dtype is not dtype for n in (left, right, other)):
+            return False
+        names = {n: [a.name for a in tensors[n].axes] for n in (left, right, other)}
+        batch = [a for a in names[left] if a in names[right] and a not in closed]
+        alone = [a.name for a in total.target.axes if a.name not in batch]
+        if alone and alone[0] in names[right]:  # the result's rows come from the left
+            left, right = right, left
+        rows = [a for a in names[left] if a not in names[right]]
+        columns = [a for a in names[right] if a not in names[left]]
+        groups = [g for g in (batch, rows, columns) if g or g is not batch]
+        there = [[a for a in g if a in names[other]] for g in groups]
+        if not dtype.is_float or dtype.bits < 16 or any(x not in ([], g) for x, g in zip(there, groups, strict=True)):
+            return False
+
+        def matrix(name: str, *groups: Sequence[str]) -> str:
+            """The value as a tensor with a dimension for each group."""
+            layout = tuple(a for g in groups for a in g)
+            value = self.spread(self.cast(values[name], dtype, tensors[name]), layout, tensors[name])
+            if all(len(g) == 1 for g in groups):
+                return value.text
+            return f"{value.text}.reshape({', '.join(self.product_text(g) for g in groups)})"
+
+        batched = [batch] if batch else []
+        args = [
+            matrix(other, *(there[1:] if there == [[], columns] else there)),
+            matrix(left, *batched, rows, list(closed)),
+            matrix(right, *batched, list(closed), columns),
+        ]
+        layout = (*batch, *rows, *columns)
+        text = f"torch.{'baddbmm' if batch else 'addmm'}({', '.join(args)})"
+        if any(len(g) != 1 for g in groups):
+            text += f".reshape{self.shape(layout)}"
+        values[total.target.name] = Value(self.let(total.target.name, text), layout, dtype, dtype)
         return True
 
     def product_text(self, axes: Sequence[str]) -> str:

@@ -129,7 +129,8 @@ class NumericReport:
 
 @dataclass(frozen=True)
 class Certificate:
-    """The record of a verification.  `delta_log2` is log2 of the bound on accepting a wrong graph over all draws.
+    """The record of a verification.  `delta_log2` is log2 of the bound on accepting a wrong graph over all draws;
+    `cuts` names the values between which program and graph were compared part by part, if they were.
     `laws` are those that a proof for all sizes rests on; `proof` is empty where there is one, and else says why not.
     `claims` counts what holds of the loads and stores of our kernels; `bounds` says why more is not known."""
 
@@ -146,6 +147,7 @@ class Certificate:
     assumptions: tuple[str, ...]
     numerics: tuple[NumericReport, ...]
     versions: tuple[tuple[str, str], ...]
+    cuts: tuple[str, ...] = ()
     laws: tuple[str, ...] = ()
     proof: str = NOT_ATTEMPTED
     claims: int = 0

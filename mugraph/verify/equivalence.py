@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import InitVar, dataclass
+from dataclasses import InitVar, dataclass, replace
 
 import numpy as np
 
@@ -20,6 +20,8 @@ from mugraph.ir.check import check
 from mugraph.ir.evaluate import Named, outputs
 from mugraph.ir.graph import KernelGraph, Program
 from mugraph.ir.ops import Gather, Scatter
+from mugraph.ir.parts import parts
+from mugraph.ir.printer import canonical_text
 from mugraph.ir.types import Input, Output
 from mugraph.verify.certificate import NOT_ATTEMPTED, Certificate, DrawRecord, Tier, graph_hash, versions
 from mugraph.verify.formal import EVALUATED, EXP_CUT, FormalAlgebra, TooManyTerms, Value
@@ -45,6 +47,11 @@ FIXED_SIZES = (
     "cut: "
 )
 
+COMPOSED = (
+    "program and graph are compared in {} different parts, between values that both have; that the whole agrees "
+    "follows by induction over the parts"
+)
+
 _TOKEN = object()
 
 
@@ -63,14 +70,20 @@ class Verified:
             raise VerificationError("only verify() makes a Verified", remedy="call verify(program, graph)")
 
 
-def verify(program: Program, graph: KernelGraph, *, delta: float = 2.0**-40, seed: int = 0) -> Verified:
+def verify(
+    program: Program, graph: KernelGraph, *, delta: float = 2.0**-40, seed: int = 0, cuts: Sequence[str] = ()
+) -> Verified:
     """Raises VerificationError with a counterexample where the graph computes something else, GraphError or ShapeError
-    where it is malformed."""
+    where it is malformed.
+
+    With `cuts`, values that both have, they are compared part by part (`ir.parts`); equal parts are compared once."""
     if not 0 < delta < 1:
         raise VerificationError(f"delta is {delta}", remedy="give a probability between 0 and 1, such as 2**-40")
     check(program)
     check(graph)
     _compare_signatures(program, graph)
+    if cuts:
+        return Verified(program, graph, _by_parts(program, graph, delta, seed, tuple(cuts)), _TOKEN)
     literal, cut = literal_sizes(program, graph), cut_sizes(program, graph)
     others = [f for f in (literal, cut, cut | literal) if f and _fits(program, graph, f)]
     certificate = _tested_at(program, graph, delta, seed, [{}, *(dict(x) for x in dict.fromkeys(map(_items, others)))])
@@ -81,9 +94,38 @@ def proved(verified: Verified) -> Verified:
     """With the outcome of the symbolic proof for all sizes on the certificate; one that is there stays."""
     if verified.certificate.proof != NOT_ATTEMPTED:
         return verified
-    proof = prove(verified.program, verified.graph)
-    certificate = verified.certificate.with_proof(proof.laws, proof.reason)
+    cuts = verified.certificate.cuts
+    pairs = _different(verified.program, verified.graph, cuts) if cuts else [(verified.program, verified.graph)]
+    proofs = [prove(p, g) for p, g in pairs]
+    reason = next((p.reason for p in proofs if not p.proved), "")
+    laws = () if reason else tuple(sorted({law for p in proofs for law in p.laws}))
+    certificate = verified.certificate.with_proof(laws, reason)
     return Verified(verified.program, verified.graph, certificate, _TOKEN)
+
+
+def _different(program: Program, graph: KernelGraph, cuts: tuple[str, ...]) -> list[tuple[Program, KernelGraph]]:
+    """The parts between the cuts; one that is another under other names is the same statement."""
+    found: dict[str, tuple[Program, KernelGraph]] = {}
+    for p, g in parts(program, graph, cuts):
+        found.setdefault(f"{canonical_text(p)}\n{canonical_text(g)}", (p, g))
+    return list(found.values())
+
+
+def _by_parts(program: Program, graph: KernelGraph, delta: float, seed: int, cuts: tuple[str, ...]) -> Certificate:
+    """One certificate of all parts.  The bounds of the different ones add up."""
+    different = _different(program, graph, cuts)
+    found = [verify(p, g, delta=delta / len(different), seed=seed).certificate for p, g in different]
+    return replace(
+        found[0],
+        program_hash=graph_hash(program),
+        graph_hash=graph_hash(graph),
+        delta_log2=math.log2(sum(c.delta for c in found)),
+        delta_requested_log2=math.log2(delta),
+        draws=tuple(d for c in found for d in c.draws),
+        unused_laws=tuple(dict.fromkeys(law for c in found for law in c.unused_laws)),
+        assumptions=(*dict.fromkeys(a for c in found for a in c.assumptions), COMPOSED.format(len(different))),
+        cuts=cuts,
+    )
 
 
 def recheck(certificate: Certificate, program: Program, graph: KernelGraph) -> Verified:
@@ -95,7 +137,8 @@ def recheck(certificate: Certificate, program: Program, graph: KernelGraph) -> V
     ):
         if recorded != found:
             raise VerificationError(f"the certificate is about another {name} than {graph.name}")
-    again = verify(program, graph, delta=2.0**certificate.delta_requested_log2, seed=certificate.seed)
+    delta = 2.0**certificate.delta_requested_log2
+    again = verify(program, graph, delta=delta, seed=certificate.seed, cuts=certificate.cuts)
     if certificate.proof != NOT_ATTEMPTED:
         again = proved(again)
     lowered: tuple[Tier, ...] = () if certificate.bounds else ("bounds",)  # checked where there is a plan
@@ -103,7 +146,7 @@ def recheck(certificate: Certificate, program: Program, graph: KernelGraph) -> V
     reached = (*again.certificate.tiers, *lowered, *numerics)
     if certificate.tiers != reached:
         raise VerificationError(f"the certificate claims {certificate.tiers}, a new run reaches {reached}")
-    for field in ("delta_log2", "draws", "unused_laws", "assumptions", "laws", "proof", "program", "graph"):
+    for field in ("delta_log2", "draws", "unused_laws", "assumptions", "laws", "proof", "program", "graph", "cuts"):
         was, now = getattr(certificate, field), getattr(again.certificate, field)
         if was != now:
             raise VerificationError(f"the certificate says {field} {was}, a new run {now}")

@@ -579,22 +579,14 @@ class FormalAlgebra(ArrayAlgebra):
         lead = np.broadcast_shapes(a.lead, b.lead)
         sets = [_spread_to(self._set(v, order), lead) for v in (a, b)]
         result = self._union(order, a.axes, np.concatenate(sets, axis=-1), a, b)
-        if a.formal or b.formal:
-            return result
-        filled = sets[0][..., 0] != _NOTHING
-        return self._single(result, *(np.where(filled, a.words(i), b.words(i)) for i in (_P, _Q)))
+        return self._single(result, _where(sets[0][..., 0] != _NOTHING, a, b))
 
     def _extreme_along(self, order: str, v: Value, axes: tuple[str, ...]) -> Value:
         kept = tuple(a for a in v.axes if a not in axes)
-        result = self._union(order, kept, self._gathered_terms(self._set(v, order), v.axes, axes, kept), v)
-        if v.formal:
-            return result
-        p, q = (self._gathered_terms(v.words(i)[..., None], v.axes, axes, kept) for i in (_P, _Q))
-        first: NDArray[Any] = np.zeros((*p.shape[:-1], 1), dtype=np.int64)
-        if v.order == order:
-            filled = self._gathered_terms(v.words(_SET)[..., :1], v.axes, axes, kept) != _NOTHING
-            first = filled.argmax(axis=-1)[..., None]
-        return self._single(result, *(np.take_along_axis(w, first, axis=-1)[..., 0] for w in (p, q)))
+        members = self._set(v, order)
+        result = self._union(order, kept, self._gathered_terms(members, v.axes, axes, kept), v)
+        filled = self._gathered_terms(members[..., :1], v.axes, axes, kept) != _NOTHING
+        return self._single(result, _picked(v, axes, kept, filled.argmax(axis=-1)))
 
     def _union(self, order: str, axes: tuple[str, ...], members: Words, *operands: Value) -> Value:
         """The extreme of the elements along the last dimension, equal ones counted once."""
@@ -606,14 +598,14 @@ class FormalAlgebra(ArrayAlgebra):
         flat = [Bound(v.bound.top, v.bound.bottom) for v in operands]
         return self._from_set(axes, members, order, reduce(Bound.either, flat))
 
-    def _single(self, extreme: Value, p: Words, q: Words) -> Value:
+    def _single(self, extreme: Value, own: Value) -> Value:
         """Where only one element is left, its own value."""
         members = extreme.words(_SET)
         alone = (members != _NOTHING).sum(axis=-1) == 1
-        parts = list(extreme.parts)
-        for i, own in ((_P, p), (_Q, q)):
-            parts[i] = np.where(alone, own, extreme.words(i))
-        return replace(extreme, parts=tuple(parts))
+        if not alone.any():
+            return extreme
+        found = _where(alone, own, extreme)
+        return replace(found, parts=(*found.parts[:_SET], members), order=extreme.order)
 
     # -- the algebra's interface ---------------------------------------------------------------------------------
 
@@ -824,6 +816,30 @@ def _value(v: Named) -> Value:
 def _first(part: Words, axes: tuple[str, ...], gone: tuple[str, ...], keep: bool = False) -> Words:
     """The first entry along some axes."""
     return part[tuple((slice(0, 1) if keep else 0) if a in gone else slice(None) for a in axes)]
+
+
+def _where(mask: NDArray[np.bool_], a: Value, b: Value) -> Value:
+    """`a` where the mask, over all axes, is true, else `b`; without the sets of extremes."""
+    x, y = _alike([replace(v, order=None, parts=(*v.parts[:_SET], None)) for v in (a, b)])
+    parts: list[NDArray[Any] | None] = []
+    for i, (p, q) in enumerate(zip(x.parts, y.parts, strict=True)):
+        here = mask if i in (_P, _Q) else mask[..., None]
+        parts.append(None if p is None or q is None else np.where(here, p, q))
+    return Value(a.axes, tuple(parts), a.bound.either(b.bound))
+
+
+def _picked(v: Value, axes: tuple[str, ...], kept: tuple[str, ...], place: NDArray[np.int64]) -> Value:
+    """Of the elements along some axes the one at a place, for each place along the axes that are kept."""
+    order = [v.axes.index(a) for a in (*kept, *axes)]
+
+    def one(part: NDArray[Any], private: bool) -> NDArray[Any]:
+        moved = part.transpose([*order, part.ndim - 1] if private else order)
+        moved = moved.reshape(*place.shape, -1, *moved.shape[len(order) :])
+        at = place[..., None, None] if private else place[..., None]
+        return np.take_along_axis(moved, at, axis=place.ndim).squeeze(place.ndim)
+
+    parts = tuple(None if p is None else one(p, i not in (_P, _Q)) for i, p in enumerate(v.parts))
+    return Value(kept, parts, v.bound)
 
 
 def _alike(values: list[Value]) -> list[Value]:

@@ -9,6 +9,7 @@ A recipe is text: a line is an expression over earlier names.  The generator pro
 what is there and asks the tracer; what it refuses is proposed no more.
 """
 
+import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -18,13 +19,19 @@ from typing import Any
 import mugraph as mg
 from mugraph.dsl.tensor import Tensor
 from mugraph.errors import MugraphError
-from mugraph.ir.graph import Program
+from mugraph.ir.axes import Axis
+from mugraph.ir.graph import Equation, Program
+from mugraph.ir.ops import Gather
+from mugraph.ir.types import DType, Input, Storage
+from mugraph.ir.types import Tensor as Typed
 
 MOST_LINES = 12
 B = mg.Dim("B", 1, 64)
 SMALL = (1, 2, 3, 4, 5, 6, 7, 8, 12)
-LARGE = (16, 37, 64, 101, 128, 257, 1009, 4096)
-NUMBERS = ("2", "0.5", "3", "-1", "0.125", "1")
+LARGE = (16, 37, 64, 101, 128, 257, 1009, 3584, 4096, 7168, 11008, 14336)
+NUMBERS = ("2", "0.5", "3", "-1", "0.125", "1", "0", "1e-6", "1e-30")
+LARGEST = 2**27  # elements of one value
+CONSTANT = "constant "  # before the element type of an input that stays as it is from call to call
 Size = int | str
 
 
@@ -37,7 +44,7 @@ class Recipe:
     outputs: tuple[str, ...]
 
     def __str__(self) -> str:
-        given = ", ".join(f"{n}: mg.{dtype}[{_sizes(sizes)}]" for n, dtype, sizes in self.inputs)
+        given = ", ".join(f"{n}: {_spec(*i)}" for n, *i in self.inputs)
         body = [f"    {name} = {expression}" for name, expression in self.lines]
         return "\n".join([f"def program({given}):", *body, f"    return {', '.join(self.outputs)}"])
 
@@ -58,6 +65,11 @@ class Recipe:
             tuple(line for line in self.lines if line[0] in alive),
             self.outputs,
         )
+
+
+def _spec(dtype: str, sizes: Sequence[Size]) -> str:
+    spec = f"mg.{dtype.removeprefix(CONSTANT)}[{_sizes(sizes)}]"
+    return f"mg.constant({spec})" if dtype.startswith(CONSTANT) else spec
 
 
 def _sizes(sizes: Sequence[Size]) -> str:
@@ -81,7 +93,7 @@ class _Generator:
     def __init__(self, random: Random, lines: int, kinds: Sequence[str]) -> None:
         self.random, self.kinds = random, kinds
         self.count = 1 + int((lines - 1) * random.random() ** 1.5)
-        self.dtype = random.choice(["f32", "f32", "f16"])
+        self.dtype = random.choice(["f32", "f32", "f16", "bf16"])
         self.pool: list[Size] = [random.choice(SMALL), random.choice(SMALL)]
         self.pool.append(random.choice(LARGE if random.random() < 0.5 else SMALL))
         if random.random() < 0.5:
@@ -89,7 +101,7 @@ class _Generator:
         self.values: dict[str, Tensor] = {}
 
     def recipe(self) -> Recipe:
-        inputs = tuple((f"x{i}", self.dtype, sizes) for i, sizes in enumerate(self.shapes()))
+        inputs = tuple((f"x{i}", self.kind_of_input(), sizes) for i, sizes in enumerate(self.shapes()))
         lines: list[tuple[str, str]] = []
 
         def body(*given: Tensor) -> list[Tensor]:
@@ -100,16 +112,21 @@ class _Generator:
                 self.values[f"v{i}"] = value
             return [self.values[lines[-1][0]]]
 
-        specs = {name: eval(f"mg.{dtype}[{_sizes(sizes)}]", {"mg": mg, "B": B}) for name, dtype, sizes in inputs}
+        specs = {name: eval(_spec(dtype, sizes), {"mg": mg, "B": B}) for name, dtype, sizes in inputs}
         mg.trace(body, specs)
         others = [name for name, _ in lines[:-1] if self.values[name].masked is None]
         extra = self.random.sample(others, min(len(others), self.random.choice([0, 0, 0, 1, 2])))
         return Recipe(inputs, tuple(lines), (*extra, lines[-1][0])).needed()
 
+    def kind_of_input(self) -> str:
+        """Mostly one element type; some are of another, and some constant."""
+        dtype = self.dtype if self.random.random() < 0.9 else self.random.choice(["f32", "f16", "bf16"])
+        return CONSTANT + dtype if self.random.random() < 0.15 else dtype
+
     def shapes(self) -> list[tuple[Size, ...]]:
         """Shapes over one small pool of sizes, so that many fit each other."""
         r = self.random
-        first = tuple(r.choice(self.pool) for _ in range(r.choice([1, 2, 2, 2, 3])))
+        first = tuple(r.choice(self.pool) for _ in range(r.choice([1, 2, 2, 2, 3, 4])))
         found = [first, first, first[-1:], (first[-1], r.choice(self.pool))]
         found += [tuple(r.choice(self.pool) for _ in range(r.choice([1, 2, 2, 3]))) for _ in range(2)]
         return found
@@ -124,7 +141,7 @@ class _Generator:
                 value = eval(expression, {"mg": mg, **self.values})
             except MugraphError:
                 continue
-            if value.dtype.is_float and value.masked is None and value.ndim <= 4:
+            if value.dtype.is_float and value.masked is None and value.ndim <= 4 and elements(value) <= LARGEST:
                 return expression, value
 
     def name(self) -> str:
@@ -192,7 +209,8 @@ class _Generator:
         axis, n = self.axis(x), self.values[x].ndim
         if axis is None:
             return None
-        chosen = repr(axis) if n < 2 or self.random.random() < 0.8 else "(0, -1)"
+        several = ["(0, -1)", "None"] if n < 3 else ["(0, -1)", "(0, 1)", "(1, 2)", "None"]
+        chosen = repr(axis) if n < 2 or self.random.random() < 0.8 else self.random.choice(several)
         kind = self.random.choice(["sum", "sum", "mean", "amax", "amin"])
         return f"mg.{kind}({x}, {chosen}, {self.random.random() < 0.6})"
 
@@ -203,9 +221,12 @@ class _Generator:
     def masked(self, x: str) -> str | None:
         if self.values[x].ndim < 2:
             return None
-        causal = f"mg.causal_mask({x}.shape[-2], {x}.shape[-1])"
-        mask = self.random.choice([causal, f"{self.beside(x)} > 0"])
-        return self.random.choice([f"mg.softmax(mg.where({mask}, {x}, float('-inf')))", f"mg.where({mask}, {x}, 0)"])
+        causal = f"mg.causal_mask({x}.shape[-2], {x}.shape[-1], {self.random.choice([0, 0, 2])})"
+        one, other = (f"{self.beside(x)} > {n}" for n in (0, 1))
+        mask = self.random.choice([causal, one, f"({one}) & ({other})", f"({one}) | ~{causal}"])
+        forms = [f"mg.softmax(mg.where({mask}, {x}, float('-inf')))", f"mg.where({mask}, {x}, 0)"]
+        forms += [f"mg.masked_fill({x}, {mask}, 1)", f"mg.tril({x})", f"mg.triu({x}, 1)"]
+        return self.random.choice(forms)
 
     def normalised(self, x: str) -> str | None:
         if not self.values[x].ndim:
@@ -227,7 +248,21 @@ class _Generator:
 
     def outer(self, x: str) -> str | None:
         y = self.other(lambda y: y.ndim == 1)
-        return f"{x}.unsqueeze(-1) * {y}" if y else None
+        forms = ["{}.unsqueeze(-1) * {}", "{}.unsqueeze(-1) - {}", "mg.maximum({}.unsqueeze(-1), {})"]
+        return self.random.choice(forms).format(x, y) if y else None
+
+    def summed_product(self, x: str) -> str | None:
+        """Contractions that @ does not say: over several axes, traces, diagonals."""
+        n = self.values[x].ndim
+        y = self.other(lambda y: y.ndim == n)
+        letters = "abcd"[:n]
+        if not n or not y:
+            return None
+        kept = "".join(a for a in letters if self.random.random() < 0.5)
+        forms = [f"mg.einsum('{letters},{letters}->{kept}', {x}, {y})", f"mg.einsum('{letters}->{kept}', {x})"]
+        if n == 2:
+            forms += [f"mg.einsum('ab,ac->bc', {x}, {x})", f"mg.einsum('ab,cb->ac', {x}, {y})"]
+        return self.random.choice(forms)
 
     def view(self, x: str) -> str | None:
         sizes, r = self.values[x].sizes, self.random
@@ -235,6 +270,8 @@ class _Generator:
         forms = [f"{x}.unsqueeze({r.randrange(n + 1)})", f"{x}.squeeze()"]
         if n > 1:
             forms += [f"{x}.mT", f"{x}.permute({', '.join(map(str, r.sample(range(n), n)))})", f"{x}.flatten()"] * 2
+        if n > 2:
+            forms += [f"{x}.flatten(0, 1)", f"{x}.flatten(-2)", f"{x}.transpose(0, -1)"] * 2
         if n and isinstance(sizes[-1], int):
             forms += [f"{x}.unflatten(-1, ({d}, {sizes[-1] // d}))" for d in (2, 3) if sizes[-1] % d == 0] * 2
             forms.append(f"{x}.repeat_interleave(2, -1)")
@@ -263,10 +300,13 @@ class _Generator:
             return y.ndim == a.ndim and all(a.sizes[j] == y.sizes[j] for j in range(a.ndim) if j != i)
 
         y = self.other(fits)
-        return self.random.choice([f"mg.concat([{x}, {y}], {i})", f"mg.concat([{x}, {x} * 2], {i})"])
+        forms = [f"mg.concat([{x}, {y}], {i})", f"mg.concat([{x}, {x} * 2], {i})", f"mg.stack([{x}, {x} * 2], {i})"]
+        if int(str(a.sizes[i])) % 2 == 0:
+            forms.append(f"mg.concat([-{x}.chunk(2, {i})[1], {x}.chunk(2, {i})[0]], {i})")  # rotated by halves
+        return self.random.choice(forms)
 
     def cast(self, x: str) -> str:
-        return self.random.choice([f"{x}.half()", f"{x}.float()"])
+        return self.random.choice([f"{x}.half()", f"{x}.float()", f"{x}.to(mg.bf16)"])
 
     def counted(self, x: str) -> str | None:
         if not self.values[x].ndim:
@@ -283,8 +323,28 @@ class _Generator:
 
 
 FREQUENT = ("function", "affine", "binary", "binary", "reduction", "matmul", "matmul")
-RARE = ("select", "softmax", "masked", "normalised", "outer", "view", "cut", "joined", "cast", "counted", "attention")
-KINDS = FREQUENT * 3 + RARE
+RARE = ("select", "softmax", "masked", "normalised", "outer", "summed_product", "view", "cut", "joined", "cast")
+KINDS = (*FREQUENT * 3, *RARE, "counted", "attention")
+
+
+def elements(x: Tensor) -> int:
+    """Symbolic sizes count as 64."""
+    return math.prod(s if isinstance(s, int) else 64 for s in x.sizes)
+
+
+def looked_up(program: Program, seed: int) -> Program:
+    """The program with the rows of one of its inputs taken from a table, by an index: x = table[index]."""
+    places = [i for i in program.inputs if i.tensor.axes and len(i.tensor.dims[0]) == 1]
+    if not places:
+        return program
+    chosen = Random(seed).choice(places)
+    x = chosen.tensor
+    rows = Axis("rows", 50)
+    table = replace(x, name="table", dims=((rows,), *x.dims[1:]))
+    index = Input(Typed("index", x.dims[:1], DType.i64), Storage(DType.i64))
+    inputs = tuple(replace(i, tensor=table) if i is chosen else i for i in program.inputs)
+    take = Equation((x,), Gather("rows"), ("table", "index"))
+    return replace(program, inputs=(*inputs, index), equations=(take, *program.equations))
 
 
 # -- shrinking
@@ -320,7 +380,7 @@ def _smaller(recipe: Recipe) -> Iterator[Recipe]:
             outputs = tuple(operand if o == name else o for o in recipe.outputs)
             if all(o.startswith("v") for o in outputs):
                 yield Recipe(recipe.inputs, lines, outputs).needed()
-        dtype = recipe.inputs[0][1]
+        dtype = recipe.inputs[0][1].removeprefix(CONSTANT)
         for sizes in dict.fromkeys(s for _, _, s in recipe.inputs):  # a computed value becomes an input
             given = (*recipe.inputs, (f"x{len(recipe.inputs) + 20}", dtype, sizes))
             lines = recipe.lines[:at] + tuple((n, _renamed(e, name, given[-1][0])) for n, e in recipe.lines[at + 1 :])

@@ -4,6 +4,8 @@ from collections.abc import Callable
 
 import pytest
 
+import mugraph as mg
+from mugraph.dsl.tensor import Tensor
 from mugraph.ir.graph import Program
 from mugraph.search import values as v
 from mugraph.search.canonical import canonical
@@ -104,6 +106,43 @@ def test_common_factors_are_factored_out() -> None:
     assert wrong_edges(closure) == []
 
 
+def test_a_sum_of_matmuls_is_spliced_into_the_matmul_after_it() -> None:
+    """(X@W + X@V)@H has X@((W + V)@H); X@W + Z stays a sum, whose (W + Z)@H there is not."""
+    x, w, u, h = v.load("X", "bk"), v.load("W", "kn"), v.load("V", "kn"), v.load("H", "nm")
+
+    def closure_with(other: v.Value) -> Closure:
+        inner = v.add(v.total(v.multiply(x, w), "k"), v.total(v.multiply(other, u), "k"))
+        return close([v.total(v.multiply(inner, h), "n")], Fingerprinter({a: a for a in "bknm"}, {}), 4_000)[0]
+
+    found = closure_with(x)
+    assert "Σn (W[k,n] + V[k,n])·H[n,m]" in texts(found)
+    assert found.rules["splice"]
+    assert wrong_edges(found) == []
+    assert not closure_with(v.load("Z", "bk")).rules["splice"]
+
+
+def square_residual(x: Tensor, w: Tensor) -> Tensor:
+    return x + mg.silu(x @ w)
+
+
+def test_a_sum_evades_the_axis_that_its_result_is_renamed_to() -> None:
+    """x + silu(x @ w) with a square w: Σ_k x[b,k]·w[k,n] with n renamed to k has parts all the same."""
+    program = mg.trace(square_residual, [mg.f32[64, 128], mg.f32[128, 128]], "residual")
+    closure, root = closure_of(program)
+    computable: set[int] = set()
+    for c in closure.order:
+        if any(computable.issuperset(e.children) for e in closure.classes[c].edges):
+            computable.add(c)
+    assert root in computable
+    b, k, n = ((a, 0) for a in ("b", "k", "n"))
+    inner = v.total(v.multiply(v.load("x", "bk"), v.load("w", "kn")), "k")
+    (term,) = v.rename(inner, {n: k})
+    assert {t[0] for t in term.bound} == {"n"}
+    assert v.free_tokens((term,)) == {b, k}
+    (kept,) = v.rename(inner, {b: ("c", 0)})
+    assert {t[0] for t in kept.bound} == {"k"}
+
+
 def test_factors_that_no_axis_tells_apart_are_multiplied_one_by_one() -> None:
     """x / y and (x * y) / z over one index: each class has a way down to the inputs."""
     closure, root = closure_of(SMALL["quotient"]())
@@ -126,6 +165,58 @@ def test_a_maximum_is_none_of_its_operands() -> None:
 
     assert merged(1) > 0
     assert merged(32) == 0
+
+
+# -- what users write in more than one way
+
+X = mg.f32[8, 128]
+
+SAME = {
+    "mean": (lambda x, y: mg.mean(x, -1), lambda x, y: mg.sum(x, -1) / 128),
+    "rsqrt": (lambda x, y: x / mg.sqrt(y), lambda x, y: x * mg.rsqrt(y)),
+    "power": (lambda x, y: x**-2, lambda x, y: 1 / (x * x)),
+    "exponentials": (lambda x, y: mg.exp(x) * mg.exp(y), lambda x, y: mg.exp(x + y)),
+    "quotient of exponentials": (lambda x, y: mg.exp(x) / mg.exp(y), lambda x, y: mg.exp(x - y)),
+    "scaled maximum": (lambda x, y: mg.maximum(x, mg.maximum(y, x)), lambda x, y: mg.maximum(y, x)),
+    "rectified": (lambda x, y: mg.relu(x) * y, lambda x, y: mg.maximum(x, 0) * y),
+    "swish": (lambda x, y: mg.silu(x) * y, lambda x, y: y * mg.sigmoid(x) * x),
+    "and": (lambda x, y: mg.where((x > y) & (y > 0), x, y), lambda x, y: mg.where((y > 0) & (x > y), x, y)),
+    "two quotients": (lambda x, y: x / (y * x * y), lambda x, y: 1 / (y * y)),
+}
+
+# The last five hold, but the verifier has no law for them: as one class they would be refused later.
+DIFFERENT = {
+    "mean over another size": (lambda x, y: mg.mean(x, -1), lambda x, y: mg.sum(x, -1) / 64),
+    "square root of a square": (lambda x, y: mg.sqrt(x * x), lambda x, y: x),
+    "sum of exponentials": (lambda x, y: mg.exp(x) + mg.exp(y), lambda x, y: mg.exp(x + y)),
+    "negative scale": (lambda x, y: mg.relu(x * -2), lambda x, y: mg.relu(x) * -2),
+    "capped": (lambda x, y: mg.relu(x) * y, lambda x, y: mg.minimum(x, 0) * y),
+    "swish of another": (lambda x, y: mg.silu(x), lambda x, y: x * mg.sigmoid(y)),
+    "and or or": (lambda x, y: mg.where((x > y) & (y > 0), x, y), lambda x, y: mg.where((x > y) | (y > 0), x, y)),
+    "and twice": (lambda x, y: mg.where((x > y) & (x > y), x, y), lambda x, y: mg.where(x > y, x, y)),
+    "maximum and minimum": (lambda x, y: mg.maximum(x, y) + mg.minimum(x, y), lambda x, y: x + y),
+    "positive scale": (lambda x, y: mg.relu(x * 2), lambda x, y: mg.relu(x) * 2),
+    "shifted maximum": (lambda x, y: mg.amax(x + 2, -1), lambda x, y: mg.amax(x, -1) + 2),
+    "square of a root": (lambda x, y: mg.sqrt(x) * mg.sqrt(x), lambda x, y: x),
+}
+
+
+def in_one_class(one: Callable[..., Tensor], other: Callable[..., Tensor]) -> bool:
+    program = canonical(mg.trace(lambda x, y: (one(x, y), other(x, y)), [X, X], "pair")).program
+    known = meaning(program)
+    prints = Fingerprinter(known.base, {a.name: a.size for a in program.axes().values() if a.size == 128}, samples=8)
+    a, b = (prints.fingerprint(known.values[o.value]) for o in program.outputs)
+    return a == b
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_two_ways_to_write_one_thing_are_one_class(name: str) -> None:
+    assert in_one_class(*SAME[name])
+
+
+@pytest.mark.parametrize("name", DIFFERENT)
+def test_what_differs_or_cannot_be_confirmed_is_no_one_class(name: str) -> None:
+    assert not in_one_class(*DIFFERENT[name])
 
 
 # -- budgets

@@ -36,6 +36,7 @@ A, B, U = v.load("a", "kr"), v.load("b", "rn"), v.load("u", "m")
 Q, K, S = v.load("q", "md"), v.load("key", "kd"), v.load("s", "mk")
 Z, Y = v.load("z", "mr"), v.load("y", "m")
 CHAIN = tuple(v.load(name, axes) for name, axes in (("c", "mk"), ("d", "kn"), ("e", "nr"), ("f", "rp")))
+P = v.load("p", "np")
 C = v.number(3)
 NORM = v.invert(v.call("sqrt", v.total(v.multiply(X, X), "k")))
 E = v.call("exp", S)
@@ -71,6 +72,9 @@ CASES = {
         contraction(v.add(contraction(X, A), Y), B, over="r"), (X, A, Y, B, B), (), 1, "kr"
     ),
     "two matmuls of one x": Case(v.add(contraction(X, W), contraction(X, V)), (X, W, V), (), 1),
+    "a sum of matmuls before a matmul": Case(
+        contraction(v.add(contraction(X, W), contraction(X, V)), P, over="n"), (X, W, V, P), (), 1, "kn"
+    ),
     "a residual": Case(v.add(v.call("silu", v.add(contraction(X, A), Z)), Z), (X, A, Z, Z), ("silu",), 2),
 }  # fmt: skip
 
@@ -98,7 +102,7 @@ def missing(case: Case, trees: Trees, kind: type[Recorded] = Recorded) -> tuple[
     root = builder.class_of(case.target)
     assert root is not None
     builder.run()
-    assert not builder.truncated
+    assert builder.limit is None
     known = {of_value(builder.classes[c].value).key for c in topological(builder.classes, [root])}
     unclosed = {side.key for term in builder.terms for side in unclosed_sides(term)}
 
@@ -243,6 +247,11 @@ class WithoutSplits(Recorded):
         pass
 
 
+class WithoutSplicing(Recorded):
+    def splice(self, c: int, term: Term) -> None:
+        pass
+
+
 class WithoutArguments(Recorded):
     def expand_factor(self, c: int, bound: frozenset[v.Token], f: v.Factor) -> None:
         if not isinstance(f, v.Call):
@@ -257,6 +266,7 @@ class WithoutArguments(Recorded):
         (WithoutFactoring, "two matmuls of one x"),
         (WithoutFactoring, "lora with one x"),
         (WithoutSplits, "re-association"),
+        (WithoutSplicing, "a sum of matmuls before a matmul"),
         (WithoutArguments, "attention numerator"),
     ],
 )

@@ -233,6 +233,14 @@ ODD: dict[str, Callable[[], Program]] = {
     "a long contraction": lambda: trace(lambda x, y: (x * x / y * x * x / y) @ mg.mT(x * x / y * x * x / y), [X, X]),
     "every second of the far end": lambda: trace(lambda x: (x @ mg.mT(x))[:, 30:47:2] * 2, [f32[48, 6]]),
     "a cut of a cut": lambda: trace(lambda x: (x[2:12] * mg.sum(x[2:12]))[4:7], [f32[48]]),
+    "a masked softmax of joined halves": lambda: trace(
+        lambda x, m: mg.softmax(mg.where(mg.concat([m, m], 1) > 0, mg.concat([x, x * 3], 1), float("-inf"))), [X, X]
+    ),
+    "the greater of two equal softmaxes": lambda: trace(lambda x: mg.maximum(mg.softmax(x), mg.softmax(x)) * 2, [X]),
+    "joined scalars of a narrower type": lambda: trace(
+        lambda x, y: (mg.sigmoid(y) + 1) @ mg.concat([mg.sigmoid(y) * x / 3 / x.shape[-1], y], 1) * x,
+        [f16[1], f16[1, 1]],
+    ),
     "deep": lambda: trace(lambda x: mg.silu(mg.exp(mg.silu(mg.exp(mg.silu(x) * 2) + 1) * 2) + 1), [X]),
 }
 

@@ -20,7 +20,7 @@ from mugraph.ir.ops import Const, Library
 from mugraph.runtime.load import load_module
 from mugraph.search.cost import device
 from mugraph.search.driver import search
-from mugraph.search.library import ATTENTION, attentions, is_causal, library_calls, operands
+from mugraph.search.library import ADDED, ATTENTION, attentions, is_causal, library_calls, operands
 from mugraph.search.space import SearchSpace
 from mugraph.transpiler import attention as emitted_attention
 from mugraph.transpiler.attention import attention_of
@@ -231,3 +231,58 @@ def test_contractions_are_calls_where_their_operands_lie_in_memory() -> None:
     problem.memory.clear()
     problem.bound.clear()
     assert not any(library_calls(problem, c) for c in products)
+
+
+SUMS: dict[str, tuple[Callable[[], Program], str]] = {
+    "residual": (
+        lambda: trace(lambda x, w, r: r + x @ w, [f16[B, 96], f16[96, 80], f16[B, 80]], "residual"),
+        "torch.addmm(R, X, W)",
+    ),
+    "bias": (
+        lambda: trace(lambda x, w, r: x @ w + r, [f32[B, 96], f32[96, 80], f32[80]], "bias"),
+        "torch.addmm(R, X, W)",
+    ),
+    "batched": (
+        lambda: trace(lambda x, w, r: x @ w + r, [f32[3, B, 96], f32[3, 96, 80], f32[80]], "batched"),
+        "torch.baddbmm(R.reshape(1, 1, 80), X, W)",
+    ),
+    "transposed": (
+        lambda: trace(lambda x, w, r: (x @ w).T + r, [f32[B, 96], f32[96, 80], f32[80, B]], "transposed"),
+        "torch.addmm(R, W_2, X_2)",
+    ),
+    "two_rows": (
+        lambda: trace(lambda x, w, r: x @ w + r, [f32[3, B, 96], f32[96, 80], f32[3, B, 80]], "two_rows"),
+        "torch.addmm(",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SUMS)
+def test_a_contraction_plus_a_value_is_one_call(name: str) -> None:
+    make, call = SUMS[name]
+    program = make()
+    graph = by_library(program)
+    assert [e.op.name for e in graph.equations if isinstance(e.op, Library)] == [ADDED]
+    text = emit(graph)
+    assert call.lower() in text.lower()
+    assert " + " not in text
+    for size in (1, 7, 24):
+        values = inputs_of(program, size)
+        expected = run(emit(program), program, [x.double() for x in values])
+        atol = 5e-2 if values[0].dtype is torch.float16 else 1e-4
+        torch.testing.assert_close(run(text, program, values).double(), expected.double(), rtol=1e-2, atol=atol)
+
+
+def test_a_value_of_another_type_is_added_on_its_own() -> None:
+    program = trace(lambda x, w, r: x @ w + r, [f16[B, 96], f16[96, 80], f32[B, 80]], "mixed")
+    assert ADDED not in [e.op.name for e in by_library(program).equations if isinstance(e.op, Library)]
+
+
+def test_a_sum_in_part_of_a_group_is_written_out() -> None:
+    """PyTorch's call takes a value over all rows or over none."""
+    program = trace(lambda x, w, r: x @ w + r, [f32[3, B, 96], f32[96, 80], f32[B, 80]], "part")
+    text = emit(by_library(program))
+    assert "addmm(" not in text.replace('library["addmm"](', "")
+    assert " + " in text
+    values = inputs_of(program, 7)
+    torch.testing.assert_close(run(text, program, values), run(emit(program), program, values), rtol=1e-4, atol=1e-4)

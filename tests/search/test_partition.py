@@ -12,6 +12,7 @@ from mugraph.search import values as v
 from mugraph.search.cost import device
 from mugraph.search.driver import Found, exponential_degree, may_be_materialised, search
 from mugraph.search.extract import Derivation
+from mugraph.search.footprint import Footprint
 from mugraph.search.partition import Choice, Partition, partition, power_of_two
 from mugraph.search.space import SearchSpace
 from tests.search import programs
@@ -125,7 +126,7 @@ def test_tiles_fit_the_device() -> None:
     for name in PROGRAMS:
         plans, run = plans_of(getattr(programs, name)(), SearchSpace())
         for choice in (c for plan in plans for c in plan if isinstance(c.how, Derivation)):
-            excess, seconds = run.fit(choice.how)
+            excess, seconds = run.fit(Footprint(run.p, choice.how), dict(choice.how.tiles))
             assert excess == 0
             assert seconds == choice.prediction.seconds
 

@@ -1,14 +1,16 @@
 """The structures that a search finds from naive definitions, at the true sizes, with a symbolic number of rows."""
 
+import math
 from collections.abc import Callable
 from functools import cache
 
 import pytest
 
+from benchmarks.programs import FAMILIES, PROGRAMS
 from mugraph.dsl.trace import f16
-from mugraph.ir.axes import Axis
+from mugraph.ir.axes import Axis, representative
 from mugraph.ir.graph import Accumulator, BlockGraph, Equation, KernelGraph, Program, equations_of
-from mugraph.ir.ops import Contract, Elementwise, Kernel, Reduce
+from mugraph.ir.ops import Contract, Elementwise, Kernel, Library, Reduce
 from mugraph.pipeline import finished
 from mugraph.search.driver import Found, search
 from mugraph.search.space import SearchSpace
@@ -148,6 +150,131 @@ def test_a_row_too_long_for_a_tile_is_read_in_two_passes() -> None:
     assert len([p for p in block.passes if p.loops]) == 2
 
 
+# -- all programs, at 16 rows
+
+
+AT_16 = SearchSpace(sizes=())
+
+
+@cache
+def verified(name: str, variant: str = "", space: SearchSpace = AT_16) -> Found:
+    """What is found of a benchmark's program, as the pipeline accepts it."""
+    program = FAMILIES[name].variants[variant] if variant else PROGRAMS[name]
+    result = search(program, accept=lambda graph: verify(program, finished(graph)), space=space)
+    assert result.report.refused == 0, str(result.report)
+    return result
+
+
+def launches(graph: KernelGraph) -> list[Equation]:
+    """Kernels and library calls: what is not a view."""
+    return [e for e in graph.equations if isinstance(e.op, Kernel | Library)]
+
+
+ONE_KERNEL = (
+    ("rmsnorm_linear", ""),
+    ("gated_mlp", "N 4096"),
+    ("gated_mlp", "N 11008"),
+    ("gated_mlp", "N 14336"),
+    ("lora", ""),
+    ("lora", "published, tiny"),
+    ("qk_norm_attention", "4096 keys"),
+    ("qk_norm_attention", "1024 keys"),
+    ("ntrans", ""),
+    ("layernorm_linear", ""),
+    ("linear_bias_residual", "SiLU"),
+    ("linear_bias_residual", "GELU"),
+    ("linear_bias_residual", "ReLU²"),
+    ("linear_bias_residual", "none"),
+    ("mha", "4096 keys"),
+    ("mha", "causal"),
+    ("mha", "causal, 4096 keys"),
+    ("mqa", "4096 keys"),
+    ("mqa", "causal"),
+    ("rope_attention", ""),
+    ("gqa", "published script"),
+    ("cross_entropy", "1009 columns"),
+    ("cross_entropy", "128256 columns"),
+    ("logsumexp", "131071 columns"),
+    ("softmax", "1000 columns"),
+    ("softmax", "131071 columns"),
+    ("layernorm", "1009 columns"),
+    ("rmsnorm", "128256 columns"),
+)
+
+
+@pytest.mark.parametrize(("name", "variant"), ONE_KERNEL)
+def test_programs_that_are_one_kernel(name: str, variant: str) -> None:
+    graph = verified(name, variant).graph
+    (launch,) = launches(graph)
+    assert isinstance(launch.op, Kernel)
+    assert len(launch.op.blocks) == 1
+
+
+def test_a_program_of_two_large_matmuls_in_sequence_is_no_single_kernel() -> None:
+    assert len(launches(verified("rmsnorm_gated_mlp").graph)) > 1
+
+
+def elements(graph: KernelGraph, rows: int) -> dict[str, int]:
+    """The size of every value of the graph, tiles over their whole axes."""
+    tensors = dict(graph.tensors())
+    for e in launches(graph):
+        if isinstance(e.op, Kernel):
+            for b in e.op.blocks:
+                tensors |= b.tensors() | (b.combine.tensors() if b.combine else {})
+    return {n: math.prod(representative(a.size, rows) for a in t.axes) for n, t in tensors.items()}
+
+
+def test_a_chain_is_multiplied_in_the_cheap_order() -> None:
+    found = verified("low_rank_chain")
+    assert max(elements(found.graph, 16).values()) <= 4096 * 64
+    naive = found.accepted.program.tensors().values()
+    assert 4096 * 4096 in [math.prod(representative(a.size, 16) for a in t.axes) for t in naive]
+
+
+@pytest.mark.parametrize("variant", ["16 heads", "128 heads", "16 heads, absorbed"])
+def test_decoding_with_latents_absorbs_the_projections(variant: str) -> None:
+    """Neither keys nor values of single heads are made: no value is over heads, keys and the head dimension."""
+    found = verified("mla", variant, AT_16.but(symbolic=1))
+    axes = {a.size for a in found.accepted.program.axes().values()}
+    heads = int(variant.split()[0])
+    assert {heads, 4096, 128} <= axes
+    assert max(elements(found.graph, 1).values()) <= max(4096 * 512, heads * 512 * 128)
+    naive = [t for t in found.accepted.program.tensors().values() if {a.size for a in t.axes} >= {heads, 4096, 128}]
+    assert bool(naive) == ("absorbed" not in variant)
+
+
+def test_constant_weights_are_added_ahead() -> None:
+    found = verified("constant_lora")
+    ahead, call = launches(found.graph)
+    assert set(ahead.args) == {"W", "A", "Bm"}
+    assert call.args == ("X", ahead.target.name)
+    (only,) = launches(verified("lora").graph)  # its A and Bm change
+    assert set(only.args) == {"X", "W", "A", "Bm"}
+
+
+def test_two_constant_weights_are_multiplied_ahead() -> None:
+    ahead, call = launches(verified("two_weights").graph)
+    assert set(ahead.args) == {"W1", "W2"}
+    assert "X" in call.args
+
+
+# At most one launch for each gradient, and one for what must be materialised before.
+BACKWARD = {
+    ("swiglu_bwd", "with the products"): 4,
+    ("swiglu_bwd", "14336 columns"): 1,
+    ("rmsnorm_bwd", ""): 2,
+    ("lora_bwd", ""): 4,
+    ("attention_bwd", "log-sum-exp saved"): 3,
+}
+
+
+@pytest.mark.parametrize(("name", "variant"), BACKWARD)
+def test_backward_programs_take_a_launch_for_each_gradient(name: str, variant: str) -> None:
+    found = verified(name, variant)
+    assert len(launches(found.graph)) <= BACKWARD[name, variant]
+    assert found.report.predicted_seconds < found.report.candidates[-1].seconds
+
+
 # -- the same structure under any names
 
 
@@ -214,15 +341,27 @@ def test_the_summary_tells_structures_apart() -> None:
 # -- sizes that are no power of two
 
 
-@pytest.mark.parametrize(
-    ("name", "k", "n"),
-    [("rmsnorm_linear", 1, 7), ("gated_mlp", 7, 1), ("rmsnorm_linear", 37, 101), ("linear_bias_residual", 1009, 13)],
-)
-def test_any_static_size_is_searched_and_verified(name: str, k: int, n: int) -> None:
-    program = getattr(programs, name)(k, n)
-    result = search(program, accept=lambda graph: verify(program, finished(graph)), space=SearchSpace(library=False))
-    assert result.report.refused == 0
-    assert result.graph.kernels()
+ODD_SIZES = (1, 7, 997, 3584, 7168, 11008, 14336)
+AT_ODD_SIZES: dict[str, Callable[[int], Program]] = {
+    "rmsnorm_linear": lambda n: programs.rmsnorm_linear(n, 37),
+    "rmsnorm_linear, wide": lambda n: programs.rmsnorm_linear(1009, n),
+    "gated_mlp": lambda n: programs.gated_mlp(n, 101),
+    "gated_mlp, wide": lambda n: programs.gated_mlp(13, n),
+    "lora": lambda n: programs.lora(n, n, 3),
+    "gqa": lambda n: programs.gqa(n, 20, 3, 5),
+    "gqa, wide": lambda n: programs.gqa(67, n, 1, 2),
+    "qk_norm_attention": lambda n: programs.qk_norm_attention(n, 19, 3),
+    "ntrans": programs.ntrans,
+}
+
+
+@pytest.mark.parametrize("n", ODD_SIZES)
+@pytest.mark.parametrize("name", AT_ODD_SIZES)
+def test_any_static_size_is_searched_and_verified(name: str, n: int) -> None:
+    program = AT_ODD_SIZES[name](n)
+    result = search(program, accept=lambda graph: verify(program, finished(graph)), space=AT_16.but(library=n > 1000))
+    assert result.report.refused == 0, str(result.report)
+    assert launches(result.graph)
 
 
 @pytest.mark.parametrize("keys", [1, 7, 997])

@@ -445,6 +445,15 @@ def test_merged_and_unit_dimensions() -> None:
     check(program, [torch.randn(21, 1, 12)], 2e-6, B=7)
 
 
+def test_several_merged_dimensions() -> None:
+    x = Input(Tensor("X", ((b, h), (n, k)), DType.f32), Storage(DType.f32))
+    out = Tensor("Y", ((n, b), (), (k, h)), DType.f32)
+    program = Program(
+        "merged_twice", (x,), (Equation((out,), Elementwise("exp"), ("X",)),), (Output("Y", Storage(DType.f32)),)
+    )
+    check(program, [torch.randn(21, 60)], 2e-6, B=7)
+
+
 def test_an_alias_meets_itself() -> None:
     """x @ x.T: one value under two row axes, at both levels."""
     other = Axis("b2", B)

@@ -167,6 +167,21 @@ def test_a_maximum_knows_its_elements_however_they_are_grouped(algebra):
     assert equal(algebra, f(algebra, "max", algebra.expanded(algebra.identity("max"), ("i", "j")), a), a)
 
 
+def test_a_maximum_of_one_exponential_is_it(algebra):
+    """However it comes to be one element: equal operands, one entry, or equal entries along an axis."""
+    e = f(algebra, "exp", algebra.random(("i",), "a"))
+    quotient = f(algebra, "div", e, algebra.expanded(algebra.total("sum", e, ("i",)), ("i",)))
+    other = f(algebra, "exp", algebra.random(("i",), "b"))
+    for v in (e, quotient):
+        assert equal(algebra, f(algebra, "max", v, v), v)
+        assert equal(algebra, algebra.total("max", algebra.expanded(v, ("i", "j")), ("j",)), v)
+        assert equal(algebra, f(algebra, "max", algebra.expanded(algebra.identity("max"), ("i",)), v), v)
+        larger = f(algebra, "max", v, other)
+        assert algebra.differs(larger, v).all()
+        assert algebra.differs(larger, other).all()
+        assert equal(algebra, f(algebra, "max", larger, v), larger)
+
+
 def test_a_maximum_is_none_of_its_elements(algebra):
     """Under a random order of the field it is one of them, and then a test accepts that with probability 1/2."""
     a, b = algebra.random(("i",), "a"), algebra.random(("i",), "b")
