@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from mugraph import __version__, settings
+from mugraph.codegen.accesses import accesses
 from mugraph.codegen.lower import lower
 from mugraph.codegen.stabilise import stabilise
 from mugraph.errors import (
@@ -56,8 +57,9 @@ from mugraph.search.space import SearchSpace, space_of
 from mugraph.transpiler import torch as torch_code
 from mugraph.transpiler import triton as triton_code
 from mugraph.transpiler.target import Target, parse_target
+from mugraph.verify.bounds import Bounds, in_bounds
 from mugraph.verify.certificate import Certificate, How, NumericReport
-from mugraph.verify.equivalence import Verified, verify
+from mugraph.verify.equivalence import Verified, proved, verify
 from mugraph.verify.numeric import Checked, numeric_check
 from mugraph.viz.mermaid import draw_mermaid
 from mugraph.viz.svg import draw_svg
@@ -546,7 +548,11 @@ def _checked(
 
     The certificate reaches the tier `numerics` if some comparison counts.  A Ctrl-C ends the comparisons, and the
     result has what was established before."""
+    verified = proved(verified)
     certificate, interrupted = verified.certificate, False
+    found = bounds_tier(verified, target)
+    if found is not None:
+        certificate = certificate.with_bounds(found.claims, found.reason)
     try:
         numerics = numeric_tier(verified, target, source, seed)
     except KeyboardInterrupt:
@@ -596,6 +602,14 @@ def emit(verified: Verified, target: Target) -> str:
     if target.kind == "torch" or not verified.graph.kernels():
         return torch_code.emit(verified.graph)
     return triton_code.emit(lower(verified))
+
+
+def bounds_tier(verified: Verified, target: Target) -> Bounds | None:
+    """What is known of the loads and stores of our kernels; None where there are none.  Raises VerificationError with a
+    counterexample."""
+    if target.kind == "torch" or not verified.graph.kernels():
+        return None
+    return in_bounds(accesses(lower(verified)))
 
 
 def numeric_tier(verified: Verified, target: Target, source: str, seed: int) -> NumericReport:

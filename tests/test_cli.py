@@ -125,7 +125,7 @@ def test_optimize_writes_a_directory_that_loads(saved: Path) -> None:
     document = json.loads((saved.parent / "stdout").read_text())
     assert document["program"] == "mlp"
     assert document["target"] == "torch"
-    assert document["tiers"] == ["tested", "numerics"]
+    assert document["tiers"] == ["tested", "proved", "numerics"]
     assert document["delta_log2"] <= -40
     assert document["predicted_seconds"] > 0
     assert document["percent_of_floor"] == pytest.approx(

@@ -74,6 +74,8 @@ app = typer.Typer(
 )
 cache_app = typer.Typer(help="Results on disk.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(cache_app, name="cache")
+import_app = typer.Typer(help="μGraphs of other projects.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(import_app, name="import")
 
 _debug = False
 
@@ -368,6 +370,41 @@ def verify(
         )
     else:
         put(found)
+
+
+# -- import
+
+
+@import_app.command("mirage")
+@command
+def import_mirage(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="Graphs as the Mirage project publishes them, JSON.")],
+    program: Annotated[
+        str | None, typer.Option(metavar="FILE.py:FN", help="The program that each graph has to equal.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", help="Directory in which each equal graph is lowered and saved.")
+    ] = None,
+    target: Annotated[str | None, typer.Option(help="What -o lowers for (default: this machine).")] = None,
+    as_json: Json = False,
+) -> int:
+    """Read published μGraphs, and verify each against a program."""
+    settings.configure_logging()
+    from mugraph.cli.imported import import_file
+    from mugraph.cli.subject import program_of
+
+    if out is not None and program is None:
+        raise SettingError("-o saves graphs that equal a program", remedy="name it with --program FILE.py:fn")
+    wanted = program_of(program) if program is not None else None
+    found = import_file(file, wanted, out, target, (lambda _: None) if as_json else put)
+    count = {v: sum(g.verdict == v for g in found) for v in ("equal", "read", "refused")}
+    if as_json:
+        print_document({"schema_version": 1, "file": str(file), **count, "graphs": [g.to_dict() for g in found]})
+    elif wanted is None:
+        say(f"{count['read']} of {len(found)} graphs read; --program FILE.py:fn verifies them")
+    else:
+        put(f"{count['equal']} of {len(found)} graphs equal {wanted.name}, {count['refused']} refused")
+    return UNVERIFIED if count["refused"] else OK
 
 
 # -- show

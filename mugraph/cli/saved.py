@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mugraph.errors import CacheError, MugraphError, VerificationError
-from mugraph.pipeline import Result, emit, load, numeric_tier
-from mugraph.verify.certificate import Certificate, graph_hash
+from mugraph.pipeline import Result, bounds_tier, emit, load, numeric_tier
+from mugraph.verify.bounds import Bounds
+from mugraph.verify.certificate import NOT_ATTEMPTED, Certificate, graph_hash
 from mugraph.verify.equivalence import Verified, recheck
 from mugraph.verify.numeric import Checked
 
@@ -48,11 +49,14 @@ def recheck_saved(directory: Path, strict: bool = False, say: Callable[[str], No
     verified = recheck(certificate, result.program, result.graph)
     tests = sum(d.tests for d in certificate.draws)
     say(f"the graph computes the program: {tests} tests repeated")
+    _same_bounds(certificate, bounds_tier(verified, result.target))
     _same_files(result, verified, directory)
     say("the source and the derived files come out the same again")
     checks = [
         f"files: {len(result.files())} with the hashes of the manifest",
         f"tested: {tests} tests repeated with their keys, error <= 2^{certificate.delta_log2:.1f}",
+        f"all sizes: {'unknown, ' + certificate.proof if certificate.proof else 'proved again'}",
+        *([f"loads and stores: {certificate.claims} claims hold again"] if certificate.claims else []),
         "kernel.py: emitted again from the graph, the same text",
     ]
     missing = ["report.json: the search's counts and prices are taken as recorded"]
@@ -62,6 +66,14 @@ def recheck_saved(directory: Path, strict: bool = False, say: Callable[[str], No
     else:
         missing += [f"{report} (--strict repeats it)" for report in certificate.numerics]
     return Rechecked(result, tuple(checks), tuple(missing))
+
+
+def _same_bounds(certificate: Certificate, found: Bounds | None) -> None:
+    """A solver that is absent here, or slower, may know less; it may not know otherwise."""
+    claimed = certificate.claims, certificate.bounds
+    reached = (found.claims, found.reason) if found is not None else (0, NOT_ATTEMPTED)
+    if claimed != reached and (found is None or not found.unknown):
+        raise VerificationError(f"the certificate claims {claimed} of loads and stores, a new run finds {reached}")
 
 
 def _same_files(result: Result, verified: Verified, directory: Path) -> None:

@@ -284,7 +284,7 @@ class ArrayAlgebra(Algebra[Named]):
         """Row-major reinterpretation.  The operand's axes are taken in the order its value carries them."""
         if set(axes) == set(v.axes):
             return v
-        shape = tuple(self.sizes[a] for a in axes)
+        shape = tuple(v.size(a) if a in v.axes else self.sizes[a] for a in axes)  # tiles are smaller than axes
         n = len(v.axes)
         return v.map(lambda part: part.reshape(shape + part.shape[n:]), axes)
 

@@ -21,11 +21,12 @@ from mugraph.errors import ParseError, TargetMismatchError
 from mugraph.ir.graph import Program
 from mugraph.ir.serialize import canonical_text
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
-Tier = Literal["tested", "numerics"]
+Tier = Literal["tested", "proved", "bounds", "numerics"]
 How = Literal["interpreted", "device", "torch"]
 EXCUSED = ", and so does the source"  # ends the note of a row that `NumericReport.as_written` leaves out
+NOT_ATTEMPTED = "not attempted"  # by the search, which verifies many graphs; the one that is chosen is proved
 Pairs = tuple[tuple[str, int], ...]
 
 
@@ -129,7 +130,9 @@ class NumericReport:
 @dataclass(frozen=True)
 class Certificate:
     """The record of a verification.  `delta_log2` is log2 of the bound on accepting a wrong graph over all draws;
-    `cuts` names the values between which program and graph were compared part by part, if they were."""
+    `cuts` names the values between which program and graph were compared part by part, if they were.
+    `laws` are those that a proof for all sizes rests on; `proof` is empty where there is one, and else says why not.
+    `claims` counts what holds of the loads and stores of our kernels; `bounds` says why more is not known."""
 
     program: str
     graph: str
@@ -145,11 +148,26 @@ class Certificate:
     numerics: tuple[NumericReport, ...]
     versions: tuple[tuple[str, str], ...]
     cuts: tuple[str, ...] = ()
+    laws: tuple[str, ...] = ()
+    proof: str = NOT_ATTEMPTED
+    claims: int = 0
+    bounds: str = NOT_ATTEMPTED
     schema_version: int = SCHEMA_VERSION
 
     @property
     def delta(self) -> float:
         return math.exp2(self.delta_log2)
+
+    def with_proof(self, laws: tuple[str, ...], reason: str) -> Certificate:
+        """The certificate with the outcome of the symbolic proof.  No reason against it: the tier is reached."""
+        reached: tuple[Tier, ...] = () if reason else ("proved",)
+        return dataclasses.replace(self, tiers=(*self.tiers, *reached), laws=laws, proof=reason)
+
+    def with_bounds(self, claims: int, reason: str) -> Certificate:
+        """The certificate with the outcome of the check of loads and stores.  No reason against it: the tier is
+        reached."""
+        reached: tuple[Tier, ...] = () if reason else ("bounds",)
+        return dataclasses.replace(self, tiers=(*self.tiers, *reached), claims=claims, bounds=reason)
 
     def with_numerics(self, table: NumericReport) -> Certificate:
         """The certificate with one more table of numeric comparisons.  The tier is reached if some count and pass."""
@@ -177,6 +195,11 @@ class Certificate:
             split = f", parts {_pairs_text(d.parts)}" if d.parts else ""
             head = f"    sizes {_pairs_text(d.sizes)}, tiles {_pairs_text(d.tiles) or '-'}{split}"
             lines.append(f"{head}: {d.tests} tests, 2^{d.delta_log2:.1f}")
+        lines.append(f"  all sizes: unknown, {self.proof}" if self.proof else "  all sizes: proved, by these laws")
+        lines += [f"    {law}" for law in self.laws]
+        if self.bounds != NOT_ATTEMPTED or self.claims:
+            rest = f"; unknown: {self.bounds}" if self.bounds else ", none fails"
+            lines.append(f"  loads and stores: {self.claims} claims hold for all sizes{rest}")
         lines += [f"  law not used: {law}" for law in self.unused_laws]
         lines += [f"  assumes: {a}" for a in self.assumptions]
         lines += [f"  {report}" for report in self.numerics]

@@ -23,8 +23,9 @@ from mugraph.ir.ops import Gather, Scatter
 from mugraph.ir.parts import parts
 from mugraph.ir.printer import canonical_text
 from mugraph.ir.types import Input, Output
-from mugraph.verify.certificate import Certificate, DrawRecord, graph_hash, versions
+from mugraph.verify.certificate import NOT_ATTEMPTED, Certificate, DrawRecord, Tier, graph_hash, versions
 from mugraph.verify.formal import EVALUATED, EXP_CUT, FormalAlgebra, TooManyTerms, Value
+from mugraph.verify.prove import prove
 from mugraph.verify.sizes import Draw, cut_sizes, draws, literal_sizes
 
 DRAWS = 2
@@ -89,13 +90,31 @@ def verify(
     return Verified(program, graph, certificate, _TOKEN)
 
 
-def _by_parts(program: Program, graph: KernelGraph, delta: float, seed: int, cuts: tuple[str, ...]) -> Certificate:
-    """One certificate of all parts.  A part that is another under other names is the same statement, so the bounds of
-    the different ones add up."""
-    different: dict[str, tuple[Program, KernelGraph]] = {}
+def proved(verified: Verified) -> Verified:
+    """With the outcome of the symbolic proof for all sizes on the certificate; one that is there stays."""
+    if verified.certificate.proof != NOT_ATTEMPTED:
+        return verified
+    cuts = verified.certificate.cuts
+    pairs = _different(verified.program, verified.graph, cuts) if cuts else [(verified.program, verified.graph)]
+    proofs = [prove(p, g) for p, g in pairs]
+    reason = next((p.reason for p in proofs if not p.proved), "")
+    laws = () if reason else tuple(sorted({law for p in proofs for law in p.laws}))
+    certificate = verified.certificate.with_proof(laws, reason)
+    return Verified(verified.program, verified.graph, certificate, _TOKEN)
+
+
+def _different(program: Program, graph: KernelGraph, cuts: tuple[str, ...]) -> list[tuple[Program, KernelGraph]]:
+    """The parts between the cuts; one that is another under other names is the same statement."""
+    found: dict[str, tuple[Program, KernelGraph]] = {}
     for p, g in parts(program, graph, cuts):
-        different.setdefault(f"{canonical_text(p)}\n{canonical_text(g)}", (p, g))
-    found = [verify(p, g, delta=delta / len(different), seed=seed).certificate for p, g in different.values()]
+        found.setdefault(f"{canonical_text(p)}\n{canonical_text(g)}", (p, g))
+    return list(found.values())
+
+
+def _by_parts(program: Program, graph: KernelGraph, delta: float, seed: int, cuts: tuple[str, ...]) -> Certificate:
+    """One certificate of all parts.  The bounds of the different ones add up."""
+    different = _different(program, graph, cuts)
+    found = [verify(p, g, delta=delta / len(different), seed=seed).certificate for p, g in different]
     return replace(
         found[0],
         program_hash=graph_hash(program),
@@ -120,7 +139,14 @@ def recheck(certificate: Certificate, program: Program, graph: KernelGraph) -> V
             raise VerificationError(f"the certificate is about another {name} than {graph.name}")
     delta = 2.0**certificate.delta_requested_log2
     again = verify(program, graph, delta=delta, seed=certificate.seed, cuts=certificate.cuts)
-    for field in ("delta_log2", "draws", "unused_laws", "assumptions"):
+    if certificate.proof != NOT_ATTEMPTED:
+        again = proved(again)
+    lowered: tuple[Tier, ...] = () if certificate.bounds else ("bounds",)  # checked where there is a plan
+    numerics: tuple[Tier, ...] = ("numerics",) if any(r.passed for r in certificate.numerics) else ()
+    reached = (*again.certificate.tiers, *lowered, *numerics)
+    if certificate.tiers != reached:
+        raise VerificationError(f"the certificate claims {certificate.tiers}, a new run reaches {reached}")
+    for field in ("delta_log2", "draws", "unused_laws", "assumptions", "laws", "proof", "program", "graph", "cuts"):
         was, now = getattr(certificate, field), getattr(again.certificate, field)
         if was != now:
             raise VerificationError(f"the certificate says {field} {was}, a new run {now}")

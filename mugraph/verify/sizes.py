@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from mugraph.errors import VerificationError
-from mugraph.ir.axes import Axis
+from mugraph.ir.axes import Axis, product
 from mugraph.ir.graph import BlockGraph, Equation, Program, equations_of
 from mugraph.ir.ops import Concat, Const, Kernel, Library, Pack, Reduce, Rename, Reshape, SizeOf, Slice, TopK, Unpack
 from mugraph.ir.types import Tensor
@@ -198,13 +198,13 @@ def _collect_equation(equation: Equation, tensors: Mapping[str, Tensor], facts: 
         case Rename(pairs):
             facts.ties += [(old, new.name) for old, new in pairs]
         case Reshape(dims) if args and args[0] in tensors:
-            before = [a.name for a in tensors[args[0]].axes]
-            after = [a.name for d in dims for a in d]
-            left, right = (tuple(a for a in x if a not in y) for x, y in ((before, after), (after, before)))
-            if len(left) == len(right) == 1:
-                facts.ties.append((left[0], right[0]))
-            elif left or right:
-                facts.constraints.append(_Product(1, left, right))
+            before, after = tensors[args[0]].axes, tuple(a for d in dims for a in d)
+            if {a.name for a in before} != {a.name for a in after}:
+                for left, right in _regrouped(before, after):
+                    if len(left) == len(right) == 1:
+                        facts.ties.append((left[0], right[0]))
+                    else:
+                        facts.constraints.append(_Product(1, left, right))
         case Slice(axis) if args and args[0] in tensors:
             facts.sliced.append((axis_of(args[0], axis), equation.op))
         case Concat(axes, out):
@@ -217,6 +217,25 @@ def _collect_equation(equation: Equation, tensors: Mapping[str, Tensor], facts: 
             facts.constraints.append(_Product(max(8 // dtype.bits, 1), (out.name,), (axis,)))
         case _:
             pass
+
+
+def _regrouped(before: Sequence[Axis], after: Sequence[Axis]) -> list[tuple[tuple[str, ...], tuple[str, ...]]]:
+    """A row-major reshape as the smallest groups of adjacent axes with equally many elements at the true sizes."""
+    groups: list[tuple[tuple[str, ...], tuple[str, ...]]] = []
+    start, ends = (0, 0), itertools.product(range(1, len(before) + 1), range(1, len(after) + 1))
+    for i, j in sorted(ends, key=sum):
+        if i > start[0] and j > start[1]:
+            left, right = before[start[0] : i], after[start[1] : j]
+            if product(a.size for a in left) == product(a.size for a in right):
+                groups.append((tuple(a.name for a in left), tuple(a.name for a in right)))
+                start = i, j
+    rest = tuple(a.name for a in before[start[0] :]), tuple(a.name for a in after[start[1] :])
+    if rest == ((), ()):
+        return groups
+    if not groups:
+        return [rest]
+    left_names, right_names = groups[-1]
+    return [*groups[:-1], (left_names + rest[0], right_names + rest[1])]
 
 
 # -- sizes that fit -----------------------------------------------------------------------------------------------
@@ -245,11 +264,15 @@ def _draw(facts: _Facts, earlier: Sequence[Draw], number: int, fixed: dict[str, 
     segments, cuts = _segments(facts, same, constraints, known)
     tiled = {same.of(a) for a, tile in facts.tiles.items() if tile > 1}
     variables = list(dict.fromkeys([*segments, *(same.of(a) for a in facts.axes)]))
+    sides = [side for c in constraints if isinstance(c, _Product) for side in ((c.left, c.right), (c.right, c.left))]
+    products = {one[0] for one, many in sides if len(one) == 1 and len(many) > 1}
+    variables.sort(key=lambda v: v in products)  # their sizes follow
     history = {v: tuple(d.sizes[v] for d in earlier if v in d.sizes) for v in variables}
 
     bound_up = {name for c in constraints for name in _names(c)}
     looped = {same.of(a) for a in (*facts.looped, *facts.counted)}
     varied = looped | bound_up
+    crowded = len(bound_up) > len(WHOLE_SIZES) ** 2  # small sizes cannot tell all of these apart
 
     def candidates(v: str, taken: Mapping[str, int]) -> list[int]:
         wanted = TILED_SIZES if v in tiled else (1, 2) if v in segments else WHOLE_SIZES
@@ -259,7 +282,7 @@ def _draw(facts: _Facts, earlier: Sequence[Draw], number: int, fixed: dict[str, 
         if not earlier:
             # a loop takes two full tiles and a tail where the grid does with one
             return sorted(sizes, key=lambda s: (s not in wanted, v in looped and s == wanted[0], s))
-        used = {(*history[o], s) for o, s in taken.items() if o in history}
+        used = set() if crowded else {(*history[o], s) for o, s in taken.items() if o in history}
         return sorted(
             sizes, key=lambda s: (v in varied and s in history[v], (*history[v], s) in used, s not in wanted, s)
         )
@@ -388,7 +411,7 @@ def _solve(
     def search(taken: dict[str, int]) -> dict[str, int] | None:
         if next(steps) > STEPS:
             return None
-        closed = _closed(taken, constraints)
+        closed = _closed(taken, constraints, least)
         if closed is None or any(s < least.get(v, 1) for v, s in closed.items() if v not in known):
             return None
         v = next((v for v in variables if v not in closed), None)
@@ -402,14 +425,16 @@ def _solve(
     return search(dict(known))
 
 
-def _closed(taken: dict[str, int], constraints: Sequence[_Constraint]) -> dict[str, int] | None:
+def _closed(
+    taken: dict[str, int], constraints: Sequence[_Constraint], least: Mapping[str, int]
+) -> dict[str, int] | None:
     """The assignment with what follows from it; None if it breaks a constraint."""
     values = dict(taken)
     changed = True
     while changed:
         changed = False
         for c in constraints:
-            new = _consequence(c, values)
+            new = _consequence(c, values, least)
             if new is None or any(not 1 <= s <= max(LARGEST, *taken.values(), 1) for s in new.values()):
                 return None
             values.update(new)
@@ -417,7 +442,7 @@ def _closed(taken: dict[str, int], constraints: Sequence[_Constraint]) -> dict[s
     return values
 
 
-def _consequence(c: _Constraint, values: Mapping[str, int]) -> dict[str, int] | None:
+def _consequence(c: _Constraint, values: Mapping[str, int], least: Mapping[str, int]) -> dict[str, int] | None:
     """The one value that follows from a constraint, nothing, or None where it is broken."""
     match c:
         case _AtLeast(greater, factor, less, offset):
@@ -438,6 +463,10 @@ def _consequence(c: _Constraint, values: Mapping[str, int]) -> dict[str, int] | 
             if not open_left and not open_right:
                 return {} if x == y else None
             if len(open_left) + len(open_right) > 1:
+                for names, mine, other in ((open_left, x, y), (open_right, y, x)):
+                    room = mine * math.prod(least.get(a, 1) for a in names)
+                    if len(names) == len(open_left) + len(open_right) and (other % mine or room > other):
+                        return None  # the other side is known, and too small for what is open here
                 return {}
             name, top, bottom = (open_left[0], y, x) if open_left else (open_right[0], x, y)
             return {name: top // bottom} if top % bottom == 0 else None

@@ -40,15 +40,15 @@ def test_the_text_says_what_was_established_and_what_was_not(certificate):
 
 
 def test_another_schema_version_is_refused(certificate):
-    with pytest.raises(TargetMismatchError, match="schema version 2"):
-        Certificate.from_json(certificate.to_json().replace('"schema_version": 1', '"schema_version": 2'))
+    with pytest.raises(TargetMismatchError, match="schema version 3"):
+        Certificate.from_json(certificate.to_json().replace('"schema_version": 2', '"schema_version": 3'))
 
 
 @pytest.mark.parametrize(
     "damage",
     [
         lambda d: [],
-        lambda d: {"schema_version": 1},
+        lambda d: {"schema_version": 2},
         lambda d: {k: v for k, v in d.items() if k != "draws"},
         lambda d: d | {"unknown": 1},
         lambda d: d | {"seed": "one"},

@@ -1,0 +1,262 @@
+"""How good the verifier is: wrong pairs that it accepts, right pairs that it refuses, and what a check costs.
+
+    python -m benchmarks.verify [--every N] [--json]
+
+The pairs are those of tests/corpora: `wrong` has one planted error each, `equal` are the same programs in other words.
+Beside the verifier stand two published rules on the same pairs, at the same sizes: values in Z_p x Z_q with small
+primes, exponentials as powers of one root of unity, a single test.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+
+from benchmarks.environment import environment
+from mugraph.errors import MugraphError
+from mugraph.ir import fields
+from mugraph.ir.check import check
+from mugraph.ir.evaluate import ArrayAlgebra, Named, aligned, outputs, union_axes
+from mugraph.ir.fields import U
+from mugraph.ir.ops import Cast, Iota, MaskedExp, PureOp, Select, Slice
+from mugraph.verify.equivalence import verify
+from mugraph.verify.prove import prove
+from mugraph.verify.sizes import draws
+from tests.corpora.equal import equal
+from tests.corpora.pairs import Pair
+from tests.corpora.wrong import wrong
+
+
+class SmallFields(ArrayAlgebra):
+    """Pairs in Z_p x Z_q as published: the q part of an exponential is 0, 1/0 is 0, and functions without a table of
+    their own (maxima, comparisons, ...) are tables with random entries."""
+
+    def __init__(self, p: int, q: int, sizes: Mapping[str, int], tiles: Mapping[str, int], parts: Mapping[str, int]):
+        super().__init__(sizes, tiles, parts)
+        self.moduli = p, q
+        root = next(x for x in range(2, p) if pow(x, q, p) == 1)
+        self.powers = np.array([pow(root, e, p) for e in range(q)], dtype=U)
+
+    def value(self, axes: tuple[str, ...], words: Any) -> Named:
+        return Named(axes, tuple(np.asarray(words, dtype=U) % U(m) for m in self.moduli))
+
+    def literal(self, value: Fraction) -> Named:
+        parts = []
+        for m in self.moduli:
+            inverse = pow(value.denominator, -1, m) if value.denominator % m else 0
+            parts.append(np.asarray(value.numerator * inverse % m, dtype=U))
+        return Named((), tuple(parts))
+
+    def identity(self, monoid: str) -> Named:
+        return self.literal(Fraction(0))
+
+    def table(self, key: object, *args: Named) -> Named:
+        axes = union_axes(args)
+        mixed: Any = np.asarray(0, dtype=U)
+        for i, v in enumerate(aligned(a, axes) for a in args):
+            for j, part in enumerate(v.parts):
+                mixed = fields.keyed_hash(np.asarray(mixed + part * U(2), dtype=U), (key, i, j), 2**62)
+        return Named(axes, tuple(fields.keyed_hash(mixed, (key, m), m) for m in self.moduli))
+
+    def each(self, f: Callable[..., Any], *args: Named) -> Named:
+        found = (f(*(v.parts[i] for v in args), U(m)) for i, m in enumerate(self.moduli))
+        return Named(args[0].axes, tuple(found))
+
+    def inverse(self, v: Named) -> Named:
+        return self.each(lambda a, m: fields.power(np.asarray(a, dtype=U), int(m) - 2, int(m)), v)
+
+    def exponential(self, v: Named) -> Named:
+        p = self.powers[np.asarray(v.parts[1], dtype=np.int64)]
+        return Named(v.axes, (p, np.zeros_like(p)))
+
+    def total(self, kind: str, v: Named, axes: tuple[str, ...]) -> Named:
+        where = tuple(v.axes.index(a) for a in axes)
+        kept = tuple(a for a in v.axes if a not in axes)
+        if kind == "sum":
+            return Named(kept, tuple(p.sum(axis=where) % U(m) for p, m in zip(v.parts, self.moduli, strict=True)))
+        found: Any = {"max": np.max, "min": np.min}[kind]
+        return Named(kept, tuple(np.asarray(found(p, axis=where)) for p in v.parts))
+
+    def function(self, fn: str, attrs: Mapping[str, str | Fraction], args: Sequence[Named]) -> Named:
+        x = args[0]
+        match fn:
+            case "add":
+                return self.each(lambda a, b, m: (a + b) % m, *args)
+            case "sub":
+                return self.each(lambda a, b, m: (a + m - b) % m, *args)
+            case "mul" | "and":
+                return self.each(lambda a, b, m: a * b % m, *args)
+            case "div":
+                return self.each(lambda a, b, m: a * b % m, x, self.inverse(args[1]))
+            case "neg":
+                return self.each(lambda a, m: (m - a) % m, x)
+            case "reciprocal":
+                return self.inverse(x)
+            case "square":
+                return self.each(lambda a, m: a * a % m, x)
+            case "rsqrt":
+                return self.inverse(self.table("sqrt", x))
+            case "exp":
+                return self.exponential(x)
+            case "silu":
+                q = Named(x.axes, (x.parts[1], x.parts[1]))
+                return self.function("mul", {}, [self.exponential(x), q])
+            case "max" | "min":
+                return self.each(lambda a, b, m: (np.maximum if fn == "max" else np.minimum)(a, b), *args)
+        return self.table((fn, *sorted(attrs.items())), *args)
+
+    def opaque(self, op: PureOp, args: Sequence[Named]) -> tuple[Named, ...]:
+        axes = union_axes(args)
+        xs = [aligned(v, axes) for v in args]
+        match op:
+            case Select():
+                mask, a, b = xs
+                return (self.elementwise("add", b, self.elementwise("mul", mask, self.elementwise("sub", a, b))),)
+            case MaskedExp():
+                return (self.elementwise("mul", xs[1], self.exponential(xs[0])),)
+            case Iota(axis):
+                return (self.value((axis.name,), np.arange(self.sizes[axis.name])),)
+            case Cast(dtype) if dtype.is_float:
+                return (xs[0],)
+        return (self.table(repr(op), *xs),)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A published rule: its primes, and whether inputs are i·100003 + j instead of random."""
+
+    p: int
+    q: int
+    counted: bool
+
+    @property
+    def name(self) -> str:
+        return f"p={self.p}, q={self.q}, " + ("inputs i*100003+j" if self.counted else "one random test")
+
+    def accepts(self, pair: Pair) -> bool:
+        try:
+            check(pair.graph)
+            (draw,) = draws(pair.program, pair.graph, 1)
+            found = []
+            for side in (pair.program, pair.graph):
+                algebra = _Placed(self.p, self.q, draw.sizes, draw.tiles, draw.parts)
+                algebra.starts = draw.starts
+                inputs = {}
+                for n, i in enumerate(pair.program.inputs):
+                    axes = tuple(a.name for a in i.tensor.axes)
+                    shape = tuple(draw.sizes[a] for a in axes)
+                    words = fields.random_words((0, i.name), shape, self.p * self.q)
+                    if self.counted:
+                        words = (U(n * 100003) + np.arange(math.prod(shape), dtype=U)).reshape(shape)
+                    inputs[i.name] = algebra.value(axes, words)
+                tensors = side.tensors()
+                values = outputs(side, inputs, algebra)
+                found.append(
+                    [
+                        aligned(algebra.expanded(v, [a.name for a in tensors[o.value].axes]),
+                                [a.name for a in tensors[o.value].axes])
+                        for o, v in zip(side.outputs, values, strict=True)
+                    ]
+                )  # fmt: skip
+        except (MugraphError, AssertionError, IndexError, KeyError, ValueError, TypeError):
+            return False
+        return all(
+            np.array_equal(x, y) for a, b in zip(*found, strict=True) for x, y in zip(a.parts, b.parts, strict=True)
+        )
+
+
+class _Placed(SmallFields):
+    """Slices start where they do at the sizes of the draw."""
+
+    starts: Mapping[tuple[str, int], int]
+
+    def apply(self, op: PureOp, args: Sequence[Named]) -> tuple[Named, ...]:
+        if isinstance(op, Slice):
+            op = Slice(op.axis, op.out, self.starts.get((op.axis, op.start), op.start), op.step)
+        return super().apply(op, args)
+
+
+RULES = (Rule(227, 113, False), Rule(167, 83, True))
+
+
+def measured(every: int = 1, tell: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
+    """The figures, over each `every`-th pair.  Times are of one process, in seconds."""
+    corpora = {"wrong": wrong(every), "equal": equal(every)}
+    found: dict[str, Any] = {"pairs": {name: len(pairs) for name, pairs in corpora.items()}}
+    ours: dict[str, list[str]] = {"wrong": [], "equal": []}
+    deltas, seconds, proofs = [], [], []
+    for name, pairs in corpora.items():
+        for pair in pairs:
+            started = time.perf_counter()
+            try:
+                deltas.append(verify(pair.program, pair.graph).certificate.delta_log2)
+                accepted = True
+            except MugraphError:
+                accepted = False
+            seconds.append(time.perf_counter() - started)
+            if name == "equal":
+                proofs.append(prove(pair.program, pair.graph).proved)
+            if accepted != (name == "equal"):
+                ours[name].append(pair.name)
+                tell(f"{'accepted' if accepted else 'refused'}: {pair.name} ({pair.kind})")
+    found["mugraph"] = {
+        "accepted_wrong": len(ours["wrong"]),
+        "refused_equal": len(ours["equal"]),
+        "names": ours,
+        "largest_delta_log2": max(deltas, default=None),
+        "share_proved": sum(proofs) / len(proofs),
+        "median_seconds": statistics.median(seconds),
+        "longest_seconds": max(seconds),
+    }
+    for rule in RULES:
+        started = time.perf_counter()
+        taken = {name: [p.name for p in pairs if rule.accepts(p)] for name, pairs in corpora.items()}
+        checks = sum(map(len, corpora.values()))
+        found[rule.name] = {
+            "accepted_wrong": len(taken["wrong"]),
+            "refused_equal": len(corpora["equal"]) - len(taken["equal"]),
+            "mean_seconds": (time.perf_counter() - started) / checks,
+        }
+    return found
+
+
+def table(found: Mapping[str, Any]) -> str:
+    n = found["pairs"]
+    head = f"{n['wrong']} wrong pairs, {n['equal']} equal pairs"
+    lines = [head, f"{'rule':<34} {'wrong accepted':>15} {'equal refused':>14} {'ms a check':>11}"]
+    for rule in ("mugraph", *(r.name for r in RULES)):
+        row = found[rule]
+        ms = 1e3 * row.get("median_seconds", row.get("mean_seconds", math.nan))
+        lines.append(f"{rule:<34} {row['accepted_wrong']:>15} {row['refused_equal']:>14} {ms:>11.0f}")
+    ours = found["mugraph"]
+    lines.append(
+        f"mugraph: error at most 2^{ours['largest_delta_log2']:.1f}, longest check {ours['longest_seconds']:.1f} s"
+    )
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--every", type=int, default=1, metavar="N", help="each N-th pair only")
+    parser.add_argument("--json", action="store_true", help="one JSON document")
+    options = parser.parse_args(arguments)
+    found = measured(options.every, lambda text: print(text, file=sys.stderr, flush=True))
+    if options.json:
+        print(json.dumps({"schema_version": 1, "environment": environment(), **found}, indent=1))
+    else:
+        print(table(found))
+    return 1 if found["mugraph"]["accepted_wrong"] or found["mugraph"]["refused_equal"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

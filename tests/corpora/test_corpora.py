@@ -1,0 +1,63 @@
+"""The verifier on the corpora: nothing wrong is accepted, nothing right is refused."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from benchmarks.verify import RULES, main, measured
+from tests.corpora.equal import LAWS, equal
+from tests.corpora.pairs import Pair, accepted, judged, sources
+from tests.corpora.wrong import MUTATIONS, wrong
+
+EVERY = 40  # pairs of which the fast test takes one
+
+
+@pytest.mark.full
+def test_the_corpora_are_large_and_without_repetition():
+    for pairs in (wrong(), equal()):
+        assert len(pairs) >= 300
+        assert len({p.name for p in pairs}) == len(pairs)
+        assert len({(p.program, p.graph) for p in pairs}) == len(pairs)
+
+
+@pytest.mark.full
+def test_every_program_mutation_and_law_occurs():
+    wrongs = {p.name.split(":")[0] for p in wrong() if p.generator == "tests.corpora.wrong"}
+    equals = {p.name.split(":")[0] for p in equal() if p.generator == "tests.corpora.equal"}
+    assert wrongs == equals == set(sources())
+    assert {p.kind for p in wrong()} >= {m.__name__ for m in MUTATIONS}
+    used = {law for p in equal() for law in p.kind.split(", ")}
+    assert used >= {law.__name__ for law in LAWS}
+
+
+@pytest.mark.parametrize("pair", wrong(EVERY), ids=lambda p: p.name)
+def test_a_wrong_pair_is_refused(pair: Pair):
+    assert not accepted(pair)
+
+
+@pytest.mark.parametrize("pair", equal(EVERY), ids=lambda p: p.name)
+def test_an_equal_pair_is_accepted(pair: Pair):
+    assert accepted(pair)
+
+
+def test_equal_pairs_are_equal_in_float64():
+    """The laws themselves are judged without the verifier."""
+    pairs = [p for p in equal(EVERY) if p.generator == "tests.corpora.equal"]
+    assert all(judged(p.program, p.graph) for p in pairs)
+
+
+@pytest.mark.full
+def test_all_pairs(capsys: pytest.CaptureFixture[str]):
+    found = measured()
+    assert found["mugraph"]["names"] == {"wrong": [], "equal": []}
+    assert found["mugraph"]["largest_delta_log2"] <= -40
+
+
+def test_published_rules_are_measured_beside(capsys: pytest.CaptureFixture[str]):
+    assert main(["--every", "400", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["mugraph"]["accepted_wrong"] == found["mugraph"]["refused_equal"] == 0
+    for rule in RULES:
+        assert found[rule.name]["refused_equal"] <= found["pairs"]["equal"]

@@ -1,0 +1,182 @@
+"""A saved result is checked again from its files: every edit of certificate, graph or source is refused."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import mugraph as mg
+from mugraph import pipeline
+from mugraph.cli.saved import recheck_saved
+from mugraph.errors import VerificationError
+from mugraph.ir.graph import KernelGraph
+from mugraph.ir.serialize import dumps, loads
+from mugraph.search.build import baseline
+from mugraph.verify.certificate import Certificate, graph_hash
+from mugraph.viz.mermaid import draw_mermaid
+from mugraph.viz.svg import draw_svg
+
+EDITED = ("certificate.json", "graph.json", "kernel.py")
+
+
+@mg.program
+def gate(x: mg.f32[8, 16], w: mg.f32[16, 8]):
+    return mg.silu(x @ w) - mg.sum(x, 1, True)
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    result = pipeline.from_graph(gate, baseline(gate), target="torch")
+    return result.save(tmp_path_factory.mktemp("saved") / "gate")
+
+
+@pytest.fixture
+def saved(original: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(original, tmp_path / "gate"))
+
+
+def with_hashes(place: Path) -> None:
+    """The manifest repaired."""
+    manifest = json.loads((place / "manifest.json").read_text())
+    manifest["files"] = {n: hashlib.sha256((place / n).read_bytes()).hexdigest() for n in manifest["files"]}
+    (place / "manifest.json").write_text(json.dumps(manifest, indent=1))
+
+
+def flips(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    """Every leaf of a JSON document, with another value of its type."""
+    match value:
+        case dict():
+            for k, v in value.items():
+                yield from flips(v, (*path, k))
+        case list():
+            for i, v in enumerate(value):
+                yield from flips(v, (*path, i))
+        case bool():
+            yield path, not value
+        case int() | float():
+            yield path, value + 1
+        case str():
+            yield path, value + "x"
+        case None:
+            yield path, 1.0
+
+
+def flipped(data: Any, path: tuple[Any, ...], new: Any) -> Any:
+    if not path:
+        return new
+    copy = data.copy()
+    copy[path[0]] = flipped(data[path[0]], path[1:], new)
+    return copy
+
+
+def refused(place: Path) -> str:
+    with pytest.raises(VerificationError) as error:
+        recheck_saved(place)
+    return error.value.message
+
+
+def test_the_original_is_verified_from_its_files(original: Path):
+    found = recheck_saved(original)
+    assert any("tested" in c for c in found.checks)
+    assert any("proved" in c for c in found.checks)
+
+
+@pytest.mark.parametrize("name", EDITED)
+def test_every_flip_of_one_field_is_refused(saved: Path, name: str):
+    """By the hashes of the manifest."""
+    file = saved / name
+    text = file.read_text()
+    if name == "kernel.py":
+        edits = [text.replace(line, f"{line} # edited", 1) for line in text.splitlines() if line.strip()]
+    else:
+        data = json.loads(text)
+        edits = [json.dumps(flipped(data, path, new)) for path, new in flips(data)]
+    assert len(edits) >= 10
+    for edit in edits:
+        file.write_text(edit)
+        assert "edited" in refused(saved)
+
+
+# What a run cannot derive again: the numeric check, unless --strict repeats it, and versions; and the δ that was asked
+# for, as every one that the stated δ meets leads to the same tests.
+RECORDED = {"numerics", "versions", "delta_requested_log2"}
+
+
+def test_every_flip_in_a_certificate_is_refused_with_hashes_repaired(saved: Path):
+    file = saved / "certificate.json"
+    data = json.loads(file.read_text())
+    derived = [(path, new) for path, new in flips(data) if path[0] not in RECORDED]
+    assert {path[0] for path, _ in derived} >= {"tiers", "delta_log2", "draws", "laws", "assumptions", "seed"}
+    for path, new in derived:
+        file.write_text(json.dumps(flipped(data, path, new), indent=1))
+        with_hashes(saved)
+        with pytest.raises(VerificationError):
+            pytest.fail(f"{path} as {new}: {recheck_saved(saved)}")
+
+
+def test_a_flipped_graph_is_refused_with_a_counterexample(saved: Path):
+    """The wrong graph, with every file derived from it, and its hash in certificate and manifest."""
+    graph = loads((saved / "graph.json").read_text())
+    assert isinstance(graph, KernelGraph)
+    wrong = loads(dumps(graph).replace('"silu"', '"gelu"').replace('"fn": "gelu"', '"fn": "sigmoid"'))
+    assert wrong != graph
+    certificate = Certificate.from_json((saved / "certificate.json").read_text())
+    certificate = replace(certificate, graph_hash=graph_hash(wrong))
+    files = {
+        "graph.json": dumps(wrong, indent=1),
+        "graph.txt": f"{wrong}\n",
+        "graph.svg": draw_svg(wrong),
+        "graph.mmd": draw_mermaid(wrong),
+        "certificate.json": certificate.to_json(),
+    }
+    for name, text in files.items():
+        (saved / name).write_text(text)
+    with_hashes(saved)
+    assert "differs: the program gives" in refused(saved)
+
+
+def test_an_edited_source_is_refused_since_lowering_gives_another(saved: Path):
+    source = (saved / "kernel.py").read_text()
+    text = source.replace("silu", "sigmoid")
+    assert text != source
+    (saved / "kernel.py").write_text(text)
+    with_hashes(saved)
+    assert "is not what this version emits" in refused(saved)
+
+
+Change = Callable[[Certificate], Certificate]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda c: replace(c, delta_log2=c.delta_log2 - 10),
+        lambda c: replace(c, draws=tuple(replace(d, delta_log2=d.delta_log2 - 5) for d in c.draws)),
+        lambda c: replace(c, draws=c.draws[:1]),
+        lambda c: replace(c, tiers=("proved", "tested", "numerics")),
+        lambda c: replace(c, laws=c.laws[1:]),
+        lambda c: replace(c, assumptions=()),
+        lambda c: replace(c, delta_requested_log2=-400.0),
+        lambda c: replace(c, seed=1),
+    ],
+    ids=["delta", "delta of a draw", "a draw less", "tiers", "a law less", "no assumptions", "asked for more", "seed"],
+)
+def test_a_better_certificate_than_deserved_is_refused(saved: Path, change: Change):
+    file = saved / "certificate.json"
+    file.write_text(change(Certificate.from_json(file.read_text())).to_json())
+    with_hashes(saved)
+    refused(saved)
+
+
+def test_numerics_claimed_without_a_comparison_are_refused(saved: Path):
+    file = saved / "certificate.json"
+    file.write_text(replace(Certificate.from_json(file.read_text()), numerics=()).to_json())
+    with_hashes(saved)
+    assert "claims" in refused(saved)

@@ -1,0 +1,164 @@
+"""Proofs for all sizes: what is proved is equal, what is not equal is never proved."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import mugraph as mg
+from benchmarks.programs import CLASSIC, PROGRAMS
+from mugraph.errors import VerificationError
+from mugraph.ir.graph import KernelGraph
+from mugraph.ir.parser import parse_program
+from mugraph.search import laws
+from mugraph.search.driver import search
+from mugraph.search.space import space_of
+from mugraph.verify.certificate import Certificate
+from mugraph.verify.equivalence import proved, recheck, verify
+from mugraph.verify.prove import PARTS, RESCALED, SIZES, prove
+from tests import graphs
+from tests.corpora.equal import equal
+from tests.corpora.wrong import wrong
+from tests.verify.mirage_files import SMALL
+from tests.verify.mutants import by_hand, systematic
+from tests.verify.variants import EQUAL, UNEQUAL, pair
+
+WINNERS = Path(__file__).parents[1] / "corpora/winners"
+
+
+def winner(name: str) -> KernelGraph:
+    """What the search chose for an H100 (effort quick, seed 0, 16 rows), as `mugraph optimize` writes graph.txt."""
+    graph = parse_program((WINNERS / f"{name}.txt").read_text())
+    assert isinstance(graph, KernelGraph)
+    return graph
+
+
+@pytest.mark.parametrize("name", CLASSIC)
+def test_what_is_chosen_for_the_classic_programs_is_proved(name: str):
+    proof = prove(PROGRAMS[name], winner(name))
+    assert proof.proved, proof.reason
+    assert SIZES not in proof.laws
+
+
+def test_the_proof_of_a_split_online_softmax_names_its_laws():
+    assert {PARTS, RESCALED} <= set(prove(PROGRAMS["gqa"], winner("gqa")).laws)
+
+
+@pytest.mark.parametrize("name", graphs.ALL)
+def test_schedules_by_hand_are_proved(name: str):
+    program, fused = graphs.ALL[name]
+    assert prove(program(), fused()).proved
+
+
+UNDECIDED_LAWS = {  # equal, and not decided
+    "prefix-sums-are-linear": "a prefix sum is an opaque function",
+}
+
+
+@pytest.mark.parametrize("name", EQUAL)
+def test_a_law_is_proved_or_known_to_be_missing(name: str):
+    assert prove(*pair(*EQUAL[name])).proved != (name in UNDECIDED_LAWS)
+
+
+@pytest.mark.parametrize("name", UNEQUAL)
+def test_the_neighbour_of_a_law_is_not_proved(name: str):
+    assert not prove(*pair(*UNEQUAL[name])).proved
+
+
+def test_planted_errors_are_not_proved():
+    for m in (*by_hand(), *systematic())[::5]:
+        try:
+            proof = prove(m.program, m.graph)
+        except mg.MugraphError:
+            continue  # malformed
+        if proof.proved:
+            verify(m.program, m.graph)  # a shift: right
+
+
+@pytest.mark.parametrize("every", [170, pytest.param(1, marks=pytest.mark.full)])
+def test_no_wrong_pair_is_proved(every: int):
+    assert [p.name for p in wrong(every) if prove(p.program, p.graph).proved] == []
+
+
+def test_equal_pairs_are_proved_for_the_most_part():
+    pairs = [p for p in equal(11) if not {"cut_and_joined", "cut_reduction"} & set(p.kind.split(", "))]
+    unknown = [p.name for p in pairs if not prove(p.program, p.graph).proved]
+    assert len(unknown) <= len(pairs) // 5, unknown
+
+
+def test_published_graphs_are_proved_with_their_sizes():
+    from mugraph.ir.mirage import import_mirage
+
+    for name in ("rms", "mlp", "attention", "attention, two loops"):
+        program, operators = SMALL[name]
+        assert prove(program, import_mirage(operators, program)).proved, name
+
+
+# -- independence of the search
+
+
+def collected(program: mg.Program) -> list[KernelGraph]:
+    """What the search would hand to the verifier, none refused."""
+    found: list[KernelGraph] = []
+
+    def accept(graph: KernelGraph) -> KernelGraph:
+        found.append(graph)
+        raise VerificationError("collected")
+
+    with suppress(mg.MugraphError):
+        search(program, accept=accept, space=space_of("quick"))
+    return found
+
+
+@mg.program
+def difference(X: mg.f16[16, 64], W: mg.f16[64, 32], Y: mg.f16[16, 32]):
+    return X @ W - Y
+
+
+def test_a_broken_law_of_the_search_is_caught(monkeypatch: pytest.MonkeyPatch):
+    """The search takes a − b for a + b: all that it proposes is wrong, and nothing of it is proved."""
+    right = collected(difference)
+    assert right
+    assert all(prove(difference, g).proved for g in right)
+
+    def broken(fn, attrs, args):
+        return meant("add" if fn == "sub" else fn, attrs, args)
+
+    meant = laws._function
+    monkeypatch.setattr(laws, "_function", broken)
+    wrong_graphs = [g for g in collected(difference) if "add" in str(g)]
+    assert wrong_graphs
+    for graph in wrong_graphs:
+        assert not prove(difference, graph).proved
+        with pytest.raises(VerificationError):
+            verify(difference, graph)
+
+
+# -- on the certificate
+
+
+def test_the_certificate_says_what_was_proved():
+    verified = proved(verify(graphs.lora(), graphs.lora_fused()))
+    c = verified.certificate
+    assert c.tiers == ("tested", "proved")
+    assert c.laws
+    assert Certificate.from_json(c.to_json()) == c
+    assert "all sizes: proved" in str(c)
+    recheck(c, verified.program, verified.graph)
+
+
+def test_the_certificate_says_why_nothing_is_proved():
+    c = proved(verify(*pair(*EQUAL["prefix-sums-are-linear"]))).certificate
+    assert c.tiers == ("tested",)
+    assert "normal forms differ" in c.proof
+    assert "all sizes: unknown" in str(c)
+
+
+def test_a_raised_tier_is_refused():
+    verified = proved(verify(*pair(*EQUAL["prefix-sums-are-linear"])))
+    raised = replace(verified.certificate, tiers=("tested", "proved"), proof="")
+    with pytest.raises(VerificationError):
+        recheck(raised, verified.program, verified.graph)
