@@ -385,7 +385,7 @@ def _terms(work: Work, d: Device) -> tuple[Terms, Terms]:
         ("chain", waves * work.trips * (TRIP_CLOCKS + STEP_CLOCKS * work.depth) / d.clock_hz),
     )
     added = (
-        ("launch", d.launch_seconds + d.fill_seconds + DRAIN_SECONDS),
+        ("launch", least_kernel_seconds(d)),
         ("start", np.ceil(blocks / d.sms) * d.block_seconds),
         ("tail", (waves - 1) * d.fill_seconds / per_sm),
         ("combine", d.launch_seconds + 0.5e-6 + work.partial / d.l2_bytes_per_second if work.partial else 0.0),
@@ -445,11 +445,12 @@ def _arithmetic(work: Work, d: Device) -> tuple[Amount, Amount, Amount]:
 def predict_library(unique: float, flops: float, dtype: DType, d: Device) -> Prediction:
     """The time of a library call that moves `unique` bytes: elementwise, a reduction, a view."""
     limits = (("dram", unique / d.bandwidth), ("tensor", flops / (d.matmul_rate(dtype) * d.library_efficiency)))
-    return prediction(limits, (_library_launch(d),), unique, flops)
+    return prediction(limits, (("launch", least_kernel_seconds(d)),), unique, flops)
 
 
-def _library_launch(d: Device) -> tuple[str, float]:
-    return ("launch", d.launch_seconds + d.fill_seconds + DRAIN_SECONDS)
+def least_kernel_seconds(d: Device) -> float:
+    """What any kernel takes: its launch, the filling of its first loads and the draining of its stores."""
+    return d.launch_seconds + d.fill_seconds + DRAIN_SECONDS
 
 
 LIBRARY_TILES = ((256, 128), (128, 256), (128, 128), (128, 64), (64, 128), (64, 64), (64, 32), (32, 64))
@@ -499,7 +500,10 @@ def _library_loop(
         ("chain", math.ceil(blocks / (2 * d.sms)) * trips * TRIP_CLOCKS / d.clock_hz),
     )
     return prediction(
-        limits, (_library_launch(d), ("start", math.ceil(blocks / d.sms) * d.block_seconds)), unique, flops
+        limits,
+        (("launch", least_kernel_seconds(d)), ("start", math.ceil(blocks / d.sms) * d.block_seconds)),
+        unique,
+        flops,
     )
 
 

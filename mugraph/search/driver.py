@@ -133,6 +133,7 @@ def search(
     accept_cut: AcceptCut | None = None,
     solve: Solve | None = None,
     memory: bool = False,
+    whole: bool = False,
 ) -> Found:
     """The cheapest μGraph of the program that `accept` takes.
 
@@ -147,6 +148,7 @@ def search(
     Budgets beyond the default ones never make a result costlier: where these run out, the space under them is searched
     first, and its result is kept unless the wider one is as cheap.
 
+    `whole`: the program is not cut, however many operators it has: it is a segment that no border divides.
     `memory`: the report says what each phase takes at most (in this process), which makes the search much slower.
     """
     space, on = space or SearchSpace(), on or device()
@@ -156,18 +158,20 @@ def search(
     def within(space: SearchSpace, seconds: float) -> Found:
         watch = Watch(seconds, interrupted, memory)
         with watch.measuring():
-            if operators(program) > space.operators:
+            if not whole and operators(program) > space.operators:
                 accepting = accept_cut or (lambda graph, _: accept(graph))
                 return _in_segments(program, space, on, accepting, solve or _one_by_one, watch)
             return _whole(program, accept, space, on, watch)
 
     narrow = space.under_default_budgets()
-    if operators(program) <= narrow.operators:
+    if whole or operators(program) <= narrow.operators:
         narrow = narrow.but(operators=space.operators)
-    if narrow == space or operators(program) > space.operators:  # segments are each searched within both
+    if narrow == space or (
+        not whole and operators(program) > space.operators
+    ):  # segments are each searched within both
         return within(space, budget_seconds)
     first = within(narrow, budget_seconds)
-    stop, cut = first.report.stop, operators(program) > narrow.operators
+    stop, cut = first.report.stop, not whole and operators(program) > narrow.operators
     if not stop.reproducible or (stop.kind == "Saturated" and not space.candidates and not cut):
         return replace(first, report=replace(first.report, space=str(space)))
     left = max(0.0, budget_seconds - (time.perf_counter() - started))
@@ -260,7 +264,7 @@ def searched(task: Task, accept: Accept, stop: Callable[[], bool] = lambda: Fals
     """The search of one segment: a pure function of the task, unless `stop` ends it.  None where the search cannot
     handle the segment: its values nest too deeply, or it divides by the constant zero."""
     try:
-        found = search(task.program, accept=accept, space=task.space, on=task.on, interrupted=stop)
+        found = search(task.program, accept=accept, space=task.space, on=task.on, interrupted=stop, whole=True)
     except (RecursionError, ZeroDivisionError):
         return None
     return Done(found.graph, found.report)

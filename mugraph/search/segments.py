@@ -19,7 +19,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
-from itertools import pairwise
+from itertools import combinations, pairwise
 from typing import Any
 
 from mugraph.ir.axes import representative
@@ -30,7 +30,7 @@ from mugraph.ir.rename import renamed
 from mugraph.ir.serialize import from_json, to_json
 from mugraph.ir.types import DType, Input, Output, Storage, Tensor
 from mugraph.search.canonical import Canonical, canonical, colours
-from mugraph.search.cost import Device, floor_seconds
+from mugraph.search.cost import Device, floor_seconds, least_kernel_seconds
 from mugraph.search.pieces import is_free
 from mugraph.search.report import KernelCost, LawStep, SearchReport, SegmentReport, decoded
 from mugraph.search.space import SearchSpace
@@ -49,7 +49,7 @@ class Task:
     space: SearchSpace
     on: Device
 
-    @property
+    @cached_property
     def key(self) -> str:
         return f"{self.program}\n{self.space}\n{self.on.digest}"
 
@@ -238,9 +238,9 @@ def line(program: Program, sizes: Mapping[str, int]) -> Line:
 # -- the cuts
 
 
-def unsafe(program: Program) -> set[str]:
-    """Values that storage in 16 bits would ruin: an exponential that is not yet normalised overflows, and the rounding
-    of an exponent is a relative error of the exponential (the rule of `driver.may_be_materialised`, by equations)."""
+def unsafe(program: Program) -> tuple[set[str], set[str]]:
+    """Values that storage in 16 bits would ruin (the rule of `driver.may_be_materialised`, by equations): exponentials
+    that are not yet normalised, which overflow, and exponents, whose rounding is a relative error of the exponential."""
     tensors = program.tensors()
     degree: dict[str, float] = {i.name: 0 for i in program.inputs}
     found: set[str] = set()
@@ -257,7 +257,8 @@ def unsafe(program: Program) -> set[str]:
         scales = isinstance(e.op, Elementwise) and e.op.fn in ("add", "sub", "mul", "div", "neg")
         if scales or isinstance(e.op, Cast | Select | Concat) or is_free(e):
             exponents.update(a for a in e.args if len(tensors[a].axes) == len(e.target.axes))
-    return {n for n in found | exponents if tensors[n].dtype.is_float and tensors[n].dtype.bits < 32}
+    narrow = {n for n, t in tensors.items() if t.dtype.is_float and t.dtype.bits < 32}
+    return found & narrow, exponents & narrow
 
 
 def _degree(e: Equation, args: list[float]) -> float:
@@ -284,12 +285,14 @@ def _degree(e: Equation, args: list[float]) -> float:
 def cuts(whole: Line, most: int, sizes: Mapping[str, int], inside: Iterable[str] = ()) -> list[int]:
     """Places where segments may begin: borders at which few bytes lie in memory (less than at the border before and no
     more than at the one after) or a contraction ends; more of them where segments of `most` operators would not fit
-    between these."""
-    ruined, never = unsafe(whole.program), set(inside)
+    between these.  Exponents are cut only where a segment would else have twice as many: at worst they are rounded as
+    where every operator runs alone."""
+    overflowing, exponents = unsafe(whole.program)
+    never = overflowing.union(inside)
 
-    def bytes_at(cut: int) -> float:
+    def bytes_at(cut: int, rounded: bool = False) -> float:
         live = whole.live(cut)
-        if not never.isdisjoint(live) or not ruined.isdisjoint(live):
+        if not never.isdisjoint(live) or not (rounded or exponents.isdisjoint(live)):
             return math.inf
         return bytes_of((whole.tensors[n] for n in live), sizes)
 
@@ -307,13 +310,14 @@ def cuts(whole: Line, most: int, sizes: Mapping[str, int], inside: Iterable[str]
         ]
         borders = sorted({0, *least, *kept})
     kept |= {b for b in least if weight[b] < math.inf}
-    for choice in (
-        [b for b in whole.groups if weight[b] < math.inf],
-        [i for i in range(len(whole.operators)) if bytes_at(i) < math.inf],
+    for choice, limit in (
+        ([b for b in whole.groups if weight[b] < math.inf], most),
+        ([i for i in range(len(whole.operators)) if bytes_at(i) < math.inf], most),
+        ([i for i in range(len(whole.operators)) if bytes_at(i, rounded=True) < math.inf], 2 * most),
     ):
         marks = sorted(kept)
         for low, high in pairwise(marks):
-            if high - low > most:
+            if high - low > limit:
                 kept.update(c for c in choice if low < c < high)
     return sorted(kept)
 
@@ -374,7 +378,6 @@ def segment(whole: Line, start: int, stop: int, space: SearchSpace, on: Device, 
         loops=known(space.loops, axes),
         tiles=tuple((axes[a], t) for a, t in space.tiles if a in axes),
         inside=tuple(values[n] for n in space.inside if n in made),
-        operators=max(space.operators, stop - start),
     )
     return Segment(start, stop, program, here, Task(replace(here.program, name=NAME), own, on))
 
@@ -460,21 +463,26 @@ class _Run:
     def hope(self, edge: Interval, known: Mapping[Interval, float], calls: Mapping[Interval, float]) -> float:
         """The least that a segment which was not searched may cost: what its parts cost, less the launches but one, and
         the traffic of what lies in memory between them.  Infinite where that gains too little to be looked for, and
-        unless of the two segments that are one cut shorter one paid and the other may."""
+        unless two parts that make it up paid, or of the two segments that are one cut shorter one paid and the other
+        may."""
         low, high = (self.marks.index(m) for m in edge)
-        if high - low == 1 or self.segment(edge).task.key in self.failed:
+        if high - low == 1 or (edge in self.segments and self.segment(edge).task.key in self.failed):
             return calls[edge]
         shorter = ((edge[0], self.marks[high - 1]), (self.marks[low + 1], edge[1]))
         paid = [self.paid(e, known, calls) for e in shorter]
-        if not any(paid) or False in paid:
-            return math.inf
         path, seconds = self.apart(edge, known, calls)
+        if False in paid or not (any(paid) or (len(path) == 2 and all(self.paid(e, known, calls) for e in path))):
+            return math.inf
         launches = sum(max(1, len(done.report.kernels)) if (done := self.found(e)) else 1 for e in path)
-        saved = max(0, launches - 1) * self.on.launch_seconds
+        saved = max(0, launches - 1) * least_kernel_seconds(self.on)
         for _, cut in path[:-1]:
             gone = [n for n in self.whole.live(cut) if self.whole.last_use[n] < edge[1]]
             saved += 2 * bytes_of((self.whole.tensors[n] for n in gone), self.sizes) / self.on.bandwidth
-        return max(seconds - saved, self.on.launch_seconds) if saved > MARGIN * seconds else math.inf
+        if saved <= MARGIN * seconds:
+            return math.inf
+        self.segment(edge)  # one like it may have been searched
+        exact = self.seconds(edge)
+        return max(seconds - saved, least_kernel_seconds(self.on)) if exact is None else exact
 
     def paid(self, edge: Interval, known: Mapping[Interval, float], calls: Mapping[Interval, float]) -> bool | None:
         """Whether a segment is cheaper than its parts, if it was searched."""
@@ -487,8 +495,10 @@ class _Run:
     ) -> tuple[list[Interval], float]:
         """The cheapest way over the parts of a segment, and its time."""
         low, high = edge
-        parts = {e: known.get(e, calls[e]) for e in calls if e != edge and low <= e[0] and e[1] <= high}
-        path = _shortest([m for m in self.marks if low <= m <= high], parts)
+        marks = self.marks[self.marks.index(low) : self.marks.index(high) + 1]
+        parts = {(a, b): known.get((a, b), calls[a, b]) for a, b in combinations(marks, 2) if (a, b) in calls}
+        parts.pop(edge, None)
+        path = _shortest(marks, parts)
         return path, sum(parts[e] for e in path)
 
 

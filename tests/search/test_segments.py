@@ -173,13 +173,49 @@ def test_exponents_and_exponentials_are_not_cut_out() -> None:
         return (e / mg.sum(e, axis=-1, keepdims=True)) @ v
 
     program = trace(fn, [f16[B, 64], f16[128, 64], f16[128, 64]], "attention")
-    ruined = unsafe(program)
-    assert {e.target.name for e in program.equations if e.op == Elementwise("exp")} <= ruined
+    overflowing, exponents = unsafe(program)
+    ruined = overflowing | exponents
+    assert {e.target.name for e in program.equations if e.op == Elementwise("exp")} <= overflowing
     assert {o.value for o in program.outputs}.isdisjoint(ruined)
     whole = ordered(program)
     assert all(ruined.isdisjoint(whole.live(c)) for c in cut_at(program))
     wide = trace(fn, [f32[B, 64], f32[128, 64], f32[128, 64]], "attention")
-    assert unsafe(wide) == set()
+    assert unsafe(wide) == (set(), set())
+
+
+def test_exponents_are_cut_out_of_chains_that_are_too_long() -> None:
+    def chain(x):  # type: ignore[no-untyped-def]
+        for _ in range(30):
+            x = x + mg.tanh(x)
+        return mg.softmax(x)
+
+    program = trace(chain, [f16[16, 48]], "chain")
+    whole, at = ordered(program), cut_at(program)
+    overflowing, exponents = unsafe(program)
+    assert any(not exponents.isdisjoint(whole.live(c)) for c in at)
+    assert all(overflowing.isdisjoint(whole.live(c)) for c in at)
+
+
+def test_a_chain_is_cut_into_segments_that_are_as_long_as_they_may_be() -> None:
+    def chain(x):  # type: ignore[no-untyped-def]
+        for _ in range(12):
+            x = x + mg.tanh(x)
+        return x
+
+    result = search(trace(chain, [f16[16, 48]], "chain"), accept=lambda g: g, space=SearchSpace(sizes=(), operators=6))
+    assert [s.operators for s in result.report.segments] == [6, 6, 6, 6]
+
+
+def test_a_segment_that_no_border_divides_is_searched_whole() -> None:
+    program = trace(lambda x: mg.softmax(x), [f16[16, 48]], "rows")
+    space = SearchSpace(sizes=(), operators=1)
+    tasks: list[Task] = []
+    result = search(program, accept=lambda g: g, space=space, solve=counted(tasks))
+    assert [s.operators for s in result.report.segments] == [operators(program)]
+    assert len(tasks) == 1
+    assert tasks[0].space.operators == 1
+    assert (done := searched(tasks[0], lambda g: g)) is not None
+    assert done.report.segments == ()
 
 
 def test_values_that_must_stay_inside_are_not_cut_out() -> None:
