@@ -240,7 +240,7 @@ def line(program: Program, sizes: Mapping[str, int]) -> Line:
 
 def unsafe(program: Program) -> tuple[set[str], set[str]]:
     """Values that storage in 16 bits would ruin (the rule of `driver.may_be_materialised`, by equations): exponentials
-    that are not yet normalised, which overflow, and exponents, whose rounding is a relative error of the exponential."""
+    not yet normalised, which overflow, and exponents, whose rounding is a relative error of the exponential."""
     tensors = program.tensors()
     degree: dict[str, float] = {i.name: 0 for i in program.inputs}
     found: set[str] = set()
