@@ -31,6 +31,7 @@ from mugraph.errors import (
     GraphError,
     MugraphError,
     ParseError,
+    SettingError,
     TargetMismatchError,
     UnsupportedOpError,
     VerificationError,
@@ -45,7 +46,7 @@ from mugraph.ir.resize import reduction, resized
 from mugraph.ir.serialize import dumps, loads
 from mugraph.ir.threads import form_threads
 from mugraph.runtime.cache import Cache, key_of
-from mugraph.runtime.engine import Engine, EngineName, Job, completed, engine_of
+from mugraph.runtime.engine import Engine, EngineName, Job, checked_engine, completed, engine_of
 from mugraph.runtime.load import Executable, load_module
 from mugraph.search.answers import Answer
 from mugraph.search.build import baseline
@@ -54,9 +55,11 @@ from mugraph.search.driver import search, searched
 from mugraph.search.report import Asked, CandidateReport, SearchReport, StopReason
 from mugraph.search.segments import Done, Task
 from mugraph.search.space import SearchSpace, space_of
+from mugraph.settings import Effort
 from mugraph.transpiler import torch as torch_code
 from mugraph.transpiler import triton as triton_code
 from mugraph.transpiler.target import Target, parse_target
+from mugraph.typed import Probability, fit_arguments
 from mugraph.verify.bounds import Bounds, in_bounds
 from mugraph.verify.certificate import Certificate, How, NumericReport
 from mugraph.verify.equivalence import Verified, proved, verify
@@ -302,8 +305,9 @@ def optimize(
     *,
     target: str | Target | None = None,
     space: SearchSpace | None = None,
+    effort: Effort | None = None,
     budget_seconds: float | None = None,
-    delta: float = DELTA,
+    delta: Probability = DELTA,
     seed: int | None = None,
     cache: Cache | None = None,
     engine: Engine | EngineName | None = None,
@@ -319,16 +323,27 @@ def optimize(
     Ctrl-C after the search ends the checks: the result then says which tiers it reached.  Only a result that another
     run would find again is kept in the cache.  Where the emitted source disagrees with float64, or the search cannot
     handle the program, the program runs as library calls and a note says why.
+    `effort` names a space where none is given: "none" searches nothing, and the program runs as library calls.
     Raises GraphError for a malformed program, UnsupportedOpError where the target has no form for an operator,
-    VerificationError where no candidate passes, UnknownTargetError for an unknown target.
+    VerificationError where no candidate passes, UnknownTargetError for an unknown target, SettingError for another
+    argument that has a type or a value that it does not take.
     """
-    check(program)
     chosen = parse_target(target)
-    space = space or space_of(settings.effort.get())
+    options = checked_options(
+        program=program,
+        space=space,
+        effort=effort,
+        budget_seconds=budget_seconds,
+        delta=delta,
+        seed=seed,
+        cache=cache,
+        engine=engine,
+        say=say,
+    )
+    check(program)
+    space, budget, number, delta = (options[n] for n in ("space", "budget_seconds", "seed", "delta"))
     program = program if space.ahead else program.without_constants()
-    budget = settings.budget_seconds.get(budget_seconds)
-    number = settings.seed.get(seed)
-    store = cache or Cache()
+    store = cache if cache is not None else Cache()
     key = key_of(
         f"{canonical_text(program)}\n{program}",
         {"space": str(space), "delta": delta, "seed": number, "device": device(_device_name(chosen)).digest},
@@ -356,6 +371,25 @@ def optimize(
     if settings.print_output_code.get():
         say(result.source)
     return result
+
+
+def checked_options(**given: Any) -> dict[str, Any]:
+    """Arguments of `optimize` by name, as it takes them: `space`, `budget_seconds` and `seed` where they are not given
+    as well.  Raises UnknownTargetError, SettingError, and MugraphError for an engine that is not installed."""
+    target = given.get("target")
+    if target not in (None, "cuda", "triton"):  # these ask for the device that is there
+        parse_target(target)
+    found = fit_arguments(optimize, given | dict.fromkeys(("target", "budget_seconds", "seed") & given.keys()))
+    if isinstance(engine := given.get("engine"), str):
+        checked_engine(engine)
+    if given.get("space") is not None and given.get("effort") is not None:
+        raise SettingError("both space and effort are given", remedy="give one: an effort is the name of a space")
+    return found | {
+        "target": target,
+        "space": given.get("space") or space_of(settings.effort.get(given.get("effort"))),
+        "budget_seconds": settings.budget_seconds.get(given.get("budget_seconds")),
+        "seed": settings.seed.get(given.get("seed")),
+    }
 
 
 def _from_cache(store: Cache, key: str, target: Target) -> Result | None:
@@ -520,7 +554,7 @@ def from_graph(
     graph: KernelGraph,
     *,
     target: str | Target | None = None,
-    delta: float = DELTA,
+    delta: Probability = DELTA,
     seed: int | None = None,
 ) -> Result:
     """A μGraph that was written by hand, or read from a file, as a result: stabilised, verified, lowered and checked
@@ -530,6 +564,7 @@ def from_graph(
     GraphError for a malformed graph, UnsupportedOpError where the target has no form for an operator.
     """
     chosen, number = parse_target(target), settings.seed.get(seed)
+    fit_arguments(from_graph, {"program": program, "graph": graph, "delta": delta})
     verified = verify(program, finished(graph), delta=delta, seed=number)
     report = ReportText({"text": f"{graph.name}: a given graph, no search"})
     return _checked(verified, emit(verified, chosen), chosen, number, report)
@@ -763,13 +798,14 @@ def superoptimize(subject: Any = None, **options: Any) -> Any:
     that is optimised at its first call for the shapes it gets, and falls back to the original, with one warning, where
     something in it is not understood.  Without a subject, returns a decorator: `@mg.superoptimize(target="cuda:90")`.
 
-    Options: target ("torch", "cuda", "cuda:90", ...), space (SearchSpace), budget_seconds, delta, seed, cache, engine
+    Options: target ("torch", "cuda", "cuda:90", ...), space (SearchSpace) or effort, budget_seconds, delta, seed, cache, engine
     (where segments of large programs are searched: "here", "processes", "ray"); for PyTorch functions also dynamic
     ({"x": {0: mg.Dim("B", 1, 256)}}) and strict (raise instead of falling back).
     """
     if subject is None:
         return lambda later: superoptimize(later, **options)
     if isinstance(subject, Program):
+        checked_options(**options)
         return optimize(subject, **options)
     if callable(subject):
         for frontend in FRONTENDS:
