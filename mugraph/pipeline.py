@@ -51,8 +51,8 @@ from mugraph.runtime.load import Executable, load_module
 from mugraph.search.answers import Answer
 from mugraph.search.build import baseline
 from mugraph.search.cost import device
-from mugraph.search.driver import search, searched
-from mugraph.search.report import Asked, CandidateReport, SearchReport, StopReason
+from mugraph.search.driver import search, searched, unsearched
+from mugraph.search.report import Asked, SearchReport, StopReason
 from mugraph.search.segments import Done, Task
 from mugraph.search.space import SearchSpace, space_of
 from mugraph.settings import Effort
@@ -418,7 +418,7 @@ def _optimized(
     jobs: Cache | None,
     say: Callable[[str], None],
 ) -> Result:
-    started = time.perf_counter()
+    started, on = time.perf_counter(), device(_device_name(target))
 
     def tell(text: str) -> None:
         say(f"[{time.perf_counter() - started:.1f}s] {text}")
@@ -443,7 +443,7 @@ def _optimized(
                 program,
                 accept=accept,
                 space=space.but(sizes=()),  # one structure serves all sizes: the one for `symbolic`
-                on=device(_device_name(target)),
+                on=on,
                 budget_seconds=budget,
                 interrupted=interrupted,
                 accept_cut=accept,
@@ -453,11 +453,12 @@ def _optimized(
             why = _unsearchable(error)
             tell(f"no search: {why}")
             verified, source = accept(baseline(program))
-            report, notes = unsearched(program, target, why), (f"{why}: it runs as library calls",)
+            report = unsearched(program, space_of("none"), on, StopReason("Unsearchable"), why)
+            notes = (f"{why}: it runs as library calls",)
         else:
             assert isinstance(found.accepted, tuple)
             verified, source = found.accepted
-            report = replace(found.report, asked=Asked(program, device(_device_name(target)), verify))
+            report = replace(found.report, asked=Asked(program, on, verify))
             notes = report.notes
             tell(f"found: {found.report.predicted_seconds * 1e6:.1f} µs predicted; verified, error <= {delta:.1e}")
         stopped = interrupted() or report.stop.kind == "Interrupted"
@@ -506,31 +507,6 @@ def _unsearchable(error: Exception) -> str:
     if isinstance(error, RecursionError):
         return "the values of the program nest too deeply for the search"
     return "the program divides by the constant zero, which the search has no law for"
-
-
-def unsearched(program: Program, target: Target, why: str) -> SearchReport:
-    """The report of a program that the search cannot handle: the program as library calls is all there is.  No time
-    is predicted for it (0)."""
-    return SearchReport(
-        program=program.name,
-        device=device(_device_name(target)).label,
-        space=str(space_of("none")),
-        stop=StopReason("Unsearchable"),
-        classes=0,
-        edges={},
-        deduplicated=0,
-        configurations=0,
-        states=0,
-        pruned={},
-        verified=1,
-        refused=0,
-        seeds=(),
-        kernels=(),
-        candidates=(CandidateReport("the program as library calls", 0.0, "chosen"),),
-        predicted_seconds=0.0,
-        floor_seconds=0.0,
-        notes=(why,),
-    )
 
 
 def _without_plan(report: SearchReport | ReportText) -> SearchReport | ReportText:
@@ -798,9 +774,10 @@ def superoptimize(subject: Any = None, **options: Any) -> Any:
     that is optimised at its first call for the shapes it gets, and falls back to the original, with one warning, where
     something in it is not understood.  Without a subject, returns a decorator: `@mg.superoptimize(target="cuda:90")`.
 
-    Options: target ("torch", "cuda", "cuda:90", ...), space (SearchSpace) or effort, budget_seconds, delta, seed, cache, engine
-    (where segments of large programs are searched: "here", "processes", "ray"); for PyTorch functions also dynamic
-    ({"x": {0: mg.Dim("B", 1, 256)}}) and strict (raise instead of falling back).
+    Options: target ("torch", "cuda", "cuda:90", ...), space (SearchSpace) or effort ("none", "quick",
+    "full"), budget_seconds, delta, seed, cache, engine (where segments of large programs are searched: "here",
+    "processes", "ray"); for PyTorch functions also dynamic ({"x": {0: mg.Dim("B", 1, 256)}})
+    and strict (raise instead of falling back).
     """
     if subject is None:
         return lambda later: superoptimize(later, **options)

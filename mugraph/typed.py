@@ -3,7 +3,7 @@
     fitted(tuple[int, ...], [1, 64], "SearchSpace.sizes")      # (1, 64)
     fitted(Positive, "many", "SearchSpace.states")             # SettingError
 
-An annotation is a class, a `Literal`, a union, `tuple`, or `Callable`, and may carry limits (`Annotated[int, Limits(1)]`).
+It is a class, a `Literal`, a union, `tuple` or `Callable`, and may carry limits: `Annotated[int, Limits(1)]`.
 """
 
 from __future__ import annotations
@@ -66,9 +66,10 @@ def fitted(hint: Any, value: object, name: str) -> Any:
 
 def fit_fields(made: Any) -> None:
     """Every field of a frozen dataclass as its annotation has it, in place, while it is made."""
-    hints = _hints(type(made))
+    kind: Any = type(made)
+    hints = _hints(kind)
     for f in fields(made):
-        value = fitted(hints[f.name], getattr(made, f.name), f"{type(made).__name__}.{f.name}")
+        value = fitted(hints[f.name], getattr(made, f.name), f"{kind.__name__}.{f.name}")
         object.__setattr__(made, f.name, value)
 
 

@@ -258,7 +258,8 @@ def optimize(
         put(result.explain() if explain else result)
     code = outcome(result)
     if code == BASELINE:
-        say("nothing beats the program as it stands: what was emitted is the program as library calls")
+        why = "nothing beats the program as it stands" if space.kernels else "nothing was searched"
+        say(f"{why}: what was emitted is the program as library calls")
     if code == INTERRUPTED:
         say("interrupted: this is the best so far" + ("" if out else ", and it was not saved"))
     say(how_to_use(result, " --shapes ".join([subject, *(shapes or [])]), out))

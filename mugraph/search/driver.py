@@ -148,12 +148,16 @@ def search(
     Budgets beyond the default ones never make a result costlier: where these run out, the space under them is searched
     first, and its result is kept unless the wider one is as cheap.
 
+    Where the space allows no kernels, nothing is searched.
+
     `whole`: the program is not cut, however many operators it has: it is a segment that no border divides.
     `memory`: the report says what each phase takes at most (in this process), which makes the search much slower.
     """
     space, on = space or SearchSpace(), on or device()
     started = time.perf_counter()
     program = program if space.ahead else program.without_constants()
+    if not space.kernels:
+        return library_calls(program, accept, space, on)
 
     def within(space: SearchSpace, seconds: float) -> Found:
         watch = Watch(seconds, interrupted, memory)
@@ -200,6 +204,50 @@ def _cheaper(narrow: Found, wide: Found, budget_seconds: float) -> Found:
         notes=(*narrow.report.notes, NARROW),
     )
     return replace(narrow, report=report)
+
+
+def library_calls(program: Program, accept: Accept, space: SearchSpace, on: Device) -> Found:
+    """The program as it stands: nothing is searched."""
+    graph = baseline(program)
+    accepted = accept(graph)
+    sizes = {a.name: representative(a.size, space.symbolic) for a in program.axes().values()}
+    dtype = program.tensors()[program.outputs[0].value].dtype
+    seconds = equations_seconds(ordered(program).equations, program, space.symbolic, dtype, on)
+    made = Structure(1, None, space.symbolic, graph, accepted, seconds, LIBRARY)
+    report = replace(
+        unsearched(program, space, on, StopReason("Saturated"), UNSEARCHED, seconds),
+        structures=(StructureReport(made.low, made.high, made.at, made.text, seconds),),
+        floor_seconds=min(least_seconds(program, sizes, on), seconds),
+    )
+    return Found(graph, accepted, report, (made,))
+
+
+def unsearched(
+    program: Program, space: SearchSpace, on: Device, stop: StopReason, why: str, seconds: float = 0.0
+) -> SearchReport:
+    """The report of a program that is not searched: the program as library calls is all there is.  `seconds` are
+    predicted for it (0: none are)."""
+    return SearchReport(
+        program=program.name,
+        device=on.label,
+        space=str(space),
+        stop=stop,
+        classes=0,
+        edges={},
+        deduplicated=0,
+        configurations=0,
+        states=0,
+        pruned={},
+        verified=1,
+        refused=0,
+        seeds=(),
+        kernels=(),
+        candidates=(CandidateReport(LIBRARY, seconds, "chosen"),),
+        predicted_seconds=seconds,
+        floor_seconds=0.0,
+        notes=(why,),
+        asked=Asked(program, on),
+    )
 
 
 def _whole(program: Program, accept: Accept, space: SearchSpace, on: Device, watch: Watch) -> Found:
@@ -527,6 +575,7 @@ def _kept(graph: KernelGraph) -> list[str]:
 
 LIBRARY = "the program as library calls"
 UNBEATEN = "nothing beats the program as it stands: it runs as library calls"
+UNSEARCHED = "nothing was searched, as the space allows no kernels: the program runs as library calls"
 NARROW = "found under the default budgets; the wider ones gave nothing as cheap"
 UNFIT = "would keep in 16 bits what does not fit there"
 LIMITS = ("Interrupted", "TimeLimit", "MemoryLimit", "NodeLimit", "EntryLimit", "StateLimit", "Saturated")  # by weight
