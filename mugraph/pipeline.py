@@ -463,7 +463,7 @@ def _optimized(
             tell(f"found: {found.report.predicted_seconds * 1e6:.1f} µs predicted; verified, error <= {delta:.1e}")
         stopped = interrupted() or report.stop.kind == "Interrupted"
     try:
-        result = _checked(verified, source, target, seed, report, notes, tell)
+        result = _checked(verified, source, target, seed, report, notes, tell, stopped)
     except VerificationError as error:
         if not verified.graph.kernels():
             raise
@@ -478,7 +478,7 @@ def _optimized(
             (*notes, f"what the search found was refused, so the program runs as library calls: {error.message}"),
             tell,
         )
-    return replace(result, interrupted=result.interrupted or stopped)
+    return result
 
 
 def accepted(
@@ -554,17 +554,21 @@ def _checked(
     report: SearchReport | ReportText,
     notes: Sequence[str] = (),
     tell: Callable[[str], None] = lambda _: None,
+    stopped: bool = False,
 ) -> Result:
     """The last stage: a verified graph with its source, unless the source disagrees with float64.
 
-    The certificate reaches the tier `numerics` if some comparison counts.  A Ctrl-C ends the comparisons, and the
-    result has what was established before."""
-    verified = proved(verified)
-    certificate, interrupted = verified.certificate, False
-    found = bounds_tier(verified, target)
-    if found is not None:
-        certificate = certificate.with_bounds(found.claims, found.reason)
+    The certificate reaches the tier `numerics` if some comparison counts.  A Ctrl-C ends the checks, and the result
+    has what was established before: where the search was `stopped` by one, that the graph computes the program."""
+    certificate, interrupted = verified.certificate, stopped
     try:
+        if stopped:
+            raise KeyboardInterrupt
+        verified = proved(verified)
+        certificate = verified.certificate
+        found = bounds_tier(verified, target)
+        if found is not None:
+            certificate = certificate.with_bounds(found.claims, found.reason)
         numerics = numeric_tier(verified, target, source, seed)
     except KeyboardInterrupt:
         interrupted = True
