@@ -51,7 +51,7 @@ from mugraph.runtime.load import Executable, load_module
 from mugraph.search.answers import Answer
 from mugraph.search.build import baseline
 from mugraph.search.cost import device
-from mugraph.search.driver import search, searched, unsearched
+from mugraph.search.driver import as_it_stands, search, searched, unsearched
 from mugraph.search.report import Asked, SearchReport, StopReason
 from mugraph.search.segments import Done, Task
 from mugraph.search.space import SearchSpace, space_of
@@ -121,6 +121,8 @@ class Result:
     @property
     def unchanged(self) -> bool:
         """Whether nothing was found that beats the program as it stands."""
+        if isinstance(self.report, SearchReport):
+            return self.report.candidates[-1].verdict == "chosen"
         return not self.graph.kernels() and any(
             isinstance(e.op, Library) and e.op.semantics.equations == self.program.equations
             for e in self.graph.equations
@@ -468,7 +470,9 @@ def _optimized(
         if not verified.graph.kernels():
             raise
         tell(f"refused: {error.message}")
-        verified, source = accept(baseline(program))
+        given = as_it_stands(program, accept, space, on)[1]
+        assert isinstance(given, tuple)
+        verified, source = given
         result = _checked(
             verified,
             source,

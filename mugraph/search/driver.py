@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 
 from mugraph.errors import GraphError, SettingError, ShapeError, VerificationError
 from mugraph.ir.axes import Axis, dims_of, representative, size_value
@@ -45,11 +46,13 @@ from mugraph.search.segments import (
     Partitioned,
     Solve,
     Task,
+    cuts,
     join,
     least_seconds,
     line,
     operators,
     partitioned,
+    segment,
     segment_reports,
 )
 from mugraph.search.space import SearchSpace
@@ -157,7 +160,7 @@ def search(
     started = time.perf_counter()
     program = program if space.ahead else program.without_constants()
     if not space.kernels:
-        return library_calls(program, accept, space, on)
+        return library_calls(program, accept_cut or (lambda graph, _: accept(graph)), space, on)
 
     def within(space: SearchSpace, seconds: float) -> Found:
         watch = Watch(seconds, interrupted, memory)
@@ -206,10 +209,23 @@ def _cheaper(narrow: Found, wide: Found, budget_seconds: float) -> Found:
     return replace(narrow, report=report)
 
 
-def library_calls(program: Program, accept: Accept, space: SearchSpace, on: Device) -> Found:
+def as_it_stands(program: Program, accept: AcceptCut, space: SearchSpace, on: Device) -> tuple[KernelGraph, object]:
+    """The program as library calls, and what `accept` made of that.  A large one is a call for each interval between
+    neighbouring cuts: compared as a whole, its values would be of too high a degree for the tests to tell anything."""
+    if operators(program) <= space.operators:
+        graph = baseline(program)
+        return graph, accept(graph, ())
+    sizes = {a.name: representative(a.size, space.symbolic) for a in program.axes().values()}
+    whole = line(program, sizes)
+    marks = cuts(whole, space.operators, sizes, space.inside)
+    parts = [segment(whole, low, high, space, on, sizes) for low, high in pairwise(marks)]
+    graph = join(program, [(s, baseline(s.task.program)) for s in parts])
+    return graph, accept(graph, tuple(o.value for s in parts for o in s.program.outputs))
+
+
+def library_calls(program: Program, accept: AcceptCut, space: SearchSpace, on: Device) -> Found:
     """The program as it stands: nothing is searched."""
-    graph = baseline(program)
-    accepted = accept(graph)
+    graph, accepted = as_it_stands(program, accept, space, on)
     sizes = {a.name: representative(a.size, space.symbolic) for a in program.axes().values()}
     dtype = program.tensors()[program.outputs[0].value].dtype
     seconds = equations_seconds(ordered(program).equations, program, space.symbolic, dtype, on)
@@ -347,7 +363,7 @@ def _in_segments(
             partitioned(whole, space.but(symbolic=size, sizes=(), states=states), on, solve, library, watch.over)
         )
         watch.lap("segments")
-        chosen.append(_joined(program, size, solved[-1], library(program.equations), accept))
+        chosen.append(_joined(program, size, solved[-1], library(program.equations), accept, space, on))
         watch.lap("verification")
     ranges = _ranges([c.structure for c in chosen])
     report = _report_of_segments(program, space, on, solved, chosen[0], watch, ranges)
@@ -369,6 +385,8 @@ def _joined(
     run: Partitioned,
     base_seconds: float,
     accept: AcceptCut,
+    space: SearchSpace,
+    on: Device,
 ) -> _Joined:
     segments = segment_reports(run)
     text = " | ".join(s.structure if s.shared_with is None else f"as {s.shared_with}" for s in segments)
@@ -385,8 +403,8 @@ def _joined(
             rest = CandidateReport(LIBRARY, base_seconds, "costlier" if fits else UNFIT)
             made = Structure(size, size, size, graph, accepted, run.seconds, text)
             return _Joined(made, segments, (CandidateReport(text, run.seconds, "chosen"), rest))
-    graph = baseline(program)
-    made = Structure(size, size, size, graph, accept(graph, ()), base_seconds, LIBRARY)
+    graph, accepted = as_it_stands(program, accept, space, on)
+    made = Structure(size, size, size, graph, accepted, base_seconds, LIBRARY)
     tried = (CandidateReport(text, run.seconds, verdict), CandidateReport(LIBRARY, base_seconds, "chosen"))
     return _Joined(made, (), tried)
 
