@@ -266,20 +266,22 @@ def load(directory: str | Path) -> Result:
                 remedy="run mugraph optimize again",
             )
         files = {name: (place / name).read_text(encoding="utf-8") for name in manifest["files"]}
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, RecursionError) as error:
         raise CacheError(f"{place} is no saved result: {error}", remedy="run mugraph optimize again") from error
     for name, text in files.items():
         if hashlib.sha256(text.encode()).hexdigest() != manifest["files"][name]:
             raise CacheError(f"{place / name} was edited", remedy="run mugraph optimize again")
     try:
         found = _read(files, parse_target(manifest["target"]), tuple(manifest.get("notes", ())))
-    except (KeyError, ValueError, TypeError) as error:
+    except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise CacheError(f"{place} is no saved result: {error!r}", remedy="run mugraph optimize again") from error
     return replace(found, directory=place)
 
 
 def _read(files: Mapping[str, str], target: Target, notes: tuple[str, ...]) -> Result:
     program, data = loads(files["program.json"]), json.loads(files["report.json"])
+    if not isinstance(data, dict):
+        raise ValueError("report.json is no report")
     report: SearchReport | ReportText = ReportText(data)
     if "candidates" in data:
         asked = Asked(program, device(_device_name(target)), verify)
@@ -401,7 +403,7 @@ def _from_cache(store: Cache, key: str, target: Target) -> Result | None:
     try:
         files = {name: entry.text(name) for name in entry.files}
         found = _read(files, target, tuple(entry.meta.get("notes", ())))
-    except (MugraphError, KeyError, ValueError) as error:
+    except (MugraphError, KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
         import warnings
 
         warnings.warn(CacheWarning(f"the cache entry {entry.path} cannot be read: {error}"), stacklevel=3)

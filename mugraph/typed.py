@@ -50,7 +50,7 @@ PowerOfTwo = Annotated[int, Limits(least=1, power_of_two=True)]
 Probability = Annotated[float, Limits(above=0, below=1)]
 
 
-class Unfit(Exception):
+class Unfit(ValueError):
     """A value that an annotation does not allow."""
 
 
@@ -59,7 +59,7 @@ def fitted(hint: Any, value: object, name: str) -> Any:
     expected its items, and what counts as an integer (NumPy's, say) an `int`.  Raises SettingError for any other
     value: text is no number, a number no flag."""
     try:
-        return _fit(hint, value)
+        return fit(hint, value)
     except Unfit:
         raise SettingError(f"{name} is {_shown(value)}, not {words(hint)}", remedy=f"give {words(hint)}") from None
 
@@ -93,12 +93,13 @@ def _shown(value: object) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def _fit(hint: Any, value: Any) -> Any:
+def fit(hint: Any, value: Any) -> Any:
+    """The value as `fitted` gives it.  Raises Unfit for any other value."""
     args, origin = get_args(hint), get_origin(hint)
     if hint is Any:
         return value
     if origin is Annotated:
-        found = _fit(args[0], value)
+        found = fit(args[0], value)
         if not all(limits.hold(found) for limits in args[1:] if isinstance(limits, Limits)):
             raise Unfit
         return found
@@ -122,7 +123,7 @@ def _one(value: Any, holds: Callable[[], bool]) -> Any:
 def _any_of(hints: Sequence[Any], value: Any) -> Any:
     for hint in hints:
         try:
-            return _fit(hint, value)
+            return fit(hint, value)
         except Unfit:
             continue
     raise Unfit
@@ -134,7 +135,7 @@ def _tuple(args: tuple[Any, ...], value: Any) -> tuple[Any, ...]:
         value = tuple(value.items())
     if not isinstance(value, list | tuple) or not (many or len(value) == len(args)):
         raise Unfit
-    return tuple(_fit(h, x) for h, x in zip(args[:1] * len(value) if many else args, value, strict=True))
+    return tuple(fit(h, x) for h, x in zip(args[:1] * len(value) if many else args, value, strict=True))
 
 
 def _is_pair(hint: Any) -> bool:
@@ -144,11 +145,15 @@ def _is_pair(hint: Any) -> bool:
 def _plain(kind: type, value: Any) -> Any:
     if kind in (int, float) and not isinstance(value, bool | str | bytes):
         try:
-            found = operator.index(value) if kind is int else float(value)
+            found = value if kind is float and isinstance(value, int | float) else _number(kind, value)
         except (TypeError, ValueError, OverflowError):
             raise Unfit from None
         return _one(found, lambda: not math.isnan(found))
     return _one(value, lambda: kind not in (int, float) and isinstance(value, kind))
+
+
+def _number(kind: type, value: Any) -> int | float:
+    return operator.index(value) if kind is int else float(value)
 
 
 def words(hint: Any) -> str:

@@ -469,7 +469,7 @@ def report_text(path: Path) -> str:
     file = folder / "report.json"
     try:
         return str(json.loads(_text(file))["text"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ParseError(f"{file} is no report: {error}", remedy="run mugraph optimize again") from error
 
 
