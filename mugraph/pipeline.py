@@ -280,7 +280,7 @@ def load(directory: str | Path) -> Result:
 
 def _read(files: Mapping[str, str], target: Target, notes: tuple[str, ...]) -> Result:
     program, data = loads(files["program.json"]), json.loads(files["report.json"])
-    if not isinstance(data, dict):
+    if not isinstance(data, dict) or not isinstance(data.get("text"), str):
         raise ValueError("report.json is no report")
     report: SearchReport | ReportText = ReportText(data)
     if "candidates" in data:
