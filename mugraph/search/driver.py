@@ -168,7 +168,7 @@ def search(
             if not whole and operators(program) > space.operators:
                 accepting = accept_cut or (lambda graph, _: accept(graph))
                 return _in_segments(program, space, on, accepting, solve or _one_by_one, watch)
-            return _whole(program, accept, space, on, watch)
+            return _whole(program, accept, space, on, watch, replaces_calls=whole and not space.library)
 
     narrow = space.under_default_budgets()
     if whole or operators(program) <= narrow.operators:
@@ -266,9 +266,13 @@ def unsearched(
     )
 
 
-def _whole(program: Program, accept: Accept, space: SearchSpace, on: Device, watch: Watch) -> Found:
-    """One search of a whole program, within one space."""
+def _whole(
+    program: Program, accept: Accept, space: SearchSpace, on: Device, watch: Watch, replaces_calls: bool = False
+) -> Found:
+    """One search of a whole program, within one space.  `replaces_calls`: kernels are taken also where library calls
+    cost less, as in a segment of a program for which the space forbids calls."""
     task, enumeration = set_up(program, accept, space, on, watch)
+    task.replaces_calls = replaces_calls
     main = task.solve(space.symbolic)
     watch.lap("kernels")
     best = task.choose(main)
@@ -452,6 +456,7 @@ class Setup:
     on: Device
     accept: Accept
     stop: Callable[[], bool]
+    replaces_calls: bool = False
 
     @cached_property
     def boundaries(self) -> tuple[Equation, ...]:
@@ -547,7 +552,7 @@ class Setup:
             kernels = sum(bool(c.derivations) for c in at.fixed.calls(plan))
             if kernels > self.space.kernels:
                 tried.append(CandidateReport(text, seconds, f"has {kernels} kernels"))
-            elif best is not None or (at.fits and seconds > at.base_seconds):
+            elif best is not None or (at.fits and not self.replaces_calls and seconds > at.base_seconds):
                 cheaper = best is not None and seconds < best.seconds
                 verdict = "cheaper, but by less than the model is sure of" if cheaper else "costlier"
                 tried.append(CandidateReport(text, seconds, verdict))

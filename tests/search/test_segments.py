@@ -182,7 +182,13 @@ def test_exponents_and_exponentials_are_not_cut_out() -> None:
     whole = ordered(program)
     assert all(ruined.isdisjoint(whole.live(c)) for c in cut_at(program))
     wide = trace(fn, [f32[B, 64], f32[128, 64], f32[128, 64]], "attention")
-    assert unsafe(wide) == (set(), set())
+    assert unsafe(wide) == (overflowing, set())
+
+
+def test_an_exponential_that_nothing_normalises_may_be_cut_out() -> None:
+    assert unsafe(trace(lambda x: mg.tanh(mg.exp(x) * 2) + 1, [f32[16, 48]], "none"))[0] == set()
+    assert unsafe(trace(lambda x: mg.exp(x) * 2 + 1, [f32[16, 48]], "none"))[0] == set()
+    assert unsafe(trace(lambda x: mg.log(mg.sum(mg.exp(x), axis=-1)), [f32[16, 48]], "sum"))[0]
 
 
 def test_exponents_are_cut_out_of_chains_that_are_too_long() -> None:
