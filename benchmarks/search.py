@@ -38,10 +38,11 @@ from mugraph.search.abstraction import ABSTRACTIONS, AbstractionName, abstractio
 from mugraph.search.canonical import canonical
 from mugraph.search.closure import Closure, Edge
 from mugraph.search.cost import device
-from mugraph.search.driver import Found, _closure, _fingerprinter, _rewritten, problem_of, search, targets_of
+from mugraph.search.driver import Found, search
 from mugraph.search.enumerate import Enumerator, alphabet_of
 from mugraph.search.laws import Meaning, meaning
 from mugraph.search.partition import Choice, partition
+from mugraph.search.setup import closure_of, fingerprinter, problem_of, rewritten, targets_of
 from mugraph.search.space import SearchSpace
 from mugraph.verify.equivalence import verify
 
@@ -159,7 +160,7 @@ def ablation(program: Program, limit: int, repeats: int) -> list[Row]:
     space = SearchSpace()
     here = canonical(program)
     known = meaning(here.program)
-    closure, seeds = _closure(here.program, known, space)
+    closure, seeds = closure_of(here.program, known, space)
     problem = problem_of(here.program, closure, seeds, space, device())
     groups, wanted = targets_of(here, known, seeds)
     plans, _ = partition(problem, space, groups, lambda: False)
@@ -189,9 +190,9 @@ def ablation_row(
     limit: int,
     repeats: int,
 ) -> Row:
-    prints = _fingerprinter(program, known)
+    prints = fingerprinter(program, known)
     classes = {prints.fingerprint(closure.classes[c].value): c for c in closure.order}
-    targets = [*known.values.values(), *_rewritten(program, known, SearchSpace(), prints)]
+    targets = [*known.values.values(), *rewritten(program, known, SearchSpace(), prints)]
     sizes = {a.name: representative(a.size, SearchSpace().symbolic) for a in program.axes().values()}
     samples: list[float] = []
     for _ in range(repeats):

@@ -51,10 +51,11 @@ from mugraph.runtime.load import Executable, load_module
 from mugraph.search.answers import Answer
 from mugraph.search.build import baseline
 from mugraph.search.cost import device
-from mugraph.search.driver import as_it_stands, search, searched, unsearched
+from mugraph.search.driver import as_it_stands, search, searched
 from mugraph.search.report import Asked, SearchReport, StopReason
 from mugraph.search.segments import Done, Task
 from mugraph.search.space import SearchSpace, space_of
+from mugraph.search.summary import unsearched
 from mugraph.settings import Effort
 from mugraph.transpiler import torch as torch_code
 from mugraph.transpiler import triton as triton_code

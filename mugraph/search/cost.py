@@ -15,7 +15,7 @@ import json
 import math
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property, lru_cache
 from importlib.resources import files
@@ -26,7 +26,7 @@ import numpy as np
 
 from mugraph import settings
 from mugraph.errors import CacheWarning, UnknownTargetError
-from mugraph.ir.types import DType
+from mugraph.ir.types import DType, Tensor
 
 SCHEMA_VERSION = 2
 STAGES = 3  # loop iterations whose loads are in flight
@@ -529,6 +529,11 @@ def predict_attention(
     flops = 2 * batch * rows * keys * (depth + width) * seen
     product = Product(volume, block_rows, LIBRARY_DEPTH, dtype)
     return _library_loop(blocks, trips, unique, traffic, product, d.attention_efficiency * share, flops, d)
+
+
+def bytes_of(tensors: Iterable[Tensor], sizes: Mapping[str, int]) -> float:
+    """What the tensors hold."""
+    return math.fsum(math.prod(sizes[a.name] for a in t.axes) * t.dtype.bits / 8 for t in tensors)
 
 
 def floor_seconds(io_bytes: float, flops: float, dtype: DType, d: Device) -> float:

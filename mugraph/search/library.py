@@ -10,14 +10,18 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from mugraph.ir.axes import representative
+from mugraph.ir.graph import Equation, Program
+from mugraph.ir.ops import Contract, Gather, Op
 from mugraph.ir.types import DType
 from mugraph.search.closure import Edge
-from mugraph.search.cost import Device, Prediction, predict_attention, predict_library, predict_matmul
+from mugraph.search.cost import Device, Prediction, bytes_of, predict_attention, predict_library, predict_matmul
 from mugraph.search.extract import Problem, is_leaf_edge
 from mugraph.search.laws import IOTA
+from mugraph.search.pieces import is_free
 
 ATTENTION = "scaled_dot_product_attention"
 ADDED = "addmm"
@@ -247,3 +251,39 @@ def attention_seconds(p: Problem, c: int, a: Attention) -> Prediction:
         size(query - rows - {a.depth}), size(rows), p.sizes[a.key], depth, width, moved, p.dtype, p.device,
         causal, 1.0 if fused else SLOWER_SHARE,
     )  # fmt: skip
+
+
+# -- equations as library calls
+
+
+def equations_seconds(
+    equations: Sequence[Equation], program: Program, symbolic: int, dtype: DType, on: Device
+) -> float:
+    """Equations of the program as library calls, one launch each; scalars and views are free, unless they
+    are given back."""
+    if not equations:
+        return 0.0
+    tensors, seconds = program.tensors(), 0.0
+    given = {o.value for o in program.outputs}
+    sizes = {a.name: representative(a.size, symbolic) for a in program.axes().values()}
+    for e in equations:
+        if not e.args or (is_free(e) and e.target.name not in given):
+            continue
+        read = [tensors[a] for a in dict.fromkeys(e.args)]
+        if isinstance(e.op, Gather):  # of its operand, only what the index names
+            read = [e.target, *read[1:]]
+        involved = [*e.targets, *read]
+        axes = {a.name for t in involved for a in t.axes}
+        if axes:
+            moved = bytes_of(involved, sizes)
+            if isinstance(e.op, Contract) and len(e.args) == 2:
+                left, right = (tuple(a.name for a in tensors[x].axes) for x in e.args)
+                out = tuple(a.name for a in e.target.axes)
+                seconds += contraction(sizes, left, right, out, moved, dtype, on).seconds
+            else:
+                seconds += predict_library(moved, operations_of(sizes, e.op, axes), dtype, on).seconds
+    return seconds
+
+
+def operations_of(sizes: Mapping[str, int], op: Op, axes: set[str]) -> float:
+    return (2.0 if isinstance(op, Contract) else 1.0) * math.prod(sizes[a] for a in axes)

@@ -22,10 +22,10 @@ from mugraph.ir.ops import Concat, Contract, Elementwise, Kernel, Library, Reduc
 from mugraph.ir.types import Output, Storage, Tensor
 from mugraph.search import values as v
 from mugraph.search.canonical import is_commutative, ordered, renamed_op
-from mugraph.search.driver import SAMPLES, Setup, takes_extremes, written_sizes
 from mugraph.search.extract import is_leaf_edge
 from mugraph.search.laws import equation_value, without_max
 from mugraph.search.pieces import pieces
+from mugraph.search.setup import SAMPLES, Setup, takes_extremes, written_sizes
 from mugraph.search.values import Value
 
 

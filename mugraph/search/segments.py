@@ -30,7 +30,7 @@ from mugraph.ir.rename import renamed
 from mugraph.ir.serialize import from_json, to_json
 from mugraph.ir.types import DType, Input, Output, Storage, Tensor
 from mugraph.search.canonical import Canonical, canonical, colours
-from mugraph.search.cost import Device, floor_seconds, least_kernel_seconds
+from mugraph.search.cost import Device, bytes_of, floor_seconds, least_kernel_seconds
 from mugraph.search.pieces import is_free
 from mugraph.search.report import KernelCost, LawStep, SearchReport, SegmentReport, decoded
 from mugraph.search.space import SearchSpace
@@ -115,10 +115,6 @@ class Partitioned:
     @property
     def seconds(self) -> float:
         return sum(seconds for _, _, seconds in self.segments)
-
-
-def bytes_of(tensors: Iterable[Tensor], sizes: Mapping[str, int]) -> float:
-    return math.fsum(math.prod(sizes[a.name] for a in t.axes) * t.dtype.bits / 8 for t in tensors)
 
 
 # -- the order
@@ -241,7 +237,7 @@ def line(program: Program, sizes: Mapping[str, int]) -> Line:
 def unsafe(program: Program) -> tuple[set[str], set[str]]:
     """Values that memory would ruin: exponentials that are normalised later, which overflow (within one segment they
     are shifted by their maximum), and in 16 bits exponents, whose rounding is a relative error of the exponential (the
-    rule of `driver.may_be_materialised`, by equations)."""
+    rule of `setup.may_be_materialised`, by equations)."""
     tensors = program.tensors()
     degree: dict[str, float] = {i.name: 0 for i in program.inputs}
     for e in program.equations:

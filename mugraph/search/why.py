@@ -27,20 +27,7 @@ from mugraph.search.build import library_equation
 from mugraph.search.closure import Class, Edge
 from mugraph.search.cost import STAGES, Device, Prediction, beside, predict
 from mugraph.search.derive import KernelSearch
-from mugraph.search.driver import (
-    LIBRARY,
-    NARROW,
-    Setup,
-    Solved,
-    equations_seconds,
-    kernel_cost,
-    may_be_materialised,
-    problem_of,
-    search,
-    set_up,
-    structure,
-    targets_of,
-)
+from mugraph.search.driver import NARROW, search
 from mugraph.search.extract import (
     COMPUTED_TILE,
     LOADED_TILE,
@@ -52,13 +39,24 @@ from mugraph.search.extract import (
     Survey,
 )
 from mugraph.search.footprint import Footprint
-from mugraph.search.library import ADDED, ATTENTION, Added, Attention, library_calls, operands
+from mugraph.search.library import ADDED, ATTENTION, Added, Attention, equations_seconds, library_calls, operands
 from mugraph.search.partition import ACCUMULATED, SPLIT_MARGIN, WHOLE, Choice, Partition
 from mugraph.search.pieces import is_free
 from mugraph.search.reading import Flat, Launch, Reading, flattened, operators_of
 from mugraph.search.report import SearchReport, Verify
 from mugraph.search.segments import operators
+from mugraph.search.setup import (
+    LIBRARY,
+    Setup,
+    Solved,
+    may_be_materialised,
+    problem_of,
+    set_up,
+    structure,
+    targets_of,
+)
 from mugraph.search.space import space_from
+from mugraph.search.summary import kernel_cost
 
 ALIKE = 1e-6  # costs that differ by less than that part are equal
 

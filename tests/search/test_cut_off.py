@@ -22,7 +22,7 @@ from mugraph.cli import main
 from mugraph.ir.graph import Program
 from mugraph.pipeline import finished
 from mugraph.runtime.cache import Cache
-from mugraph.search import driver
+from mugraph.search import setup
 from mugraph.search.driver import Found, search
 from mugraph.search.space import SearchSpace
 from mugraph.verify.equivalence import Verified, verify
@@ -125,9 +125,9 @@ def hits(times: int = 1) -> Callable[..., Any]:
 
 # phase -> the function that Ctrl-C meets on its way in
 PHASES: dict[str, tuple[Any, str]] = {
-    "closure": (driver, "close"),
-    "kernels": (driver, "partition_with_ahead"),
-    "choosing": (driver, "build"),
+    "closure": (setup, "close"),
+    "kernels": (setup, "partition_with_ahead"),
+    "choosing": (setup, "build"),
     "verification": (pipeline, "verify"),
     "emission": (pipeline, "emit"),
     "proof": (pipeline, "proved"),
@@ -183,7 +183,7 @@ def test_a_ctrl_c_in_the_search_skips_the_checks_after_it(
 ) -> None:
     for name in ("proved", "bounds_tier", "numeric_tier"):
         monkeypatch.setattr(pipeline, name, lambda *_: pytest.fail("a check after Ctrl-C"))
-    monkeypatch.setattr(driver, "close", hits()(driver.close))
+    monkeypatch.setattr(setup, "close", hits()(setup.close))
     assert main(COMMAND) == 130
     data = json.loads(capsys.readouterr()[0])
     assert data["tiers"] == ["tested"]

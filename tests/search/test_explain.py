@@ -13,9 +13,10 @@ from mugraph.errors import ParseError, SettingError
 from mugraph.ir.graph import Program
 from mugraph.ir.parser import parse_program
 from mugraph.search.cost import device
-from mugraph.search.driver import Found, search, set_up
+from mugraph.search.driver import Found, search
 from mugraph.search.explain import RULES
 from mugraph.search.report import WIDTH, LawStep, SearchReport
+from mugraph.search.setup import set_up
 from mugraph.search.space import SearchSpace, space_from
 from tests.search import programs
 from tests.search.programs import SMALL

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 
 from mugraph.ir.graph import Program
-from mugraph.search import driver
+from mugraph.search import setup
 from mugraph.search.canonical import canonical
 from mugraph.search.cost import device
 from mugraph.search.derive import KernelSearch, kernel_search
@@ -26,9 +26,9 @@ def problem_of(program: Program, space: SearchSpace) -> tuple[Problem, tuple[int
     """What extraction works on, and the classes of the outputs."""
     here = canonical(program)
     known = meaning(here.program)
-    closure, seeds = driver._closure(here.program, known, space)
-    groups, _ = driver.targets_of(here, known, seeds)
-    return driver.problem_of(here.program, closure, seeds, space, device()), tuple(t for group in groups for t in group)
+    closure, seeds = setup.closure_of(here.program, known, space)
+    groups, _ = setup.targets_of(here, known, seeds)
+    return setup.problem_of(here.program, closure, seeds, space, device()), tuple(t for group in groups for t in group)
 
 
 def kernels_of(program: Program, space: SearchSpace, every: int = 1) -> list[KernelSearch]:

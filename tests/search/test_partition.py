@@ -10,10 +10,11 @@ from mugraph.ir.graph import KernelGraph, Program
 from mugraph.ir.ops import Kernel
 from mugraph.search import values as v
 from mugraph.search.cost import device
-from mugraph.search.driver import Found, exponential_degree, may_be_materialised, search
+from mugraph.search.driver import Found, search
 from mugraph.search.extract import Derivation
 from mugraph.search.footprint import Footprint
 from mugraph.search.partition import Choice, Partition, partition, power_of_two
+from mugraph.search.setup import exponential_degree, may_be_materialised
 from mugraph.search.space import SearchSpace
 from tests.search import programs
 from tests.search.programs import SMALL

@@ -20,8 +20,9 @@ from mugraph.ir.graph import Program
 from mugraph.ir.ops import Contract, Rename
 from mugraph.pipeline import emit, finished, numeric_tier
 from mugraph.search.build import baseline
-from mugraph.search.driver import LIBRARY, Found, search
+from mugraph.search.driver import Found, search
 from mugraph.search.report import SearchReport
+from mugraph.search.setup import LIBRARY
 from mugraph.search.space import SearchSpace
 from mugraph.transpiler.target import Target, parse_target
 from mugraph.verify.equivalence import Verified, verify

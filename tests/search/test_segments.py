@@ -22,8 +22,9 @@ from mugraph.ir.parts import parts
 from mugraph.ir.printer import canonical_text
 from mugraph.pipeline import emit, finished, numeric_tier
 from mugraph.search.cost import device
-from mugraph.search.driver import LIBRARY, Found, search, searched
+from mugraph.search.driver import Found, search, searched
 from mugraph.search.segments import Done, Line, Task, cuts, line, operators, segment, unsafe
+from mugraph.search.setup import LIBRARY
 from mugraph.search.space import SearchSpace
 from mugraph.transpiler.target import parse_target
 from mugraph.verify.equivalence import Verified, recheck, verify

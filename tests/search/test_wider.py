@@ -12,8 +12,9 @@ import pytest
 from benchmarks.programs import PROGRAMS
 from mugraph.ir.graph import Program
 from mugraph.search import driver
-from mugraph.search.driver import search
+from mugraph.search.driver import Found, search
 from mugraph.search.partition import SPLIT_MARGIN
+from mugraph.search.setup import Accept
 from mugraph.search.space import SearchSpace
 from tests.search import programs
 from tests.search.programs import SMALL
@@ -68,9 +69,9 @@ def test_a_narrower_result_is_kept_where_the_wider_search_has_a_worse_one(monkey
     program, wide = programs.rmsnorm_linear(), SearchSpace(sizes=(), nodes=40_000, candidates=50)
     real = driver._whole
 
-    def crippled(program: Program, accept: driver.Accept, space: SearchSpace, *rest: Any) -> driver.Found:
+    def crippled(program: Program, accept: Accept, space: SearchSpace, *rest: Any, **options: Any) -> Found:
         space = space.but(passes=0, library=False) if space.candidates else space
-        return real(program, accept, space, *rest)
+        return real(program, accept, space, *rest, **options)
 
     quick = search(program, accept=lambda g: g, space=SearchSpace(sizes=())).report
     monkeypatch.setattr(driver, "_whole", crippled)
