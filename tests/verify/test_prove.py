@@ -18,7 +18,8 @@ from mugraph.search.driver import search
 from mugraph.search.space import space_of
 from mugraph.verify.certificate import Certificate
 from mugraph.verify.equivalence import proved, recheck, verify
-from mugraph.verify.prove import PARTS, RESCALED, SIZES, prove
+from mugraph.verify.normal import PARTS
+from mugraph.verify.prove import RESCALED, SIZES, prove
 from tests import graphs
 from tests.corpora.equal import equal
 from tests.corpora.wrong import wrong
