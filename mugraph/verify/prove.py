@@ -50,7 +50,19 @@ from mugraph.ir.ops import (
     Transpose,
 )
 from mugraph.ir.types import Tensor
-from mugraph.verify.normal import INDICES, SEMILATTICE, Forms, Index, Node, Undecided, Work, bound_names
+from mugraph.verify.normal import (
+    INDICES,
+    PIECES,
+    SEMILATTICE,
+    Forms,
+    Index,
+    Node,
+    Rewriting,
+    Span,
+    Undecided,
+    Work,
+    bound_names,
+)
 
 TILES = "the tiles of a looped axis partition it: an accumulator is the sum, maximum or minimum over the whole axis"
 RESCALED = "a rescaled accumulator of exp(-m)·t, for any running m, is exp(-m')·Σ t with the last m'"
@@ -80,13 +92,14 @@ def prove(program: Program, graph: Program, work: Work | None = None) -> Proof:
         try:
             form = _Reader(numbers, work)
             wanted, given = form.outputs(program), form.outputs(graph)
+            equal = all(form.agree(a, b) for a, b in zip(wanted, given, strict=True))
         except Undecided as error:
             reason = str(error)
             continue
         except RecursionError:
             reason = "values nest too deeply"
             continue
-        if wanted == given:
+        if equal:
             return Proof(tuple(sorted(form.laws | ({SIZES} if numbers else set()))))
     return Proof((), reason)
 
@@ -112,6 +125,19 @@ class _Reader(Forms):
                 raise Undecided(f"{o.value} has axes that are not declared")
             found.append(values[o.value].form)
         return found
+
+    def agree(self, a: Node, b: Node) -> bool:
+        """Whether two values are the same, in each piece of the axes that are joined."""
+        if a is b:
+            return True
+        free = [v for v in sorted(a.variables | b.variables) if v.startswith("$")]
+        found = self.cut(a, free) or self.cut(b, free)
+        if found is None:
+            return False
+        self.laws.add(PIECES)
+        v, sizes = found
+        news = [self.fresh() for _ in sizes]
+        return all(self.agree(*(self.in_piece(x, v, sizes, n, new) for x in (a, b))) for n, new in enumerate(news))
 
     def load(self, name: str, axes: Sequence[Axis]) -> _Value:
         return _Value(tuple(axes), self.atom("load", name, *(f"${a.name}" for a in axes)))
@@ -284,7 +310,10 @@ class _Reader(Forms):
                 return self.aliased(args[0], tuple(new_axes.get(a.name, a) for a in args[0].axes))
             case Slice(axis, out, start, step):
                 self.laws.add(INDICES)
-                moved = self.with_(forms[0], {f"${axis}": self.at(start, step, f"${out.name}")})
+                old, new = f"${axis}", f"${out.name}"
+                span = Span(new, start, step, out.size)
+                how = Rewriting({old: self.at(start, step, new)}, None, {old: span})
+                moved = self.rewritten(forms[0], how)
                 return _Value(tuple(out if a.name == axis else a for a in axes), moved)
             case Reshape(dims):
                 return self.reshaped(args[0], tuple(a for d in dims for a in d))
@@ -322,15 +351,23 @@ class _Reader(Forms):
             names = {v: self.fresh() for v in bound_names(height, len(sizes))}
             gone |= {names[v]: size for v, size in zip(names, sizes, strict=True)}
             form = self.with_(body, names)
-        return _Value(kept, self.call(f"{kind} over", (), [self.bound(form, gone)]))
+        return _Value(kept, self.over(kind, form, gone))
+
+    def over(self, kind: str, form: Node, gone: Mapping[str, Size]) -> Node:
+        if found := self.cut(form, gone):
+            return self.extreme(kind, [self.over(kind, v, sizes) for v, sizes in self.pieces(form, gone, *found)])
+        return self.call(f"{kind} over", (), [self.bound(form, gone)])
 
     def concatenated(self, args: Sequence[_Value], parts: Sequence[str], out: Axis) -> _Value:
+        """Σ over the pieces of what is in each, where the index is in it."""
+        self.laws.add(PIECES)
+        sizes = tuple(next(a.size for a in v.axes if a.name == axis) for v, axis in zip(args, parts, strict=True))
         pieces = []
-        for v, axis in zip(args, parts, strict=True):
-            size = next(a.size for a in v.axes if a.name == axis)
-            pieces.append(self.bound(v.form, {f"${axis}": size}))
+        for n, (v, axis) in enumerate(zip(args, parts, strict=True)):
+            inside = self.with_(v.form, {f"${axis}": self.node("rest", (f"${out.name}", sizes, n))})
+            pieces.append(self.times(inside, self.atom("piece", f"${out.name}", sizes, n)))
         axes = tuple(out if a.name == parts[0] else a for a in args[0].axes)
-        return _Value(axes, self.call("concat", (f"${out.name}",), pieces))
+        return _Value(axes, self.plus(*pieces))
 
     def function(self, fn: str, attrs: Any, args: Sequence[Node]) -> Node:
         x = args[0]
