@@ -187,10 +187,12 @@ class Rewriting:
 
 
 class Forms:
-    """Normal forms, and the laws that they took."""
+    """Normal forms, and the laws that they took.  An axis that has `borders`, by its variable, is a joint of pieces of
+    these sizes, and so is what is summed over it."""
 
-    def __init__(self, numbers: bool, work: Work) -> None:
+    def __init__(self, numbers: bool, work: Work, borders: Mapping[str, tuple[Size, ...]]) -> None:
         self.numbers = numbers
+        self.borders = borders
         self.work = work
         self.laws: set[str] = {RING}
         self.fresh_count = 0
@@ -378,6 +380,9 @@ class Forms:
 
     def cut(self, value: Node, bound: Iterable[str]) -> tuple[str, tuple[Size, ...]] | None:
         """A variable over an axis that is joined from pieces, and their sizes."""
+        for v in bound:
+            if v in self.borders and v in value.variables:
+                return v, self.borders[v]
         if CUT not in value.variables:
             return None
         for at in self.below(value, (CUT,)):
@@ -394,6 +399,11 @@ class Forms:
         for n, size in enumerate(sizes):
             new = self.fresh()
             yield self.in_piece(value, v, sizes, n, new), {**others, new: size}
+
+    def cut_out(self, value: Node, v: str, span: Span) -> Node:
+        """A value at the places of a span of a variable, whose start is known."""
+        place = self.at(span.start or 0, span.step, span.index)
+        return self.rewritten(value, Rewriting({v: place}, None, {v: span}))
 
     def in_piece(self, value: Node, v: str, sizes: tuple[Size, ...], n: int, new: str) -> Node:
         before = [s for s in sizes[:n] if isinstance(s, int)]
@@ -617,7 +627,7 @@ class Forms:
             case "load", (name, *indices):
                 return self.atom("load", name, *(self.index_rewritten(i, how) for i in indices))
             case "index", (i,):
-                return self.atom("index", self.index_rewritten(i, how))
+                return self.place(self.index_rewritten(i, how))
             case "in", (i, part, axis):
                 return self.atom("in", self.index_rewritten(i, how), self.index_rewritten(part, how), axis)
             case "piece", (i, sizes, n):
@@ -646,6 +656,15 @@ class Forms:
                 sizes = [size for _, size in bound]
                 return self.total(self.product_rewritten(body, inner), dict(zip(names, sizes, strict=True)))
         raise AssertionError(atom.kind)
+
+    def place(self, i: Index) -> Node:
+        """An index as a value."""
+        if isinstance(i, Node) and i.kind == "at":
+            start, step, inner = i.parts
+            return self.plus(self.number(start), self.scaled(self.place(inner), step))
+        if isinstance(i, Node) and i.kind == "shift":
+            return self.plus(self.place(i.parts[0]), *map(self.size, i.parts[1]))
+        return self.atom("index", i)
 
     def apart(self, names: list[str], how: Rewriting) -> tuple[list[str], Rewriting]:
         """The names of bound variables under a rewriting that leaves them alone: others, where it speaks of them."""

@@ -24,7 +24,7 @@ from typing import Any
 
 from mugraph.ir.axes import Axis, Size, product
 from mugraph.ir.check import check
-from mugraph.ir.graph import Accumulator, BlockGraph, Equation, Program, Step, Store, Thread
+from mugraph.ir.graph import Accumulator, BlockGraph, Equation, Program, Step, Store, Thread, equations_of
 from mugraph.ir.infer import op_text
 from mugraph.ir.ops import (
     Broadcast,
@@ -57,7 +57,6 @@ from mugraph.verify.normal import (
     Forms,
     Index,
     Node,
-    Rewriting,
     Span,
     Undecided,
     Work,
@@ -66,6 +65,7 @@ from mugraph.verify.normal import (
 
 TILES = "the tiles of a looped axis partition it: an accumulator is the sum, maximum or minimum over the whole axis"
 RESCALED = "a rescaled accumulator of exp(-m)·t, for any running m, is exp(-m')·Σ t with the last m'"
+MOST_BORDERS = 24  # of an axis and one in it
 SIZES = "static sizes are the numbers that the program declares"
 
 
@@ -87,10 +87,11 @@ def prove(program: Program, graph: Program, work: Work | None = None) -> Proof:
     check(program)
     check(graph)
     work = work or Work()
+    borders = _borders(program, graph)
     reason = "the normal forms differ: a law is missing, or the sizes matter"
     for numbers in (False, True):
         try:
-            form = _Reader(numbers, work)
+            form = _Reader(numbers, work, borders)
             wanted, given = form.outputs(program), form.outputs(graph)
             equal = all(form.agree(a, b) for a, b in zip(wanted, given, strict=True))
         except Undecided as error:
@@ -310,10 +311,7 @@ class _Reader(Forms):
                 return self.aliased(args[0], tuple(new_axes.get(a.name, a) for a in args[0].axes))
             case Slice(axis, out, start, step):
                 self.laws.add(INDICES)
-                old, new = f"${axis}", f"${out.name}"
-                span = Span(new, start, step, out.size)
-                how = Rewriting({old: self.at(start, step, new)}, None, {old: span})
-                moved = self.rewritten(forms[0], how)
+                moved = self.cut_out(forms[0], f"${axis}", Span(f"${out.name}", start, step, out.size))
                 return _Value(tuple(out if a.name == axis else a for a in axes), moved)
             case Reshape(dims):
                 return self.reshaped(args[0], tuple(a for d in dims for a in d))
@@ -417,6 +415,56 @@ class _Reader(Forms):
             sizes = tuple(a.size for a in left)
             moved |= {f"${a.name}": self.digit(whole, sizes, n) for n, a in enumerate(left)}
         return _Value(after, self.with_(v.form, moved))
+
+
+def _borders(*graphs: Program) -> dict[str, tuple[Size, ...]]:
+    """The pieces of each axis of a static size that slices cut it into, in either graph.  What is cut out of an axis or
+    joined into one has the borders of that axis, and the other way round."""
+    inside: list[tuple[Axis, int, Axis]] = []  # an axis, the place in it where another one starts, that one
+    for g in graphs:
+        for e, tensors in _pure(g, g.tensors()):
+            axes = [{a.name: a for a in tensors[v].axes} for v in e.args]
+            match e.op:
+                case Slice(axis, out, start, 1):
+                    inside.append((axes[0][axis], start, out))
+                case Concat(parts, out):
+                    start = 0
+                    for own, axis in zip(axes, parts, strict=True):
+                        if not isinstance(size := own[axis].size, int):
+                            break
+                        inside.append((out, start, own[axis]))
+                        start += size
+                case Rename(pairs):
+                    inside += [(axes[0][old], 0, new) for old, new in pairs]
+    ends = {a.name: {0, a.size} for whole, _, part in inside for a in (whole, part) if isinstance(a.size, int)}
+    links = [(ends[x.name], start, ends[y.name], y.size) for x, start, y in inside if {x.name, y.name} <= ends.keys()]
+    more = True
+    while more:
+        more = False
+        for above, start, below, size in links:
+            assert isinstance(size, int)
+            up = {start + b for b in below} - above
+            down = {b - start for b in above if start < b < start + size} - below
+            if (up or down) and len(above) + len(below) + len(up) + len(down) <= MOST_BORDERS:
+                above |= up
+                below |= down
+                more = True
+    found = {f"${name}": [b - a for a, b in itertools.pairwise(sorted(places))] for name, places in ends.items()}
+    return {v: tuple(sizes) for v, sizes in found.items() if len(sizes) > 1}
+
+
+def _pure(graph: Program, tensors: Mapping[str, Tensor]) -> Iterator[tuple[Equation, Mapping[str, Tensor]]]:
+    """All equations, those of kernels and library calls included, with the tensors that they name."""
+    for e in graph.equations:
+        match e.op:
+            case Kernel(blocks):
+                for block in (b for whole in blocks for b in (whole, whole.combine) if b):
+                    own = block.tensors()
+                    yield from ((x, own) for x in equations_of(tuple(block.steps())))
+            case Library(_, semantics):
+                yield from _pure(semantics, semantics.tensors())
+            case _:
+                yield e, tensors
 
 
 def _regrouped(before: Sequence[Axis], after: Sequence[Axis]) -> Iterator[tuple[Sequence[Axis], Sequence[Axis]]]:
