@@ -172,8 +172,11 @@ def plain(axes: tuple[str, ...], p: Words, q: Words, bound: Bound) -> Value:
 def fraction(axes: tuple[str, ...], top: Sum, bottom: Sum | None, bound: Bound) -> Value:
     """A formal value; all components get the same leading shape."""
     arrays = [*top, *(bottom or ())]
-    lead = np.broadcast_shapes(*(a.shape[:-1] for a in arrays))
-    spread: list[NDArray[Any] | None] = [_spread_to(a, lead) for a in arrays]
+    leads = {a.shape[:-1] for a in arrays}
+    spread: list[NDArray[Any] | None] = [*arrays]
+    if len(leads) > 1:
+        lead = np.broadcast_shapes(*leads)
+        spread = [_spread_to(a, lead) for a in arrays]
     spread += [None] * (4 - len(spread))
     return Value(axes, (None, None, *spread, None), bound)
 
@@ -345,12 +348,30 @@ class FormalAlgebra(ArrayAlgebra):
         b = _value(aligned(b, a.axes))
         if not (a.formal or b.formal):
             return np.asarray((a.words(_P) != b.words(_P)) | (a.words(_Q) != b.words(_Q)))
+        if self._alike_but_for_a_unit(a, b):
+            return np.zeros(a.lead, dtype=bool)
         left, right = a.numerator, b.numerator
         if b.denominator is not None:
             left = sum_product(left, b.denominator, self.max_terms)
         if a.denominator is not None:
             right = sum_product(right, a.denominator, self.max_terms)
         return ~sums_equal(left, right, self.max_terms)
+
+    def _alike_but_for_a_unit(self, a: Value, b: Value) -> bool:
+        """Whether numerators and denominators agree, each fraction first reduced by an exp(m): they are then equal, and
+        a product of two long sums is saved."""
+        if a.denominator is None or b.denominator is None or a.lead != b.lead:
+            return False
+        tops, bottoms = zip(*(self._reduced(v.numerator, v.denominator) for v in (a, b) if v.denominator), strict=True)
+        return all(sums_equal(x, y, self.max_terms).all() for x, y in (bottoms, tops))
+
+    def _reduced(self, top: Sum, bottom: Sum) -> tuple[Sum, Sum]:
+        """The fraction over exp(m) and m the first of its denominator's exponents in an order of their coefficients."""
+        c, e = merged(*bottom)
+        names = np.where(c == 0, _NOTHING, fields.keyed_hash(c, (self.key, "unit"), 2**62))
+        unit = np.take_along_axis(e, names.argmin(axis=-1)[..., None], axis=-1)
+        back = U(P * Q) - unit
+        return tuple((k, (x + back) % U(P * Q)) for k, x in (top, (c, e)))  # type: ignore[return-value]
 
     def sample(self, v: Value) -> Words:
         """One field value per element, to show: the Z_p part, exponentials at a random element of order q."""
