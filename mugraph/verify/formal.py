@@ -366,12 +366,11 @@ class FormalAlgebra(ArrayAlgebra):
         return all(sums_equal(x, y, self.max_terms).all() for x, y in (bottoms, tops))
 
     def _reduced(self, top: Sum, bottom: Sum) -> tuple[Sum, Sum]:
-        """The fraction over exp(m) and m the first of its denominator's exponents in an order of their coefficients."""
-        c, e = merged(*bottom)
-        names = np.where(c == 0, _NOTHING, fields.keyed_hash(c, (self.key, "unit"), 2**62))
-        unit = np.take_along_axis(e, names.argmin(axis=-1)[..., None], axis=-1)
-        back = U(P * Q) - unit
-        return tuple((k, (x + back) % U(P * Q)) for k, x in (top, (c, e)))  # type: ignore[return-value]
+        """Both sums over exp(m), with the shift m of the denominator."""
+        below = merged(*bottom)
+        shift, _ = self._shift(below)
+        back = (U(P * Q) - exponent_of(*shift))[..., None]
+        return (top[0], (top[1] + back) % U(P * Q)), (below[0], (below[1] + back) % U(P * Q))
 
     def sample(self, v: Value) -> Words:
         """One field value per element, to show: the Z_p part, exponentials at a random element of order q."""
@@ -508,13 +507,9 @@ class FormalAlgebra(ArrayAlgebra):
         """The logarithm of a sum with merged terms.  A sum without terms has no shift."""
         c, e = s
         present = c != 0
-        shift = []
-        for m in (P, Q):
-            weights = np.where(present, fields.keyed_hash(c, (self.key, "weight", m), m), U(0))
-            whole = weights.sum(axis=-1) % U(m)
+        shift, weights = self._shift(s)
+        for whole in weights:
             self._note_zero((whole == 0) & present.any(axis=-1), 2)
-            moments = (weights * (e % U(m)) % U(m)).sum(axis=-1) % U(m)
-            shift.append(fields.multiply(moments, fields.inverse(whole, m), m))
         modulus = U(P * Q)
         away = (e + (modulus - exponent_of(*shift))[..., None]) % modulus
         named = fields.keyed_hash(c, (self.key, "coefficient"), 2**62)
@@ -530,6 +525,17 @@ class FormalAlgebra(ArrayAlgebra):
         # a fresh value of the orbit, plus the difference of two exponents met so far
         up, down = self._logs[1].exponent_top, self._logs[1].exponent_bottom
         return plain(axes, p, q, Bound(max(1 + 2 * down, up + down), 2 * down))
+
+    def _shift(self, s: Sum) -> tuple[list[Words], list[Words]]:
+        """The weighted mean of the exponents of a sum with merged terms, and the sum of the weights, in both fields."""
+        c, e = s
+        shift, weights = [], []
+        for m in (P, Q):
+            own = np.where(c == 0, U(0), fields.keyed_hash(c, (self.key, "weight", m), m))
+            weights.append(np.asarray(own.sum(axis=-1) % U(m)))
+            moments = (own * (e % U(m)) % U(m)).sum(axis=-1) % U(m)
+            shift.append(fields.multiply(moments, fields.inverse(weights[-1], m), m))
+        return shift, weights
 
     def _same_orbit(self) -> float:
         """Bound on the probability that two logarithms take different arguments for shifts of each other: a term of one
