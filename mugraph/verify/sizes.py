@@ -308,8 +308,8 @@ def _draw(facts: _Facts, earlier: Sequence[Draw], number: int, fixed: dict[str, 
 
 
 def _tile(declared: int, size: int, is_fixed: bool, is_looped: bool) -> int:
-    """Small enough for several tiles and a tail.  An axis that is on the grid alone is cut into two blocks, as blocks do
-    not see each other; one of a fixed size is not cut into more than a few."""
+    """Small enough for several tiles and a tail.  An axis that is on the grid alone is cut into two blocks, as
+    blocks do not see each other; one of a fixed size is not cut into more than a few."""
     if declared > 1 and is_fixed:
         return max(TILE, 2 * size // 5)
     return min(declared, TILE if is_looped else max(TILE, (size + 1) // 2))
