@@ -38,7 +38,7 @@ from mugraph.search.abstraction import ABSTRACTIONS, AbstractionName, abstractio
 from mugraph.search.canonical import canonical
 from mugraph.search.closure import Closure, Edge
 from mugraph.search.cost import device
-from mugraph.search.driver import Found, _closure, _fingerprinter, _problem, _rewritten, _targets, search
+from mugraph.search.driver import Found, _closure, _fingerprinter, _rewritten, problem_of, search, targets_of
 from mugraph.search.enumerate import Enumerator, alphabet_of
 from mugraph.search.laws import Meaning, meaning
 from mugraph.search.partition import Choice, partition
@@ -160,8 +160,8 @@ def ablation(program: Program, limit: int, repeats: int) -> list[Row]:
     here = canonical(program)
     known = meaning(here.program)
     closure, seeds = _closure(here.program, known, space)
-    problem = _problem(here.program, closure, seeds, space, device())
-    groups, wanted = _targets(here, known, seeds)
+    problem = problem_of(here.program, closure, seeds, space, device())
+    groups, wanted = targets_of(here, known, seeds)
     plans, _ = partition(problem, space, groups, lambda: False)
     plan = sorted({*wanted, *(classes_of(plans[0]) if plans else ())})
     return [

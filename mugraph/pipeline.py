@@ -31,6 +31,7 @@ from mugraph.errors import (
     GraphError,
     MugraphError,
     ParseError,
+    SettingError,
     TargetMismatchError,
     UnsupportedOpError,
     VerificationError,
@@ -45,18 +46,20 @@ from mugraph.ir.resize import reduction, resized
 from mugraph.ir.serialize import dumps, loads
 from mugraph.ir.threads import form_threads
 from mugraph.runtime.cache import Cache, key_of
-from mugraph.runtime.engine import Engine, EngineName, Job, completed, engine_of
+from mugraph.runtime.engine import Engine, EngineName, Job, checked_engine, completed, engine_of
 from mugraph.runtime.load import Executable, load_module
 from mugraph.search.answers import Answer
 from mugraph.search.build import baseline
 from mugraph.search.cost import device
-from mugraph.search.driver import search, searched
-from mugraph.search.report import Asked, CandidateReport, SearchReport, StopReason
+from mugraph.search.driver import as_it_stands, search, searched, unsearched
+from mugraph.search.report import Asked, SearchReport, StopReason
 from mugraph.search.segments import Done, Task
 from mugraph.search.space import SearchSpace, space_of
+from mugraph.settings import Effort
 from mugraph.transpiler import torch as torch_code
 from mugraph.transpiler import triton as triton_code
 from mugraph.transpiler.target import Target, parse_target
+from mugraph.typed import Probability, fit_arguments
 from mugraph.verify.bounds import Bounds, in_bounds
 from mugraph.verify.certificate import Certificate, How, NumericReport
 from mugraph.verify.equivalence import Verified, proved, verify
@@ -118,6 +121,8 @@ class Result:
     @property
     def unchanged(self) -> bool:
         """Whether nothing was found that beats the program as it stands."""
+        if isinstance(self.report, SearchReport):
+            return self.report.candidates[-1].verdict == "chosen"
         return not self.graph.kernels() and any(
             isinstance(e.op, Library) and e.op.semantics.equations == self.program.equations
             for e in self.graph.equations
@@ -261,20 +266,22 @@ def load(directory: str | Path) -> Result:
                 remedy="run mugraph optimize again",
             )
         files = {name: (place / name).read_text(encoding="utf-8") for name in manifest["files"]}
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, RecursionError) as error:
         raise CacheError(f"{place} is no saved result: {error}", remedy="run mugraph optimize again") from error
     for name, text in files.items():
         if hashlib.sha256(text.encode()).hexdigest() != manifest["files"][name]:
             raise CacheError(f"{place / name} was edited", remedy="run mugraph optimize again")
     try:
         found = _read(files, parse_target(manifest["target"]), tuple(manifest.get("notes", ())))
-    except (KeyError, ValueError, TypeError) as error:
+    except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise CacheError(f"{place} is no saved result: {error!r}", remedy="run mugraph optimize again") from error
     return replace(found, directory=place)
 
 
 def _read(files: Mapping[str, str], target: Target, notes: tuple[str, ...]) -> Result:
     program, data = loads(files["program.json"]), json.loads(files["report.json"])
+    if not isinstance(data, dict) or not isinstance(data.get("text"), str):
+        raise ValueError("report.json is no report")
     report: SearchReport | ReportText = ReportText(data)
     if "candidates" in data:
         asked = Asked(program, device(_device_name(target)), verify)
@@ -302,8 +309,9 @@ def optimize(
     *,
     target: str | Target | None = None,
     space: SearchSpace | None = None,
+    effort: Effort | None = None,
     budget_seconds: float | None = None,
-    delta: float = DELTA,
+    delta: Probability = DELTA,
     seed: int | None = None,
     cache: Cache | None = None,
     engine: Engine | EngineName | None = None,
@@ -319,16 +327,27 @@ def optimize(
     Ctrl-C after the search ends the checks: the result then says which tiers it reached.  Only a result that another
     run would find again is kept in the cache.  Where the emitted source disagrees with float64, or the search cannot
     handle the program, the program runs as library calls and a note says why.
+    `effort` names a space where none is given: "none" searches nothing, and the program runs as library calls.
     Raises GraphError for a malformed program, UnsupportedOpError where the target has no form for an operator,
-    VerificationError where no candidate passes, UnknownTargetError for an unknown target.
+    VerificationError where no candidate passes, UnknownTargetError for an unknown target, SettingError for another
+    argument that has a type or a value that it does not take.
     """
-    check(program)
     chosen = parse_target(target)
-    space = space or space_of(settings.effort.get())
+    options = checked_options(
+        program=program,
+        space=space,
+        effort=effort,
+        budget_seconds=budget_seconds,
+        delta=delta,
+        seed=seed,
+        cache=cache,
+        engine=engine,
+        say=say,
+    )
+    check(program)
+    space, budget, number, delta = (options[n] for n in ("space", "budget_seconds", "seed", "delta"))
     program = program if space.ahead else program.without_constants()
-    budget = settings.budget_seconds.get(budget_seconds)
-    number = settings.seed.get(seed)
-    store = cache or Cache()
+    store = cache if cache is not None else Cache()
     key = key_of(
         f"{canonical_text(program)}\n{program}",
         {"space": str(space), "delta": delta, "seed": number, "device": device(_device_name(chosen)).digest},
@@ -358,6 +377,25 @@ def optimize(
     return result
 
 
+def checked_options(**given: Any) -> dict[str, Any]:
+    """Arguments of `optimize` by name, as it takes them: `space`, `budget_seconds` and `seed` where they are not given
+    as well.  Raises UnknownTargetError, SettingError, and MugraphError for an engine that is not installed."""
+    target = given.get("target")
+    if target not in (None, "cuda", "triton"):  # these ask for the device that is there
+        parse_target(target)
+    found = fit_arguments(optimize, given | dict.fromkeys(("target", "budget_seconds", "seed") & given.keys()))
+    if isinstance(engine := given.get("engine"), str):
+        checked_engine(engine)
+    if given.get("space") is not None and given.get("effort") is not None:
+        raise SettingError("both space and effort are given", remedy="give one: an effort is the name of a space")
+    return found | {
+        "target": target,
+        "space": given.get("space") or space_of(settings.effort.get(given.get("effort"))),
+        "budget_seconds": settings.budget_seconds.get(given.get("budget_seconds")),
+        "seed": settings.seed.get(given.get("seed")),
+    }
+
+
 def _from_cache(store: Cache, key: str, target: Target) -> Result | None:
     entry = store.get(key)
     if entry is None:
@@ -365,7 +403,7 @@ def _from_cache(store: Cache, key: str, target: Target) -> Result | None:
     try:
         files = {name: entry.text(name) for name in entry.files}
         found = _read(files, target, tuple(entry.meta.get("notes", ())))
-    except (MugraphError, KeyError, ValueError) as error:
+    except (MugraphError, KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
         import warnings
 
         warnings.warn(CacheWarning(f"the cache entry {entry.path} cannot be read: {error}"), stacklevel=3)
@@ -384,7 +422,7 @@ def _optimized(
     jobs: Cache | None,
     say: Callable[[str], None],
 ) -> Result:
-    started = time.perf_counter()
+    started, on = time.perf_counter(), device(_device_name(target))
 
     def tell(text: str) -> None:
         say(f"[{time.perf_counter() - started:.1f}s] {text}")
@@ -409,7 +447,7 @@ def _optimized(
                 program,
                 accept=accept,
                 space=space.but(sizes=()),  # one structure serves all sizes: the one for `symbolic`
-                on=device(_device_name(target)),
+                on=on,
                 budget_seconds=budget,
                 interrupted=interrupted,
                 accept_cut=accept,
@@ -419,21 +457,24 @@ def _optimized(
             why = _unsearchable(error)
             tell(f"no search: {why}")
             verified, source = accept(baseline(program))
-            report, notes = unsearched(program, target, why), (f"{why}: it runs as library calls",)
+            report = unsearched(program, space_of("none"), on, StopReason("Unsearchable"), why)
+            notes = (f"{why}: it runs as library calls",)
         else:
             assert isinstance(found.accepted, tuple)
             verified, source = found.accepted
-            report = replace(found.report, asked=Asked(program, device(_device_name(target)), verify))
+            report = replace(found.report, asked=Asked(program, on, verify))
             notes = report.notes
             tell(f"found: {found.report.predicted_seconds * 1e6:.1f} µs predicted; verified, error <= {delta:.1e}")
         stopped = interrupted() or report.stop.kind == "Interrupted"
     try:
-        result = _checked(verified, source, target, seed, report, notes, tell)
+        result = _checked(verified, source, target, seed, report, notes, tell, stopped)
     except VerificationError as error:
         if not verified.graph.kernels():
             raise
         tell(f"refused: {error.message}")
-        verified, source = accept(baseline(program))
+        given = as_it_stands(program, accept, space, on)[1]
+        assert isinstance(given, tuple)
+        verified, source = given
         result = _checked(
             verified,
             source,
@@ -443,7 +484,7 @@ def _optimized(
             (*notes, f"what the search found was refused, so the program runs as library calls: {error.message}"),
             tell,
         )
-    return replace(result, interrupted=result.interrupted or stopped)
+    return result
 
 
 def accepted(
@@ -474,31 +515,6 @@ def _unsearchable(error: Exception) -> str:
     return "the program divides by the constant zero, which the search has no law for"
 
 
-def unsearched(program: Program, target: Target, why: str) -> SearchReport:
-    """The report of a program that the search cannot handle: the program as library calls is all there is.  No time
-    is predicted for it (0)."""
-    return SearchReport(
-        program=program.name,
-        device=device(_device_name(target)).label,
-        space=str(space_of("none")),
-        stop=StopReason("Unsearchable"),
-        classes=0,
-        edges={},
-        deduplicated=0,
-        configurations=0,
-        states=0,
-        pruned={},
-        verified=1,
-        refused=0,
-        seeds=(),
-        kernels=(),
-        candidates=(CandidateReport("the program as library calls", 0.0, "chosen"),),
-        predicted_seconds=0.0,
-        floor_seconds=0.0,
-        notes=(why,),
-    )
-
-
 def _without_plan(report: SearchReport | ReportText) -> SearchReport | ReportText:
     """The report once the chosen plan was refused by the numeric check: the library calls, its last candidate, are
     what is left."""
@@ -520,7 +536,7 @@ def from_graph(
     graph: KernelGraph,
     *,
     target: str | Target | None = None,
-    delta: float = DELTA,
+    delta: Probability = DELTA,
     seed: int | None = None,
 ) -> Result:
     """A μGraph that was written by hand, or read from a file, as a result: stabilised, verified, lowered and checked
@@ -530,6 +546,7 @@ def from_graph(
     GraphError for a malformed graph, UnsupportedOpError where the target has no form for an operator.
     """
     chosen, number = parse_target(target), settings.seed.get(seed)
+    fit_arguments(from_graph, {"program": program, "graph": graph, "delta": delta})
     verified = verify(program, finished(graph), delta=delta, seed=number)
     report = ReportText({"text": f"{graph.name}: a given graph, no search"})
     return _checked(verified, emit(verified, chosen), chosen, number, report)
@@ -543,17 +560,21 @@ def _checked(
     report: SearchReport | ReportText,
     notes: Sequence[str] = (),
     tell: Callable[[str], None] = lambda _: None,
+    stopped: bool = False,
 ) -> Result:
     """The last stage: a verified graph with its source, unless the source disagrees with float64.
 
-    The certificate reaches the tier `numerics` if some comparison counts.  A Ctrl-C ends the comparisons, and the
-    result has what was established before."""
-    verified = proved(verified)
-    certificate, interrupted = verified.certificate, False
-    found = bounds_tier(verified, target)
-    if found is not None:
-        certificate = certificate.with_bounds(found.claims, found.reason)
+    The certificate reaches the tier `numerics` if some comparison counts.  A Ctrl-C ends the checks, and the result
+    has what was established before: where the search was `stopped` by one, that the graph computes the program."""
+    certificate, interrupted = verified.certificate, stopped
     try:
+        if stopped:
+            raise KeyboardInterrupt
+        verified = proved(verified)
+        certificate = verified.certificate
+        found = bounds_tier(verified, target)
+        if found is not None:
+            certificate = certificate.with_bounds(found.claims, found.reason)
         numerics = numeric_tier(verified, target, source, seed)
     except KeyboardInterrupt:
         interrupted = True
@@ -763,13 +784,15 @@ def superoptimize(subject: Any = None, **options: Any) -> Any:
     that is optimised at its first call for the shapes it gets, and falls back to the original, with one warning, where
     something in it is not understood.  Without a subject, returns a decorator: `@mg.superoptimize(target="cuda:90")`.
 
-    Options: target ("torch", "cuda", "cuda:90", ...), space (SearchSpace), budget_seconds, delta, seed, cache, engine
-    (where segments of large programs are searched: "here", "processes", "ray"); for PyTorch functions also dynamic
-    ({"x": {0: mg.Dim("B", 1, 256)}}) and strict (raise instead of falling back).
+    Options: target ("torch", "cuda", "cuda:90", ...), space (SearchSpace) or effort ("none", "quick",
+    "full"), budget_seconds, delta, seed, cache, engine (where segments of large programs are searched: "here",
+    "processes", "ray"); for PyTorch functions also dynamic ({"x": {0: mg.Dim("B", 1, 256)}})
+    and strict (raise instead of falling back).
     """
     if subject is None:
         return lambda later: superoptimize(later, **options)
     if isinstance(subject, Program):
+        checked_options(**options)
         return optimize(subject, **options)
     if callable(subject):
         for frontend in FRONTENDS:

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 # A part may import the parts of earlier lines; parts of one line do not know each other.
 ORDER = [
     {"errors"},
-    {"settings"},
+    {"settings", "typed"},
     {"ir"},
     {"viz"},
     {"dsl"},

@@ -258,7 +258,8 @@ def optimize(
         put(result.explain() if explain else result)
     code = outcome(result)
     if code == BASELINE:
-        say("nothing beats the program as it stands: what was emitted is the program as library calls")
+        why = "nothing beats the program as it stands" if space.kernels else "nothing was searched"
+        say(f"{why}: what was emitted is the program as library calls")
     if code == INTERRUPTED:
         say("interrupted: this is the best so far" + ("" if out else ", and it was not saved"))
     say(how_to_use(result, " --shapes ".join([subject, *(shapes or [])]), out))
@@ -469,7 +470,7 @@ def report_text(path: Path) -> str:
     file = folder / "report.json"
     try:
         return str(json.loads(_text(file))["text"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ParseError(f"{file} is no report: {error}", remedy="run mugraph optimize again") from error
 
 

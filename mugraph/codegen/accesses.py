@@ -59,5 +59,4 @@ def _write(plan: Plan, launch: Launch, covers: dict[str, Cover], grid: tuple[Cov
             places.append(Place(axis.size, covers[axis.name]))
         else:
             places.append(Place(axis.size, None, part=launch.split[1] if launch.split else 1))
-    whole = not w.index or all(i.axis is not None and i.start == 0 and i.step == 1 for i in w.index)
-    return Access(f"{launch.name}: store", w.target, w.kind, tuple(places), grid, covers_all=whole)
+    return Access(f"{launch.name}: store", w.target, w.kind, tuple(places), grid)

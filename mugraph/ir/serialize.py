@@ -48,7 +48,7 @@ def loads(text: str) -> Any:
     """The value of JSON text.  Raises ParseError where it is no JSON, GraphError where it is no graph."""
     try:
         data = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ParseError(f"not JSON: {error}", remedy="write the file again with `dumps`") from None
     return from_json(data)
 

@@ -29,15 +29,12 @@ from mugraph.errors import (
     LaunchError,
     MugraphError,
     SettingError,
-    UnknownTargetError,
     VerificationError,
     user_location,
 )
 from mugraph.ir.axes import Dim
 from mugraph.pipeline import Result
-from mugraph.runtime.engine import checked_engine
-from mugraph.search.space import SearchSpace, space_of
-from mugraph.transpiler.target import Target, parse_target
+from mugraph.search.space import space_of
 
 Dynamic = Mapping[str, Mapping[int, Dim]]
 
@@ -274,7 +271,8 @@ class OptimizedFunction:
                 watch=lambda: self._guards.state().frozen(),
             )
             if options.get("space") is None:  # weights may be written in ways that PyTorch does not count
-                options = {**options, "space": space_of(settings.effort.get()).but(ahead=False)}
+                space = space_of(settings.effort.get(options.pop("effort", None)))
+                options["space"] = space.but(ahead=False)
             result = pipeline.optimize(captured.program, **options)
         except Exception as error:  # whatever goes wrong here would not go wrong in the original
             if self.strict:
@@ -360,21 +358,10 @@ def _user_level() -> int:
 
 def _check_options(options: Mapping[str, Any]) -> None:
     known = [n for n, p in inspect.signature(pipeline.optimize).parameters.items() if p.kind is p.KEYWORD_ONLY]
-    for name, value in options.items():
-        if name not in known:
-            listed = ", ".join((*known, "dynamic", "strict"))
-            raise SettingError(f"superoptimize has no option {name!r}", remedy=f"known: {listed}")
-        if name == "space" and not isinstance(value, SearchSpace | None):
-            raise SettingError(f"space is {value!r}", remedy="give a mugraph.SearchSpace")
-    target = options.get("target")
-    if not isinstance(target, str | Target | None):
-        raise UnknownTargetError(f"there is no target {target!r}", remedy="give a name such as 'torch' or 'cuda:90'")
-    if isinstance(target, str) and target not in ("cuda", "triton"):  # these ask for the device, at the first call
-        parse_target(target)
-    settings.budget_seconds.get(options.get("budget_seconds"))
-    settings.seed.get(options.get("seed"))
-    if isinstance(engine := options.get("engine"), str):
-        checked_engine(engine)
+    if unknown := [n for n in options if n not in known]:
+        listed = ", ".join((*known, "dynamic", "strict"))
+        raise SettingError(f"superoptimize has no option {unknown[0]!r}", remedy=f"known: {listed}")
+    pipeline.checked_options(**options)
 
 
 def _checked_dynamic(dynamic: Any, signature: inspect.Signature) -> dict[str, dict[int, Dim]]:

@@ -17,13 +17,15 @@ import json
 import os
 import queue
 import socket
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Protocol, Self, get_args
+from typing import Any, Literal, Protocol, Self, get_args, runtime_checkable
 
 from mugraph.errors import MugraphError, SettingError
 from mugraph.runtime.cache import Cache
@@ -70,6 +72,7 @@ def compute(run: str, request: Mapping[str, Any], stop: Stop = lambda: False) ->
     return result
 
 
+@runtime_checkable
 class Engine(Protocol):
     """Runs jobs; a context manager, whose end gives back what it holds."""
 
@@ -85,16 +88,18 @@ class Engine(Protocol):
 
 
 def checked_engine(name: str) -> str:
-    """The name.  Raises SettingError where there is no such engine."""
+    """The name.  Raises SettingError where there is no such engine, MugraphError where Ray is not installed."""
     if name not in get_args(EngineName):
         raise SettingError(f"there is no engine {name!r}", remedy=f"known: {', '.join(get_args(EngineName))}")
+    if name == "ray" and sys.modules.get("ray") is None and find_spec("ray") is None:
+        raise MugraphError("the engine ray needs Ray", remedy="pip install 'mugraph[ray]'")
     return name
 
 
 def engine_of(name: str | None = None, workers: int | None = None, address: str | None = None) -> Engine:
     """The engine of that name ("here" where there is none).  Raises SettingError for what does not fit together, and
     MugraphError where Ray is not installed."""
-    chosen = checked_engine(name or "here")
+    chosen = checked_engine("here" if name is None else name)
     if workers is not None and (chosen == "here" or workers < 1):
         raise SettingError(f"engine {chosen} with {workers} workers", remedy="give processes or ray, and at least 1")
     if address is not None and chosen != "ray":
@@ -211,10 +216,9 @@ class Ray:
     mugraph installed, in the same version."""
 
     def __init__(self, address: str | None = None, workers: int | None = None) -> None:
-        try:
-            import ray
-        except ImportError:
-            raise MugraphError("the engine ray needs Ray", remedy="pip install 'mugraph[ray]'") from None
+        checked_engine("ray")
+        import ray
+
         self.ray: Any = ray
         self.own = not ray.is_initialized()
         if not self.own and address is not None:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 
 from mugraph.errors import GraphError, SettingError, ShapeError, VerificationError
 from mugraph.ir.axes import Axis, dims_of, representative, size_value
@@ -45,11 +46,13 @@ from mugraph.search.segments import (
     Partitioned,
     Solve,
     Task,
+    cuts,
     join,
     least_seconds,
     line,
     operators,
     partitioned,
+    segment,
     segment_reports,
 )
 from mugraph.search.space import SearchSpace
@@ -148,12 +151,16 @@ def search(
     Budgets beyond the default ones never make a result costlier: where these run out, the space under them is searched
     first, and its result is kept unless the wider one is as cheap.
 
+    Where the space allows no kernels, nothing is searched.
+
     `whole`: the program is not cut, however many operators it has: it is a segment that no border divides.
     `memory`: the report says what each phase takes at most (in this process), which makes the search much slower.
     """
     space, on = space or SearchSpace(), on or device()
     started = time.perf_counter()
     program = program if space.ahead else program.without_constants()
+    if not space.kernels:
+        return library_calls(program, accept_cut or (lambda graph, _: accept(graph)), space, on)
 
     def within(space: SearchSpace, seconds: float) -> Found:
         watch = Watch(seconds, interrupted, memory)
@@ -161,7 +168,7 @@ def search(
             if not whole and operators(program) > space.operators:
                 accepting = accept_cut or (lambda graph, _: accept(graph))
                 return _in_segments(program, space, on, accepting, solve or _one_by_one, watch)
-            return _whole(program, accept, space, on, watch)
+            return _whole(program, accept, space, on, watch, replaces_calls=whole and not space.library)
 
     narrow = space.under_default_budgets()
     if whole or operators(program) <= narrow.operators:
@@ -202,9 +209,70 @@ def _cheaper(narrow: Found, wide: Found, budget_seconds: float) -> Found:
     return replace(narrow, report=report)
 
 
-def _whole(program: Program, accept: Accept, space: SearchSpace, on: Device, watch: Watch) -> Found:
-    """One search of a whole program, within one space."""
+def as_it_stands(program: Program, accept: AcceptCut, space: SearchSpace, on: Device) -> tuple[KernelGraph, object]:
+    """The program as library calls, and what `accept` made of that.  A large one is a call for each interval between
+    neighbouring cuts: compared as a whole, its values would be of too high a degree for the tests to tell anything."""
+    if operators(program) <= space.operators:
+        graph = baseline(program)
+        return graph, accept(graph, ())
+    sizes = {a.name: representative(a.size, space.symbolic) for a in program.axes().values()}
+    whole = line(program, sizes)
+    marks = cuts(whole, space.operators, sizes, space.inside)
+    parts = [segment(whole, low, high, space, on, sizes) for low, high in pairwise(marks)]
+    graph = join(program, [(s, baseline(s.task.program)) for s in parts])
+    return graph, accept(graph, tuple(o.value for s in parts for o in s.program.outputs))
+
+
+def library_calls(program: Program, accept: AcceptCut, space: SearchSpace, on: Device) -> Found:
+    """The program as it stands: nothing is searched."""
+    graph, accepted = as_it_stands(program, accept, space, on)
+    sizes = {a.name: representative(a.size, space.symbolic) for a in program.axes().values()}
+    dtype = program.tensors()[program.outputs[0].value].dtype
+    seconds = equations_seconds(ordered(program).equations, program, space.symbolic, dtype, on)
+    made = Structure(1, None, space.symbolic, graph, accepted, seconds, LIBRARY)
+    report = replace(
+        unsearched(program, space, on, StopReason("Saturated"), UNSEARCHED, seconds),
+        structures=(StructureReport(made.low, made.high, made.at, made.text, seconds),),
+        floor_seconds=min(least_seconds(program, sizes, on), seconds),
+    )
+    return Found(graph, accepted, report, (made,))
+
+
+def unsearched(
+    program: Program, space: SearchSpace, on: Device, stop: StopReason, why: str, seconds: float = 0.0
+) -> SearchReport:
+    """The report of a program that is not searched: the program as library calls is all there is.  `seconds` are
+    predicted for it (0: none are)."""
+    return SearchReport(
+        program=program.name,
+        device=on.label,
+        space=str(space),
+        stop=stop,
+        classes=0,
+        edges={},
+        deduplicated=0,
+        configurations=0,
+        states=0,
+        pruned={},
+        verified=1,
+        refused=0,
+        seeds=(),
+        kernels=(),
+        candidates=(CandidateReport(LIBRARY, seconds, "chosen"),),
+        predicted_seconds=seconds,
+        floor_seconds=0.0,
+        notes=(why,),
+        asked=Asked(program, on),
+    )
+
+
+def _whole(
+    program: Program, accept: Accept, space: SearchSpace, on: Device, watch: Watch, replaces_calls: bool = False
+) -> Found:
+    """One search of a whole program, within one space.  `replaces_calls`: kernels are taken also where library calls
+    cost less, as in a segment of a program for which the space forbids calls."""
     task, enumeration = set_up(program, accept, space, on, watch)
+    task.replaces_calls = replaces_calls
     main = task.solve(space.symbolic)
     watch.lap("kernels")
     best = task.choose(main)
@@ -299,7 +367,7 @@ def _in_segments(
             partitioned(whole, space.but(symbolic=size, sizes=(), states=states), on, solve, library, watch.over)
         )
         watch.lap("segments")
-        chosen.append(_joined(program, size, solved[-1], library(program.equations), accept))
+        chosen.append(_joined(program, size, solved[-1], library(program.equations), accept, space, on))
         watch.lap("verification")
     ranges = _ranges([c.structure for c in chosen])
     report = _report_of_segments(program, space, on, solved, chosen[0], watch, ranges)
@@ -321,6 +389,8 @@ def _joined(
     run: Partitioned,
     base_seconds: float,
     accept: AcceptCut,
+    space: SearchSpace,
+    on: Device,
 ) -> _Joined:
     segments = segment_reports(run)
     text = " | ".join(s.structure if s.shared_with is None else f"as {s.shared_with}" for s in segments)
@@ -337,8 +407,8 @@ def _joined(
             rest = CandidateReport(LIBRARY, base_seconds, "costlier" if fits else UNFIT)
             made = Structure(size, size, size, graph, accepted, run.seconds, text)
             return _Joined(made, segments, (CandidateReport(text, run.seconds, "chosen"), rest))
-    graph = baseline(program)
-    made = Structure(size, size, size, graph, accept(graph, ()), base_seconds, LIBRARY)
+    graph, accepted = as_it_stands(program, accept, space, on)
+    made = Structure(size, size, size, graph, accepted, base_seconds, LIBRARY)
     tried = (CandidateReport(text, run.seconds, verdict), CandidateReport(LIBRARY, base_seconds, "chosen"))
     return _Joined(made, (), tried)
 
@@ -386,6 +456,7 @@ class Setup:
     on: Device
     accept: Accept
     stop: Callable[[], bool]
+    replaces_calls: bool = False
 
     @cached_property
     def boundaries(self) -> tuple[Equation, ...]:
@@ -481,7 +552,7 @@ class Setup:
             kernels = sum(bool(c.derivations) for c in at.fixed.calls(plan))
             if kernels > self.space.kernels:
                 tried.append(CandidateReport(text, seconds, f"has {kernels} kernels"))
-            elif best is not None or (at.fits and seconds > at.base_seconds):
+            elif best is not None or (at.fits and not self.replaces_calls and seconds > at.base_seconds):
                 cheaper = best is not None and seconds < best.seconds
                 verdict = "cheaper, but by less than the model is sure of" if cheaper else "costlier"
                 tried.append(CandidateReport(text, seconds, verdict))
@@ -527,6 +598,7 @@ def _kept(graph: KernelGraph) -> list[str]:
 
 LIBRARY = "the program as library calls"
 UNBEATEN = "nothing beats the program as it stands: it runs as library calls"
+UNSEARCHED = "nothing was searched, as the space allows no kernels: the program runs as library calls"
 NARROW = "found under the default budgets; the wider ones gave nothing as cheap"
 UNFIT = "would keep in 16 bits what does not fit there"
 LIMITS = ("Interrupted", "TimeLimit", "MemoryLimit", "NodeLimit", "EntryLimit", "StateLimit", "Saturated")  # by weight

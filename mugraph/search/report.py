@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Union, get_args, get_origin, get_type_hin
 from mugraph.errors import GraphError, ParseError
 from mugraph.ir.graph import KernelGraph, Program
 from mugraph.search.cost import Device
+from mugraph.typed import fit
 
 if TYPE_CHECKING:
     from mugraph.search.answers import Answer
@@ -19,25 +20,26 @@ WIDTH = 118  # of a line of an explanation
 
 
 def decoded(hint: Any, data: Any) -> Any:
-    """JSON data as a value of a declared type: what `asdict` took apart, put together again.
+    """JSON data as a value of a declared type: what `asdict` took apart, put together again.  Raises ValueError,
+    TypeError, KeyError or AttributeError for what it cannot have come from.
 
     >>> decoded(StopReason, {"kind": "NodeLimit", "limit": 4000})
     StopReason(kind='NodeLimit', limit=4000)
     """
     args = get_args(hint)
     if data is None:
-        return None
+        return fit(hint, None)
     if isinstance(hint, type) and is_dataclass(hint):
         hints = get_type_hints(hint)
         return hint(**{f.name: decoded(hints[f.name], data[f.name]) for f in fields(hint) if f.name in data})
     if get_origin(hint) in (Union, UnionType):
         return decoded(next(h for h in args if h is not NoneType), data)
-    if get_origin(hint) is tuple:
+    if get_origin(hint) is tuple and isinstance(data, list | tuple):
         kinds = args[:1] * len(data) if args[-1] is Ellipsis else args
         return tuple(decoded(h, x) for h, x in zip(kinds, data, strict=True))
     if get_origin(hint) is Mapping:
         return {k: decoded(args[1], x) for k, x in data.items()}
-    return data
+    return fit(hint, data)
 
 
 @dataclass(frozen=True)

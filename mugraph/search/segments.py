@@ -24,7 +24,7 @@ from typing import Any
 
 from mugraph.ir.axes import representative
 from mugraph.ir.graph import Equation, KernelGraph, Program
-from mugraph.ir.ops import Cast, Concat, Contract, Elementwise, Kernel, MaskedExp, Reduce, Select
+from mugraph.ir.ops import Cast, Concat, Contract, Elementwise, Kernel, MaskedExp, Op, Reduce, Select
 from mugraph.ir.printer import Names, quoted
 from mugraph.ir.rename import renamed
 from mugraph.ir.serialize import from_json, to_json
@@ -239,26 +239,34 @@ def line(program: Program, sizes: Mapping[str, int]) -> Line:
 
 
 def unsafe(program: Program) -> tuple[set[str], set[str]]:
-    """Values that storage in 16 bits would ruin (the rule of `driver.may_be_materialised`, by equations): exponentials
-    not yet normalised, which overflow, and exponents, whose rounding is a relative error of the exponential."""
+    """Values that memory would ruin: exponentials that are normalised later, which overflow (within one segment they
+    are shifted by their maximum), and in 16 bits exponents, whose rounding is a relative error of the exponential (the
+    rule of `driver.may_be_materialised`, by equations)."""
     tensors = program.tensors()
     degree: dict[str, float] = {i.name: 0 for i in program.inputs}
-    found: set[str] = set()
     for e in program.equations:
-        args = [degree[a] for a in e.args]
-        degree.update((t.name, _degree(e, args)) for t in e.targets)
-        found.update(t.name for t in e.targets if degree[t.name])
+        found = _degree(e, [degree[a] for a in e.args])
+        degree.update((t.name, found) for t in e.targets)
+    overflowing: set[str] = set()
     exponents: set[str] = set()
     for e in reversed(program.equations):
+        made = {t.name for t in e.targets}
+        if not made.isdisjoint(overflowing) or (_cancels(e.op) and not any(degree[n] for n in made)):
+            overflowing.update(a for a in e.args if degree[a])
         if isinstance(e.op, MaskedExp) or e.op == Elementwise("exp"):
             exponents.add(e.args[0])
-        if exponents.isdisjoint(t.name for t in e.targets):
+        if exponents.isdisjoint(made):
             continue
         scales = isinstance(e.op, Elementwise) and e.op.fn in ("add", "sub", "mul", "div", "neg")
         if scales or isinstance(e.op, Cast | Select | Concat) or is_free(e):
             exponents.update(a for a in e.args if len(tensors[a].axes) == len(e.target.axes))
     narrow = {n for n, t in tensors.items() if t.dtype.is_float and t.dtype.bits < 32}
-    return found & narrow, exponents & narrow
+    return overflowing, exponents & narrow
+
+
+def _cancels(op: Op) -> bool:
+    """Whether the factors of exponentials may cancel in it, or come out of it."""
+    return isinstance(op, Contract) or op in (Elementwise("div"), Elementwise("mul"), Elementwise("log"))
 
 
 def _degree(e: Equation, args: list[float]) -> float:

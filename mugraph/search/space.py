@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import ast
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Annotated, Any
 
 from mugraph.errors import SettingError
-from mugraph.search.abstraction import ABSTRACTIONS, AbstractionName
+from mugraph.search.abstraction import AbstractionName
 from mugraph.search.laws import LAWS
 from mugraph.settings import Effort
+from mugraph.typed import Limits, Natural, Positive, PowerOfTwo, fit_fields
 
 BUDGETS = ("nodes", "entries", "states", "operators")
 
 
 @dataclass(frozen=True)
 class SearchSpace:
-    """What may be chosen, and the budgets, as counts so that a run is reproducible.
+    """What may be chosen, and the budgets, as counts so that a run is reproducible.  Every field is checked against its
+    annotation (`mugraph.typed`): a list may stand for a tuple, and a mapping for `tiles`.  Raises SettingError.
 
     split         a reduction may be cut over the grid, with a combine
     library       contractions may be library calls
-    kernels       the greatest number of kernels of our own (library calls apart)
+    kernels       the greatest number of kernels of our own (library calls apart); 0: nothing is searched, the program
+                  runs as library calls
     passes        the greatest number of loops in sequence in one kernel
     beside        independent kernels may share a launch
     laws          the named laws that add seeds
@@ -42,43 +45,29 @@ class SearchSpace:
 
     split: bool = True
     library: bool = True
-    kernels: int = 8
-    passes: int = 2
+    kernels: Natural = 8
+    passes: Annotated[int, Limits(least=0, most=2)] = 2
     beside: bool = True
     laws: tuple[str, ...] = tuple(LAWS)
-    symbolic: int = 16
-    sizes: tuple[int, ...] = (1, 64, 256)
+    symbolic: Positive = 16
+    sizes: tuple[Positive, ...] = (1, 64, 256)
     grid: tuple[str, ...] | None = None
     loops: tuple[str, ...] | None = None
-    tiles: tuple[tuple[str, int], ...] = ()
+    tiles: tuple[tuple[str, PowerOfTwo], ...] = ()
     ahead: bool = True
     inside: tuple[str, ...] = ()
-    nodes: int = 4_000
-    entries: int = 1_000_000
-    states: int = 32_000
-    operators: int = 20
-    segments: int = 40
-    candidates: int = 0
+    nodes: Positive = 4_000
+    entries: Positive = 1_000_000
+    states: Positive = 32_000
+    operators: Positive = 20
+    segments: Positive = 40
+    candidates: Natural = 0
     abstraction: AbstractionName = "closure"
 
     def __post_init__(self) -> None:
+        fit_fields(self)
         if unknown := set(self.laws) - set(LAWS):
             raise SettingError(f"unknown laws {sorted(unknown)}", remedy=f"known: {', '.join(LAWS)}")
-        for name in ("symbolic", "kernels", "nodes", "entries", "states", "operators", "segments"):
-            if getattr(self, name) < 1:
-                raise SettingError(f"SearchSpace.{name} is {getattr(self, name)}", remedy="give at least 1")
-        if any(size < 1 for size in self.sizes):
-            raise SettingError(f"SearchSpace.sizes is {self.sizes}", remedy="give sizes of at least 1")
-        if self.candidates < 0:
-            raise SettingError(f"SearchSpace.candidates is {self.candidates}", remedy="give 0 or more")
-        if self.abstraction not in ABSTRACTIONS:
-            known = ", ".join(ABSTRACTIONS)
-            raise SettingError(f"SearchSpace.abstraction is {self.abstraction!r}", remedy=f"give one of {known}")
-        if not 0 <= self.passes <= 2:
-            raise SettingError(f"SearchSpace.passes is {self.passes}", remedy="give 0, 1 or 2")
-        for axis, tile in self.tiles:
-            if tile < 1 or tile & (tile - 1):
-                raise SettingError(f"the tile of {axis} is {tile}, not a power of two")
 
     def but(self, **changes: Any) -> SearchSpace:
         """The same space with some fields changed."""
@@ -109,11 +98,11 @@ def space_from(text: str) -> SearchSpace:
 
 
 def space_of(effort: Effort) -> SearchSpace:
-    """The space for an effort: `none` leaves the program as library calls, `quick` is the default space, `full` has
-    ten times its budgets and runs the enumerator."""
+    """The space for an effort: `none` searches nothing and leaves the program as library calls, `quick` is the default
+    space, `full` has ten times its budgets and runs the enumerator."""
     match effort:
         case "none":
-            return SearchSpace(split=False, laws=(), nodes=1, states=1)
+            return SearchSpace(kernels=0, split=False, laws=(), sizes=())
         case "quick":
             return SearchSpace()
         case "full":

@@ -49,7 +49,7 @@ def parse_target(target: str | Target | None = None) -> Target:
             return Target("triton", present_arch())
         case "cuda":
             return _present_device()
-    name, _, arch = target.partition(":")
+    name, _, arch = target.partition(":") if isinstance(target, str) else ("", "", "")
     if name == "cuda" and arch in map(str, ARCHES):
         return Target("triton", int(arch))
     raise UnknownTargetError(f"there is no target {target!r}", remedy=f"give one of {VALID}")

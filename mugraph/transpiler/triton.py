@@ -132,7 +132,7 @@ def emit(plan: Plan) -> str:
         for call in part.calls:
             if isinstance(call, Torch):
                 function = f"{re.sub(r'[^0-9A-Za-z_]', '_', part.name)}_torch_{len(functions)}"
-                functions[call.equation.target.name] = function
+                functions[call.equation.targets[0].name] = function
                 texts.append(_torch_function(call.equation, part, function))
         runs.append(_run(part, own, together, functions, name))
         kernels |= own
@@ -1153,7 +1153,7 @@ def _run(
             case Torch(equation):
                 targets = ", ".join(_python(t.name) for t in equation.targets)
                 args = [_python(a) for a in equation.args]
-                lines += call_lines(f"{targets} = {functions[equation.target.name]}", args, "", "    ")
+                lines += call_lines(f"{targets} = {functions[equation.targets[0].name]}", args, "", "    ")
     made = _made_by_torch(plan)
     for i, name in enumerate(plan.outputs):
         if name in made:

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
+from itertools import combinations
 from typing import Any, Literal
 
 from mugraph.errors import VerificationError
@@ -59,7 +60,6 @@ class Access:
     places: tuple[Place, ...]
     grid: tuple[Cover, ...]
     limits: tuple[tuple[Cover, int, int], ...] = ()
-    covers_all: bool = True  # of a store: this one alone has to write every element
 
 
 @dataclass(frozen=True)
@@ -81,8 +81,14 @@ def in_bounds(accesses: Sequence[Access], seconds: float = SECONDS) -> Bounds:
     import z3
 
     proved, unknown = 0, []
+    written: dict[str, list[Access]] = {}
     for access in dict.fromkeys(accesses):
-        for claim, constraints, shown in _Claims(z3).of(access):
+        if access.kind != "read":
+            written.setdefault(access.tensor, []).append(access)
+    groups = [([a], _Claims.of) for a in dict.fromkeys(accesses)] + [(g, _Claims.together) for g in written.values()]
+    for group, claims in groups:
+        access = group[0]
+        for claim, constraints, shown in claims(_Claims(z3), *group):
             solver = z3.Solver()
             solver.set("timeout", int(1000 * seconds))
             solver.add(*constraints)
@@ -114,9 +120,31 @@ class _Claims:
             yield self.outside(access, n, place)
         if access.kind in ("write", "partial"):
             yield from self.races(access)
-        if access.kind != "read" and access.covers_all:
+        if access.kind != "read":
             for n, place in enumerate(access.places):
-                yield self.left_out(n, place)
+                if place.cover is not None:
+                    yield self.left_out(n, place.cover)
+
+    def together(self, *stores: Access) -> Iterable[Claim]:
+        """Stores into one tensor: each element is an entry of one of them, and of no two."""
+        places = list(zip(*(s.places for s in stores), strict=True))
+        index = [self.z3.Int(f"entry {n}") for n in range(len(places))]
+        inside = [c for x, (place, *_) in zip(index, places, strict=True) for c in (x >= 0, x < self.size(place.size))]
+        shown = {str(x): x for x in index}
+        regions = [self.z3.And(*map(self.region, index, s.places)) for s in stores]
+        yield self.claim("is not written everywhere,", [*inside, *map(self.z3.Not, regions)], **shown)
+        for (a, one), (b, other) in combinations(zip(stores, regions, strict=True), 2):
+            if "atomic" not in (a.kind, b.kind):
+                yield self.claim("is written twice,", [*inside, one, other], **shown)
+
+    def region(self, x: Any, place: Place) -> Any:
+        """Whether an index is that of some entry."""
+        if place.part:
+            return x < place.part
+        if place.cover is None:
+            return x == place.start
+        first = x - place.start
+        return self.z3.And(first >= 0, first % place.step == 0, first < place.step * self.size(place.cover.size))
 
     def size(self, size: Size) -> Any:
         match size:
@@ -191,23 +219,16 @@ class _Claims:
                 "is written twice,", [*a[2], *b[2], a[3], b[3], a[1] != b[1], a[0] == b[0]], **a[4], **b[4]
             )
 
-    def left_out(self, n: int, place: Place) -> Claim:
-        """An entry of the tensor at which the block and the lane that should write it do not."""
-        size, x = self.size(place.size), self.z3.Int("entry")
-        inside = [x >= 0, x < size]
-        if place.part:
-            return self.claim(f"is not written everywhere in dimension {n}", [*inside, x >= place.part], entry=x)
-        if place.cover is None:
-            return self.claim(f"is not written everywhere in dimension {n}", [*inside, x != place.start], entry=x)
-        c = place.cover
+    def left_out(self, n: int, c: Cover) -> Claim:
+        """An entry of the axis that the block and the lane that should write it do not."""
+        x = self.z3.Int("entry")
         entry, number, holds, on, shown = self.run(c)
         at = x if c.role == "whole" else x - number * c.tile
         lane = shown[next(k for k in shown if k.startswith("lane"))]
         chosen = [number == 0] if c.role == "whole" else [number * c.tile <= x, x < (number + 1) * c.tile]
-        fails = self.z3.Not(self.z3.And(*holds, on, place.start + place.step * entry == x))
-        return self.claim(
-            f"is not written everywhere in dimension {n}", [*inside, *chosen, lane == at, fails], entry=x, **shown
-        )
+        inside = [x >= 0, x < self.size(c.size), *chosen, lane == at]
+        fails = self.z3.Not(self.z3.And(*holds, on, entry == x))
+        return self.claim(f"is not written everywhere in dimension {n}", [*inside, fails], entry=x, **shown)
 
     def claim(self, text: str, constraints: list[Any], **shown: Any) -> Claim:
         return text, [*self.ranges, *constraints], {**self.dims, **shown}

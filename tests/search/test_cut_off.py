@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,6 +26,7 @@ from mugraph.search import driver
 from mugraph.search.driver import Found, search
 from mugraph.search.space import SearchSpace
 from mugraph.verify.equivalence import Verified, verify
+from tests.search.layers import mlps
 from tests.search.programs import SMALL
 from tests.search.test_random import QUICK
 
@@ -128,6 +130,8 @@ PHASES: dict[str, tuple[Any, str]] = {
     "choosing": (driver, "build"),
     "verification": (pipeline, "verify"),
     "emission": (pipeline, "emit"),
+    "proof": (pipeline, "proved"),
+    "bounds": (pipeline, "bounds_tier"),
     "numerics": (pipeline, "numeric_tier"),
     "caching": (Cache, "put"),
     "saving": (pipeline.Result, "save"),
@@ -172,6 +176,40 @@ def test_ctrl_c_in_each_phase_saves_the_best_so_far(
     if phase in ("closure", "kernels"):
         assert data["stop"] == "Interrupted"
     assert main(["verify", "out"]) == 0
+
+
+def test_a_ctrl_c_in_the_search_skips_the_checks_after_it(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("proved", "bounds_tier", "numeric_tier"):
+        monkeypatch.setattr(pipeline, name, lambda *_: pytest.fail("a check after Ctrl-C"))
+    monkeypatch.setattr(driver, "close", hits()(driver.close))
+    assert main(COMMAND) == 130
+    data = json.loads(capsys.readouterr()[0])
+    assert data["tiers"] == ["tested"]
+    assert any("interrupted before" in n for n in data["notes"])
+
+
+@pytest.mark.parametrize("delay", [0.05, 0.8, *(pytest.param(d, marks=pytest.mark.full) for d in range(2, 12))])
+def test_ctrl_c_ends_the_search_of_a_large_program_soon(
+    delay: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent = list[float]()
+
+    def interrupt() -> None:
+        sent.append(time.perf_counter())
+        os.kill(os.getpid(), signal.SIGINT)
+
+    timer = threading.Timer(delay, interrupt)
+    program, cache = mlps(15), Cache(tmp_path)
+    timer.start()
+    result = pipeline.optimize(program, target="cuda:90", cache=cache)
+    ended = time.perf_counter()
+    timer.join()
+    assert ended - sent[0] < 6  # a second or two, on a busy machine
+    assert result.interrupted
+    assert "tested" in result.certificate.tiers
+    assert cache.ls() == []
 
 
 @pytest.mark.parametrize("phase", ["closure", "kernels", "verification", "caching", "saving"])

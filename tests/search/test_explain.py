@@ -193,7 +193,7 @@ def test_what_is_no_report_is_refused(broken: dict[str, object]) -> None:
         SearchReport.from_dict({**data, **broken})
     with pytest.raises(ParseError, match="no report"):
         SearchReport.from_dict({"schema_version": 1})
-    for text in ("none", "SearchSpace(colour='red')", "SearchSpace(3)", "SearchSpace(kernels=0)"):
+    for text in ("none", "SearchSpace(colour='red')", "SearchSpace(3)", "SearchSpace(kernels=-1)"):
         with pytest.raises(SettingError):
             space_from(text)
 

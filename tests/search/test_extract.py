@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given, settings
 
 from mugraph.ir.graph import Program
+from mugraph.search import driver
 from mugraph.search.canonical import canonical
 from mugraph.search.cost import device
 from mugraph.search.derive import KernelSearch, kernel_search
-from mugraph.search.driver import _closure, _problem, _targets
 from mugraph.search.extract import INFEASIBLE, Derivation, Entry, Option, Problem, Roles
 from mugraph.search.laws import meaning
 from mugraph.search.partition import Partition
@@ -26,9 +26,9 @@ def problem_of(program: Program, space: SearchSpace) -> tuple[Problem, tuple[int
     """What extraction works on, and the classes of the outputs."""
     here = canonical(program)
     known = meaning(here.program)
-    closure, seeds = _closure(here.program, known, space)
-    groups, _ = _targets(here, known, seeds)
-    return _problem(here.program, closure, seeds, space, device()), tuple(t for group in groups for t in group)
+    closure, seeds = driver._closure(here.program, known, space)
+    groups, _ = driver.targets_of(here, known, seeds)
+    return driver.problem_of(here.program, closure, seeds, space, device()), tuple(t for group in groups for t in group)
 
 
 def kernels_of(program: Program, space: SearchSpace, every: int = 1) -> list[KernelSearch]:

@@ -161,7 +161,7 @@ def test_a_plan_whose_needs_cannot_be_had_is_no_plan() -> None:
         ({"laws": ("strip-min",)}, "strip-min"),
         ({"passes": 3}, "passes"),
         ({"passes": -1}, "passes"),
-        ({"kernels": 0}, "kernels"),
+        ({"kernels": -1}, "kernels"),
         ({"nodes": 0}, "nodes"),
         ({"states": 0}, "states"),
         ({"symbolic": 0}, "symbolic"),

@@ -11,19 +11,21 @@ from typing import Any
 import pytest
 
 import mugraph.dsl.functions as mg
+from mugraph.dsl.tensor import Tensor
 from mugraph.dsl.trace import f16, f32, trace
 from mugraph.errors import GraphError, MugraphError, SettingError, VerificationError
-from mugraph.ir.axes import representative
+from mugraph.ir.axes import Dim, representative
 from mugraph.ir.check import check
 from mugraph.ir.graph import BlockGraph, Equation, KernelGraph, Load, Program
 from mugraph.ir.ops import CumSum, Elementwise, Gather, Kernel, Library
 from mugraph.ir.parts import parts
 from mugraph.ir.printer import canonical_text
-from mugraph.pipeline import finished
+from mugraph.pipeline import emit, finished, numeric_tier
 from mugraph.search.cost import device
 from mugraph.search.driver import LIBRARY, Found, search, searched
 from mugraph.search.segments import Done, Line, Task, cuts, line, operators, segment, unsafe
 from mugraph.search.space import SearchSpace
+from mugraph.transpiler.target import parse_target
 from mugraph.verify.equivalence import Verified, recheck, verify
 from tests.search.disguise import Disguise
 from tests.search.layers import layers, mlps
@@ -180,7 +182,13 @@ def test_exponents_and_exponentials_are_not_cut_out() -> None:
     whole = ordered(program)
     assert all(ruined.isdisjoint(whole.live(c)) for c in cut_at(program))
     wide = trace(fn, [f32[B, 64], f32[128, 64], f32[128, 64]], "attention")
-    assert unsafe(wide) == (set(), set())
+    assert unsafe(wide) == (overflowing, set())
+
+
+def test_an_exponential_that_nothing_normalises_may_be_cut_out() -> None:
+    assert unsafe(trace(lambda x: mg.tanh(mg.exp(x) * 2) + 1, [f32[16, 48]], "none"))[0] == set()
+    assert unsafe(trace(lambda x: mg.exp(x) * 2 + 1, [f32[16, 48]], "none"))[0] == set()
+    assert unsafe(trace(lambda x: mg.log(mg.sum(mg.exp(x), axis=-1)), [f32[16, 48]], "sum"))[0]
 
 
 def test_exponents_are_cut_out_of_chains_that_are_too_long() -> None:
@@ -348,6 +356,28 @@ def test_a_segment_that_cannot_be_searched_runs_as_library_calls() -> None:
     not_worse(result)
 
 
+def test_calls_of_several_results_run_beside_kernels() -> None:
+    def solve(tasks: Sequence[Task], stop: Callable[[], bool]) -> list[Done | None]:
+        return [None if len(t.program.outputs) > 1 else searched(t, lambda graph: graph) for t in tasks]
+
+    def stack(x: Tensor, g: Tensor, w: Tensor, u: Tensor, d: Tensor) -> Tensor:
+        for _ in range(2):
+            y = mg.rms_norm(x, g)
+            x = x + (mg.silu(y @ w) * (y @ u)) @ d
+        return x
+
+    wide = f32[64, 96]
+    program = trace(stack, [f32[Dim("T", 1, 64), 64], f32[64], wide, wide, f32[96, 64]], "stack")
+    result = found(program, QUICK.but(operators=4), solve=solve)
+    calls = [e for e in result.graph.equations if isinstance(e.op, Library)]
+    assert any(len(e.targets) > 1 for e in calls)
+    assert result.graph.kernels()
+    assert isinstance(result.accepted, Verified)
+    target = parse_target("cuda:90")
+    report = numeric_tier(result.accepted, target, emit(result.accepted, target), 0)
+    assert report.passed
+
+
 # -- limits
 
 
@@ -363,6 +393,17 @@ def test_an_interrupted_search_keeps_what_it_has() -> None:
     tasks = list[Task]()
     result = found(mlps(2), solve=counted(tasks), interrupted=lambda: len(tasks) > 0)
     assert result.report.stop.kind == "Interrupted"
+    not_worse(result)
+
+
+@pytest.mark.parametrize("options", [{"interrupted": lambda: True}, {"space": SearchSpace(kernels=0)}])
+def test_a_large_program_as_it_stands_is_verified_part_by_part(options: dict[str, Any]) -> None:
+    result = found(mlps(15), **({"space": SearchSpace()} | options))
+    assert all(isinstance(e.op, Library) for e in result.graph.equations)
+    assert len(result.graph.equations) > 1
+    assert isinstance(result.accepted, Verified)
+    assert result.accepted.certificate.cuts
+    assert result.report.candidates[-1].verdict == "chosen"
     not_worse(result)
 
 

@@ -278,7 +278,7 @@ def test_the_program_over_cells_is_the_same_program(name: str) -> None:
     verify(program, KernelGraph(cut.name, cut.inputs, cut.equations, cut.outputs))
 
 
-def test_packed_projections_norms_and_rotation_are_two_kernels() -> None:
+def test_packed_projections_norms_and_rotation_are_three_kernels_at_most() -> None:
     def fn(x: Tensor, w: Tensor, g: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         q, k, v = (t.reshape(256, 8, 64).transpose(0, 1) for t in mg.chunk(x @ w, 3, -1))
         q, k = by_halves(mg.rms_norm(q, g), cos, sin), by_halves(mg.rms_norm(k, g), cos, sin)

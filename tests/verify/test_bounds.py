@@ -107,6 +107,23 @@ def test_an_index_off_by_one():
         in_bounds([replace(right, places=(Place(B, cover, start=1),))])
 
 
+def pieces(*starts: int, step: int = 1) -> list[Access]:
+    """Stores of 8 entries each into 16."""
+    cover = Cover("d", 8, "grid", 4, 4, True)
+    return [Access("k: store", "y", "write", (Place(16, cover, start, step),), (cover,)) for start in starts]
+
+
+def test_pieces_of_a_tensor_are_all_of_it():
+    assert in_bounds(pieces(0, 8)).claims == 8
+    assert in_bounds(pieces(0, 1, step=2)).claims == 8
+    with pytest.raises(VerificationError, match=r"is not written everywhere, at entry 0=(8|9|1\d)"):
+        in_bounds(pieces(0))
+    with pytest.raises(VerificationError, match="is not written everywhere"):
+        in_bounds(pieces(0, 0, step=2))
+    with pytest.raises(VerificationError, match="is written twice"):
+        in_bounds([*pieces(0, 8), *pieces(4)])
+
+
 # -- what is not known
 
 

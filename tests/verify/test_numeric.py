@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+import mugraph as mg
 from mugraph.errors import VerificationError
 from mugraph.ir.evaluate import reference
 from mugraph.ir.graph import Program
@@ -167,6 +168,26 @@ def test_draws_are_what_they_say():
     assert (outlier == 64).sum() == 1
     wide = draw_inputs(program, {"B": 7}, "wide")["X"]
     assert 2.5 < wide.std() < 3.5
+
+
+def test_a_deep_program_is_compared_at_the_scale_of_a_network():
+    """Six products of 64 terms leave f16 where every entry is about 1."""
+
+    def deep(x, w):
+        for _ in range(6):
+            x = x @ w
+        return x
+
+    program = mg.trace(deep, [mg.f16[4, 64], mg.f16[64, 64]], "deep")
+    good, bad = (
+        numeric_check(
+            program, exact_run(program, change), bindings=[{}], how="torch", draws=["normal"], beyond_eager=beyond
+        )
+        for change, beyond in ((relative(0), True), (relative(0.5), False))
+    )
+    assert [r.draw for r in good.rows if r.counted and not r.note] == ["scaled"]
+    assert good.passed
+    assert not bad.passed
 
 
 def test_only_a_source_that_passed_becomes_checked():
