@@ -37,7 +37,7 @@ def winner(name: str) -> KernelGraph:
     return graph
 
 
-@pytest.mark.parametrize("name", (*CLASSIC, "rope_attention", "prenorm_attention"))
+@pytest.mark.parametrize("name", [*CLASSIC, "rope_attention", "prenorm_attention"])
 def test_what_is_chosen_is_proved(name: str):
     proof = prove(PROGRAMS[name], winner(name))
     assert proof.proved, proof.reason
