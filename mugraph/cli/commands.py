@@ -367,6 +367,7 @@ def verify(
                 "delta_log2": found.result.certificate.delta_log2,
                 "checks": found.checks,
                 "not_repeated": found.not_repeated,
+                "not_compared": found.not_compared,
             }
         )
     else:

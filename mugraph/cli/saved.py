@@ -28,8 +28,23 @@ class Rechecked:
 
     def __str__(self) -> str:
         head = f"{self.result.directory}: {self.result.program.name} for {self.result.target} is verified"
-        lines = [head, *(f"  {c}" for c in self.checks), *(f"  not repeated: {n}" for n in self.not_repeated)]
-        return "\n".join(lines)
+        if self.not_compared:
+            head += ", but its numbers are not" if self.nothing_compared else ", but not all of its numbers are"
+        lines = [head, *(f"  {c}" for c in self.checks), *(f"  not compared: {n}" for n in self.not_compared)]
+        return "\n".join([*lines, *(f"  not repeated: {n}" for n in self.not_repeated)])
+
+    @property
+    def nothing_compared(self) -> bool:
+        """Whether no output of the source was compared with float64."""
+        return not any(report.counted for report in self.result.certificate.numerics)
+
+    @property
+    def not_compared(self) -> tuple[str, ...]:
+        """The outputs that were not compared with float64, and why."""
+        reports = self.result.certificate.numerics
+        if not reports:
+            return ("the source with float64, as the check was not made or interrupted",)
+        return tuple(dict.fromkeys(text for report in reports for text in report.not_compared))
 
 
 def recheck_saved(directory: Path, strict: bool = False, say: Callable[[str], None] = lambda _: None) -> Rechecked:
@@ -62,7 +77,8 @@ def recheck_saved(directory: Path, strict: bool = False, say: Callable[[str], No
     missing = ["report.json: the search's counts and prices are taken as recorded"]
     if strict:
         _numerics_again(result, verified)
-        checks.append("numerics: repeated, within the tolerance")
+        counted = any(report.counted for report in certificate.numerics)
+        checks.append(f"numerics: repeated, {'within the tolerance' if counted else 'no comparison could be made'}")
     else:
         missing += [f"{report} (--strict repeats it)" for report in certificate.numerics]
     return Rechecked(result, tuple(checks), tuple(missing))

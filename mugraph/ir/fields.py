@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 P = 2147483579
 Q = 1073741789
 
+FEW = 96
+
 Words = NDArray[np.uint64]
 U = np.uint64
 
@@ -33,8 +35,17 @@ def multiply(a: Words, b: Words, modulus: int) -> Words:
 
 def power(base: Words, exponent: Words | int, modulus: int) -> Words:
     """`base ** exponent`, by squaring; operands broadcast."""
+    result: Words
+    if isinstance(exponent, int):
+        first = np.asarray(base, dtype=U) % U(modulus)
+        result = first if exponent else np.ones_like(first)
+        for bit in f"{exponent:b}"[1:]:
+            result = result * result % U(modulus)
+            if bit == "1":
+                result = result * first % U(modulus)
+        return result
     b, e = np.broadcast_arrays(np.asarray(base, dtype=U) % U(modulus), np.asarray(exponent, dtype=U))
-    result: Words = np.ones(b.shape, dtype=U)
+    result = np.ones(b.shape, dtype=U)
     b, e = b.copy(), e.copy()
     while e.any():
         result = np.where((e & U(1)).astype(bool), result * b % U(modulus), result)
@@ -44,7 +55,12 @@ def power(base: Words, exponent: Words | int, modulus: int) -> Words:
 
 
 def inverse(a: Words, modulus: int) -> Words:
-    """`1 / a`, by Fermat; the inverse of 0 comes out as 0, so callers resample when a denominator is 0."""
+    """`1 / a`; the inverse of 0 comes out as 0, so callers resample when a denominator is 0.  By Fermat, where there
+    are many; Euclid is faster for a few."""
+    if a.size <= FEW:
+        return np.array([pow(x, -1, modulus) if x % modulus else 0 for x in a.ravel().tolist()], dtype=U).reshape(
+            a.shape
+        )
     return power(a, modulus - 2, modulus)
 
 

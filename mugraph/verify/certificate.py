@@ -110,6 +110,15 @@ class NumericReport:
         """Why comparisons do not count, each reason once."""
         return "; ".join(dict.fromkeys(r.note for r in self.rows if not r.counted and r.note))
 
+    @property
+    def not_compared(self) -> tuple[str, ...]:
+        """The outputs for which no comparison counts, each with the reasons."""
+        missing = dict.fromkeys(r.output for r in self.rows)
+        for row in self.counted:
+            missing.pop(row.output, None)
+        why = {o: dict.fromkeys(r.note for r in self.rows if r.output == o and r.note) for o in missing}
+        return tuple(f"{o}, as for every input drawn {' or '.join(reasons)}" for o, reasons in why.items())
+
     def as_written(self) -> NumericReport:
         """The report that holds the source to no more than the program itself: draws where the program as written
         overflows at its own types do not count where the source is wrong too."""
@@ -124,7 +133,9 @@ class NumericReport:
     def __str__(self) -> str:
         head = f"numerics, {self.how} on {self.target}: {len(self.counted)} comparisons with float64"
         left_out = len(self.rows) - len(self.counted)
-        return f"{head}, {left_out} excluded, error at most {self.worst:.2f} of the tolerance"
+        worst = f", error at most {self.worst:.2f} of the tolerance" if self.counted else ""
+        missing = f"; NOT COMPARED: {'; '.join(self.not_compared)}" if self.not_compared else ""
+        return f"{head}, {left_out} excluded{worst}{missing}"
 
 
 @dataclass(frozen=True)

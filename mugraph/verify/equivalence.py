@@ -25,6 +25,7 @@ from mugraph.ir.printer import canonical_text
 from mugraph.ir.types import Input, Output
 from mugraph.verify.certificate import NOT_ATTEMPTED, Certificate, DrawRecord, Tier, graph_hash, versions
 from mugraph.verify.formal import EVALUATED, EXP_CUT, FormalAlgebra, TooManyTerms, Value
+from mugraph.verify.normal import Work
 from mugraph.verify.prove import prove
 from mugraph.verify.sizes import Draw, cut_sizes, draws, literal_sizes
 
@@ -96,7 +97,8 @@ def proved(verified: Verified) -> Verified:
         return verified
     cuts = verified.certificate.cuts
     pairs = _different(verified.program, verified.graph, cuts) if cuts else [(verified.program, verified.graph)]
-    proofs = [prove(p, g) for p, g in pairs]
+    work = Work()  # of all parts together
+    proofs = [prove(p, g, work) for p, g in pairs]
     reason = next((p.reason for p in proofs if not p.proved), "")
     laws = () if reason else tuple(sorted({law for p in proofs for law in p.laws}))
     certificate = verified.certificate.with_proof(laws, reason)

@@ -172,8 +172,11 @@ def plain(axes: tuple[str, ...], p: Words, q: Words, bound: Bound) -> Value:
 def fraction(axes: tuple[str, ...], top: Sum, bottom: Sum | None, bound: Bound) -> Value:
     """A formal value; all components get the same leading shape."""
     arrays = [*top, *(bottom or ())]
-    lead = np.broadcast_shapes(*(a.shape[:-1] for a in arrays))
-    spread: list[NDArray[Any] | None] = [_spread_to(a, lead) for a in arrays]
+    leads = {a.shape[:-1] for a in arrays}
+    spread: list[NDArray[Any] | None] = [*arrays]
+    if len(leads) > 1:
+        lead = np.broadcast_shapes(*leads)
+        spread = [_spread_to(a, lead) for a in arrays]
     spread += [None] * (4 - len(spread))
     return Value(axes, (None, None, *spread, None), bound)
 
@@ -345,12 +348,29 @@ class FormalAlgebra(ArrayAlgebra):
         b = _value(aligned(b, a.axes))
         if not (a.formal or b.formal):
             return np.asarray((a.words(_P) != b.words(_P)) | (a.words(_Q) != b.words(_Q)))
+        if self._alike_but_for_a_unit(a, b):
+            return np.zeros(a.lead, dtype=bool)
         left, right = a.numerator, b.numerator
         if b.denominator is not None:
             left = sum_product(left, b.denominator, self.max_terms)
         if a.denominator is not None:
             right = sum_product(right, a.denominator, self.max_terms)
         return ~sums_equal(left, right, self.max_terms)
+
+    def _alike_but_for_a_unit(self, a: Value, b: Value) -> bool:
+        """Whether numerators and denominators agree, each fraction first reduced by an exp(m): they are then equal, and
+        a product of two long sums is saved."""
+        if a.denominator is None or b.denominator is None or a.lead != b.lead:
+            return False
+        tops, bottoms = zip(*(self._reduced(v.numerator, v.denominator) for v in (a, b) if v.denominator), strict=True)
+        return all(sums_equal(x, y, self.max_terms).all() for x, y in (bottoms, tops))
+
+    def _reduced(self, top: Sum, bottom: Sum) -> tuple[Sum, Sum]:
+        """Both sums over exp(m), with the shift m of the denominator."""
+        below = merged(*bottom)
+        shift, _ = self._shift(below)
+        back = (U(P * Q) - exponent_of(*shift))[..., None]
+        return (top[0], (top[1] + back) % U(P * Q)), (below[0], (below[1] + back) % U(P * Q))
 
     def sample(self, v: Value) -> Words:
         """One field value per element, to show: the Z_p part, exponentials at a random element of order q."""
@@ -487,13 +507,9 @@ class FormalAlgebra(ArrayAlgebra):
         """The logarithm of a sum with merged terms.  A sum without terms has no shift."""
         c, e = s
         present = c != 0
-        shift = []
-        for m in (P, Q):
-            weights = np.where(present, fields.keyed_hash(c, (self.key, "weight", m), m), U(0))
-            whole = weights.sum(axis=-1) % U(m)
+        shift, weights = self._shift(s)
+        for whole in weights:
             self._note_zero((whole == 0) & present.any(axis=-1), 2)
-            moments = (weights * (e % U(m)) % U(m)).sum(axis=-1) % U(m)
-            shift.append(fields.multiply(moments, fields.inverse(whole, m), m))
         modulus = U(P * Q)
         away = (e + (modulus - exponent_of(*shift))[..., None]) % modulus
         named = fields.keyed_hash(c, (self.key, "coefficient"), 2**62)
@@ -509,6 +525,17 @@ class FormalAlgebra(ArrayAlgebra):
         # a fresh value of the orbit, plus the difference of two exponents met so far
         up, down = self._logs[1].exponent_top, self._logs[1].exponent_bottom
         return plain(axes, p, q, Bound(max(1 + 2 * down, up + down), 2 * down))
+
+    def _shift(self, s: Sum) -> tuple[list[Words], list[Words]]:
+        """The weighted mean of the exponents of a sum with merged terms, and the sum of the weights, in both fields."""
+        c, e = s
+        shift, weights = [], []
+        for m in (P, Q):
+            own = np.where(c == 0, U(0), fields.keyed_hash(c, (self.key, "weight", m), m))
+            weights.append(np.asarray(own.sum(axis=-1) % U(m)))
+            moments = (own * (e % U(m)) % U(m)).sum(axis=-1) % U(m)
+            shift.append(fields.multiply(moments, fields.inverse(weights[-1], m), m))
+        return shift, weights
 
     def _same_orbit(self) -> float:
         """Bound on the probability that two logarithms take different arguments for shifts of each other: a term of one

@@ -297,7 +297,7 @@ def _draw(facts: _Facts, earlier: Sequence[Draw], number: int, fixed: dict[str, 
             remedy="verify with fixed sizes for the axes involved",
         )
     sizes = {a: assigned[same.of(a)] for a in facts.axes}
-    tiles = {a: _tile(tile, sizes[a], same.of(a) in known) for a, tile in facts.tiles.items()}
+    tiles = {a: _tile(tile, sizes[a], same.of(a) in known, a in facts.looped) for a, tile in facts.tiles.items()}
     starts = {
         (axis, start): sum(assigned[s] for s in before)
         for (root, start), before in cuts.items()
@@ -307,9 +307,12 @@ def _draw(facts: _Facts, earlier: Sequence[Draw], number: int, fixed: dict[str, 
     return Draw(sizes, tiles, parts, starts)
 
 
-def _tile(declared: int, size: int, is_fixed: bool) -> int:
-    """Small enough for several tiles and a tail; an axis of a fixed size is not cut into more than a few."""
-    return min(declared, TILE) if not is_fixed or declared == 1 else max(TILE, 2 * size // 5)
+def _tile(declared: int, size: int, is_fixed: bool, is_looped: bool) -> int:
+    """Small enough for several tiles and a tail.  An axis that is on the grid alone is cut into two blocks, as
+    blocks do not see each other; one of a fixed size is not cut into more than a few."""
+    if declared > 1 and is_fixed:
+        return max(TILE, 2 * size // 5)
+    return min(declared, TILE if is_looped else max(TILE, (size + 1) // 2))
 
 
 def _renamed(c: _Constraint, same: _Classes) -> _Constraint:

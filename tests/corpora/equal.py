@@ -8,6 +8,7 @@ Each pair of `laws` is made by `disguised(program, seed)`: the program with up t
 from __future__ import annotations
 
 import functools
+import itertools
 import random
 from collections.abc import Callable, Iterator
 from fractions import Fraction
@@ -325,6 +326,22 @@ def equal(every: int = 1) -> tuple[Pair, ...]:
             name = f"{source}: laws {seed}"
             found.append(Pair(name, ", ".join(used), program, graph, "tests.corpora.equal", seed))
     return tuple(found) + tuple(written()[::every])
+
+
+@functools.cache
+def equal_by_every_law(every: int) -> tuple[Pair, ...]:
+    """Each `every`-th pair, and one more for each law that is not used in them."""
+    found = list(equal(every))
+    used = {law for p in found for law in p.kind.split(", ")}
+    wanted = {law.__name__ for law in LAWS}
+    for (source, program), seed in itertools.product(sources().items(), range(SEEDS)):
+        if wanted <= used:
+            break
+        graph, laws = disguised(program, seed)
+        if wanted & set(laws) - used:
+            found.append(Pair(f"{source}: laws {seed}", ", ".join(laws), program, graph, "tests.corpora.equal", seed))
+            used |= set(laws)
+    return tuple(found)
 
 
 def written() -> list[Pair]:

@@ -7,11 +7,11 @@ import json
 import pytest
 
 from benchmarks.verify import RULES, main, measured
-from tests.corpora.equal import LAWS, equal
+from tests.corpora.equal import LAWS, equal, equal_by_every_law
 from tests.corpora.pairs import Pair, accepted, judged, sources
-from tests.corpora.wrong import MUTATIONS, wrong
+from tests.corpora.wrong import MUTATIONS, wrong, wrong_of_every_kind
 
-EVERY = 40  # pairs of which the fast test takes one
+EVERY = 80  # pairs of which the fast tests take one, and one of each kind
 
 
 @pytest.mark.full
@@ -32,19 +32,25 @@ def test_every_program_mutation_and_law_occurs():
     assert used >= {law.__name__ for law in LAWS}
 
 
-@pytest.mark.parametrize("pair", wrong(EVERY), ids=lambda p: p.name)
+def test_the_sample_has_every_mutation_and_law():
+    assert {p.kind for p in wrong_of_every_kind(EVERY)} >= {m.__name__ for m in MUTATIONS}
+    used = {law for p in equal_by_every_law(EVERY) for law in p.kind.split(", ")}
+    assert used >= {law.__name__ for law in LAWS}
+
+
+@pytest.mark.parametrize("pair", wrong_of_every_kind(EVERY), ids=lambda p: p.name)
 def test_a_wrong_pair_is_refused(pair: Pair):
     assert not accepted(pair)
 
 
-@pytest.mark.parametrize("pair", equal(EVERY), ids=lambda p: p.name)
+@pytest.mark.parametrize("pair", equal_by_every_law(EVERY), ids=lambda p: p.name)
 def test_an_equal_pair_is_accepted(pair: Pair):
     assert accepted(pair)
 
 
 def test_equal_pairs_are_equal_in_float64():
     """The laws themselves are judged without the verifier."""
-    pairs = [p for p in equal(EVERY) if p.generator == "tests.corpora.equal"]
+    pairs = [p for p in equal_by_every_law(EVERY) if p.generator == "tests.corpora.equal"]
     assert all(judged(p.program, p.graph) for p in pairs)
 
 

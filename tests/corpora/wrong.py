@@ -301,3 +301,16 @@ def wrong(every: int = 1) -> tuple[Pair, ...]:
     found = [p for make in itertools.islice(makers(), 0, None, every) if (p := make()) is not None]
     first = {(p.program, p.graph): p for p in reversed(found)}
     return tuple(p for p in found if first[p.program, p.graph] is p)
+
+
+@functools.cache
+def wrong_of_every_kind(every: int) -> tuple[Pair, ...]:
+    """The pairs of each `every`-th maker, and one more for each mutation that is not among them."""
+    found = list(wrong(every))
+    kinds = {p.kind for p in found}
+    for make in makers():
+        mutation = make.args[2].__name__ if isinstance(make, functools.partial) and make.func is planted_in else ""
+        if mutation and mutation not in kinds and (pair := make()) is not None:
+            found.append(pair)
+            kinds.add(mutation)
+    return tuple(found)

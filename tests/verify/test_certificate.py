@@ -39,6 +39,18 @@ def test_the_text_says_what_was_established_and_what_was_not(certificate):
         assert piece in text
 
 
+def test_the_text_says_which_outputs_were_not_compared():
+    out = NumericRow("Z", "f16", (), "wide", math.inf, 0.0, math.inf, None, False, "the float64 result leaves f16")
+    some, none = (NumericReport("torch", "torch", "abc", rows) for rows in ((ROW, out), (out, out)))
+    text = "NOT COMPARED: Z, as for every input drawn the float64 result leaves f16"
+    assert text in str(some)
+    assert "1 comparisons" in str(some)
+    assert text in str(none)
+    assert "0 comparisons" in str(none)
+    assert "tolerance" not in str(none)
+    assert "NOT COMPARED" not in str(NumericReport("torch", "torch", "abc", (ROW,)))
+
+
 def test_another_schema_version_is_refused(certificate):
     with pytest.raises(TargetMismatchError, match="schema version 3"):
         Certificate.from_json(certificate.to_json().replace('"schema_version": 2', '"schema_version": 3'))

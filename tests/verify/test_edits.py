@@ -82,8 +82,28 @@ def refused(place: Path) -> str:
     return error.value.message
 
 
+@mg.program
+def overflowing(x: mg.f16[8, 16]):
+    return mg.logsumexp(x * 1e6 + 1e6, -1)
+
+
+def test_what_was_not_compared_is_not_called_verified(tmp_path: Path):
+    """The float64 result leaves f16 for all inputs drawn."""
+    result = pipeline.from_graph(overflowing, baseline(overflowing), target="torch")
+    assert "numerics" not in result.certificate.tiers
+    assert any("the float64 result leaves f16" in note for note in result.notes)
+    assert "NOT COMPARED" in str(result.certificate)
+    found = recheck_saved(result.save(tmp_path / "overflowing"), strict=True)
+    assert "is verified, but its numbers are not\n" in str(found)
+    assert "not compared: " in str(found)
+    assert "the float64 result leaves f16" in str(found)
+    assert "numerics: repeated, no comparison could be made" in found.checks
+
+
 def test_the_original_is_verified_from_its_files(original: Path):
     found = recheck_saved(original)
+    assert not found.not_compared
+    assert str(found).splitlines()[0].endswith("is verified")
     assert any("tested" in c for c in found.checks)
     assert any("proved" in c for c in found.checks)
 
