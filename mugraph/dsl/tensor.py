@@ -918,7 +918,7 @@ def matmul(a: Any, b: Any) -> Tensor:
 def _hint(x: Tensor, i: int, name: str, strength: int = ROLE) -> None:
     atoms = x.recorder.axes.atoms(x.dims[i])
     if len(atoms) == 1:
-        atoms[0].hints.append((strength, name))
+        atoms[0].wish((strength, name))
 
 
 def einsum(equation: str, *xs: Tensor) -> Tensor:

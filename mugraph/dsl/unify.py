@@ -41,6 +41,10 @@ class Var:
     parent: Var | None = None
     parts: tuple[Var, ...] | None = None
 
+    def wish(self, *hints: tuple[int, str]) -> None:
+        """Adds those that it lacks: only the first of each counts, and aliases of aliases repeat them."""
+        self.hints += [h for h in dict.fromkeys(hints) if h not in self.hints]
+
     @property
     def name(self) -> str:
         """The provisional axis name."""
@@ -70,7 +74,8 @@ class Axes:
 
     def _member(self, form: Form, hints: Iterable[tuple[int, str]]) -> Var:
         wishes = [*hints, (0, form.size.name.lower())] if isinstance(form.size, Dim) else list(hints)
-        var = Var(len(self.all), form, wishes)
+        var = Var(len(self.all), form, [])
+        var.wish(*wishes)
         self.all.append(var)
         form.members.append(var)
         return var
@@ -122,7 +127,7 @@ class Axes:
             a, b = b, a
         b.parent = a
         a.groups |= b.groups
-        a.hints += b.hints
+        a.wish(*b.hints)
         self.link(a, b)
 
     def link(self, a: Var, b: Var) -> None:

@@ -325,3 +325,15 @@ def test_an_alignment_that_fails_splits_nothing():
     assert all(v.parts is None for v in axes.all)
     assert axes.align([a], other) is not None
     assert [axes.size(v) for v in axes.atoms([a])] == [6, 2]
+
+
+def test_wishes_for_names_do_not_multiply_with_depth() -> None:
+    """Each use of y under another name repeats the wishes of the uses before."""
+
+    def deep(y, w):
+        for _ in range(100):
+            y = functions.tanh(y @ w) @ functions.sigmoid(y.mT @ y)
+        return y
+
+    program = trace.trace(deep, [trace.f16[16, 48], trace.f16[48, 48]], "deep")
+    assert {"m", "k", "n"} <= set(program.axes())
