@@ -350,12 +350,32 @@ class FormalAlgebra(ArrayAlgebra):
             return np.asarray((a.words(_P) != b.words(_P)) | (a.words(_Q) != b.words(_Q)))
         if self._alike_but_for_a_unit(a, b):
             return np.zeros(a.lead, dtype=bool)
-        left, right = a.numerator, b.numerator
-        if b.denominator is not None:
-            left = sum_product(left, b.denominator, self.max_terms)
-        if a.denominator is not None:
-            right = sum_product(right, a.denominator, self.max_terms)
-        return ~sums_equal(left, right, self.max_terms)
+        return ~self._crosswise_equal(a, b)
+
+    def _crosswise_equal(self, a: Value, b: Value) -> NDArray[np.bool_]:
+        """Cross-multiplied, a few elements at a time, as the product of two long sums has many terms."""
+        lead = np.broadcast_shapes(a.lead, b.lead)
+        count = math.prod(lead)
+
+        def rows(s: Sum) -> Sum:
+            c, e = (_spread_to(w, lead).reshape(count, w.shape[-1]) for w in s)
+            return c, e
+
+        one = rows(self._spread(self.literal(Fraction(1)), a).numerator)
+        (x, under_x), (y, under_y) = (
+            (rows(v.numerator), rows(v.denominator) if v.denominator else one) for v in (a, b)
+        )
+        width = x[0].shape[-1] * under_y[0].shape[-1] + y[0].shape[-1] * under_x[0].shape[-1]
+        step = max(1, self.max_terms // width)
+        equal = np.ones(count, dtype=bool)
+        for low in range(0, count, step):
+            part = slice(low, low + step)
+            left, right = (
+                sum_product((s[0][part], s[1][part]), (t[0][part], t[1][part]), self.max_terms)
+                for s, t in ((x, under_y), (y, under_x))
+            )
+            equal[part] = sums_equal(left, right, self.max_terms)
+        return equal.reshape(lead)
 
     def _alike_but_for_a_unit(self, a: Value, b: Value) -> bool:
         """Whether numerators and denominators agree, each fraction first reduced by an exp(m): they are then equal, and
