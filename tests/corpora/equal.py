@@ -351,7 +351,7 @@ def written() -> list[Pair]:
         found.append(Pair(name, "law", *pair(*steps), "tests.verify.variants", 0))
     for name, (make, fused) in graphs.ALL.items():
         found.append(Pair(f"schedule: {name}", "schedule", make(), fused(), "tests.graphs", 0))
-    for parts, online in ((1, False), (1, True), (4, True)):
+    for parts, online in ((1, False), (4, True)):
         graph = graphs.attention_fused(online=online) if parts == 1 else graphs.attention_fused(parts=parts)
         name = f"schedule: attention, {parts} parts, online {online}"
         found.append(Pair(name, "schedule", graphs.attention(), graph, "tests.graphs", 0))

@@ -275,6 +275,14 @@ def test_backward_programs_take_a_launch_for_each_gradient(name: str, variant: s
     assert found.report.predicted_seconds < found.report.candidates[-1].seconds
 
 
+@pytest.mark.full
+def test_attention_backward_with_the_softmax_computed_again_takes_two_launches() -> None:
+    family = FAMILIES["attention_bwd"]
+    found = verified("attention_bwd", "softmax again", family.space().but(sizes=()))
+    assert len(launches(found.graph)) == 2
+    assert len(found.graph.kernels()) == 2
+
+
 # -- the same structure under any names
 
 

@@ -57,6 +57,33 @@ def test_sums_and_products_are_those_of_the_group_ring(a, b):
     assert not as_dict(sum_plus(a, sum_negated(a), LIMIT))
 
 
+def shares(algebra: FormalAlgebra, x: Value, swap: bool = False) -> Value:
+    """exp(x) / Σ exp(x) along the last axis, plus the same of the rows in the other order where `swap`."""
+    e = algebra.elementwise("exp", x)
+    ratio = algebra.elementwise("div", e, algebra.total("sum", e, ("k",)))
+    other = algebra.elementwise("reciprocal", algebra.total("sum", e, ("k",)))
+    found = algebra.elementwise("add", *((other, ratio) if swap else (ratio, other)))
+    assert isinstance(found, Value)
+    return found
+
+
+def test_fractions_are_compared_a_few_elements_at_a_time():
+    """Each element has room for its products; all together would not."""
+    algebra = FormalAlgebra({"b": 5, "k": 3})
+    x, y = (algebra.random(("b", "k"), name) for name in "xy")
+    a, b, c = shares(algebra, x), shares(algebra, x, swap=True), shares(algebra, y)
+    assert a.denominator is not None
+    crossed = a.numerator[0].shape[-1] * a.denominator[0].shape[-1]
+    algebra.max_terms = 2 * crossed
+    assert algebra._crosswise_equal(a, b).all()
+    wrong = algebra._crosswise_equal(a, c)
+    assert wrong.shape == (5, 3)
+    assert not wrong.any()
+    algebra.max_terms = crossed - 1
+    with pytest.raises(TooManyTerms):
+        algebra._crosswise_equal(a, b)
+
+
 def test_a_sum_beyond_the_limit_is_refused():
     wide = np.ones((4, 4), dtype=U), np.arange(16, dtype=U).reshape(4, 4)
     sum_product(wide, wide, 64)
