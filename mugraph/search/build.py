@@ -226,12 +226,21 @@ class BlockBuilder:
             name = self.name_of(last, section, combining)
             if self.chosen[last].option.edge is None and last[1] <= self.last:
                 name = self.emit(self.inside[last[1] - 1], name, Transpose(), name)  # a loop stores what it computes
+            home = section if combining else self.home_of(last)
             for target in self.targets[root]:
                 have = {a.name for a in self.values[name].axes}
                 missing = tuple(a for a in self.context.tensors[target].axes if a.name not in have)
-                value = self.emit(section, "wide", Broadcast(missing), name) if missing else name
+                value = self.emit(home, "wide", Broadcast(missing), name) if missing else name
                 found.append(Store(value, target))
         return tuple(found)
+
+    def home_of(self, entry: Entry) -> Section:
+        """Where a value is at hand when it is stored: in the loop whose iterations have tiles of it, or at the end."""
+        c, at = entry
+        looped = self.chosen[entry].option.loop is None and at <= self.last
+        if looped and any(a in self.d.roles.loops for a in self.context.closure.axes(c)):
+            return self.inside[at - 1]
+        return self.before[self.last]
 
     def name_of(self, entry: Entry, section: Section, combining: bool = False) -> str:
         """The tile-level name of an operand; coefficients are written here."""

@@ -26,7 +26,6 @@ from fractions import Fraction
 from functools import reduce
 from typing import assert_never
 
-from mugraph.codegen.shift import shifted
 from mugraph.errors import GraphError, UnsupportedOpError
 from mugraph.ir.axes import Axis, Dim, Size, dims_of, times
 from mugraph.ir.graph import BlockGraph, Equation, KernelGraph, Program, equations_of
@@ -59,6 +58,7 @@ from mugraph.ir.ops import (
     Unpack,
 )  # fmt: skip
 from mugraph.ir.printer import program_lines
+from mugraph.ir.shift import shifted
 from mugraph.ir.types import DType, Input, Tensor, promote
 from mugraph.transpiler.attention import ADDED, ATTENTION, AttentionParts, attention_of
 from mugraph.transpiler.divided import OWN_NAMES, divided_text, kept_text

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 import mugraph as mg
-from mugraph.codegen.shift import shifted
 from mugraph.dsl.trace import TensorSpec, trace
 from mugraph.ir.check import check
 from mugraph.ir.graph import Program
 from mugraph.ir.ops import Reduce
+from mugraph.ir.shift import shifted
 from mugraph.runtime.load import load_module
 from mugraph.search.build import baseline
 from mugraph.transpiler.torch import emit
