@@ -137,9 +137,7 @@ def _stabilised(
     """The block graph in scaled form.  `given`: the exponents of what it loads; `made` takes those that it stores."""
     flat = unique_names(flatten_threads(block))
     writer = _Writer(flat, given, taken, held, between)
-    if not writer.active and not writer.env:
-        return block
-    result = without_dead_steps(writer.rewritten())
+    result = without_dead_steps(writer.rewritten()) if writer.active or writer.env else block
     partials = {s.target for s in block.stores if s.kind == "partial"}
     made |= {name: e for name, e in writer.exponents.items() if name not in partials}
     if block.combine:
