@@ -14,6 +14,7 @@ from mugraph.errors import GraphError, SettingError, ShapeError, VerificationErr
 from mugraph.ir.axes import Axis, dims_of, representative, size_value
 from mugraph.ir.graph import Equation, KernelGraph, Program
 from mugraph.ir.ops import Const, Elementwise, Reduce
+from mugraph.ir.shift import is_exponential, shifted
 from mugraph.ir.types import DType
 from mugraph.search import values as v
 from mugraph.search.ahead import Fixed, fixed_classes, partition_with_ahead
@@ -32,6 +33,7 @@ from mugraph.search.pieces import is_free, joints, pieces
 from mugraph.search.report import (
     CandidateReport,
 )
+from mugraph.search.segments import unsafe
 from mugraph.search.space import SearchSpace
 
 Accept = Callable[[KernelGraph], object]
@@ -175,7 +177,7 @@ class Setup:
             fixed,
             plans,
             equations_seconds(self.equations, self.program, symbolic, problem.dtype, self.on),
-            self.all_materialised(problem),
+            self.fits,
         )
 
     @cached_property
@@ -183,11 +185,14 @@ class Setup:
         """The program's equations, whatever the order of commutative operands."""
         return ordered(self.program).equations
 
-    def all_materialised(self, problem: Problem) -> bool:
-        """Whether all that the source materialises may be."""
-        exponents = _exponents(problem)
-        computed = {self.seeds[n] for n in _computed(self.here.program, self.known)}
-        return all(may_be_materialised(problem, c, exponents) for c in computed)
+    @cached_property
+    def fits(self) -> bool:
+        """Whether what the program keeps in memory as library calls fits there: its exponentials are shifted by their
+        maximum, or as wide as the program says, or never normalised."""
+        whole = self.program
+        kept = {e.targets[0].name: e for e in shifted(whole).equations}
+        left = {n for n in unsafe(whole)[0] if is_exponential(kept[n].op) and kept[n] in whole.equations}
+        return all(whole.tensors()[n].dtype.bits >= 32 for n in left)
 
     def is_fixed(self, e: Equation) -> bool:
         """Whether the equation works on constant inputs alone."""
@@ -400,12 +405,6 @@ def _names(here: Canonical, seeds: Mapping[str, int]) -> dict[int, str]:
     return found
 
 
-def _computed(program: Program, known: Meaning) -> list[str]:
-    """Values with axes that the source itself would materialise."""
-    outside = {t.name for e in known.boundaries for t in e.targets} | {o.value for o in program.outputs}
-    return [e.target.name for e in program.equations if len(e.targets) == 1 and e.target.name not in outside]
-
-
 def problem_of(program: Program, closure: Closure, seeds: Mapping[str, int], space: SearchSpace, on: Device) -> Problem:
     axes = program.axes()
     sizes = {a.name: representative(a.size, space.symbolic) for a in axes.values()}
@@ -425,14 +424,14 @@ def problem_of(program: Program, closure: Closure, seeds: Mapping[str, int], spa
     problem = Problem(closure, sizes, limits, on, dtype, memory, {}, leaves, set(), space.states, innermost)
     targets = {seeds[o.value] for o in program.outputs}
     room = sum(problem.bytes(c) for c in {*leaves, *targets})
-    inside, exponents = {seeds[n] for n in space.inside}, _exponents(problem)
+    inside, exponents, normalised = {seeds[n] for n in space.inside}, _exponents(problem), _normalised(problem)
     written = set(seeds.values())  # values of the program itself
     for c in closure.order:
         result = c in written or any(e.closes or e.kind == "call" for e in closure.classes[c].edges)
         if c in leaves or c in inside or not result or problem.bytes(c) > room:
             continue
-        if not may_be_materialised(problem, c, exponents):
-            if c in targets or c in exponents or not any(e.closes for e in closure.classes[c].edges):
+        if not may_be_materialised(problem, c, exponents, normalised):
+            if c in targets or not any(e.closes for e in closure.classes[c].edges):
                 continue
             problem.scaled.add(c)
             problem.dtypes[c] = DType.f32
@@ -444,16 +443,33 @@ def _limit(axis: Axis) -> int:
     return size_value(axis.size, {d.name: d.max for d in dims_of(axis.size)})
 
 
-def may_be_materialised(p: Problem, c: int, exponents: Collection[int] | None = None) -> bool:
-    """Not what 16-bit storage would ruin: an exponential that is not yet normalised overflows, and the rounding of
-    an exponent is a relative error of the exponential.  `exponents` are those of the problem, where they are known."""
+def may_be_materialised(
+    p: Problem, c: int, exponents: Collection[int] | None = None, normalised: Collection[int] | None = None
+) -> bool:
+    """Not what storage would ruin: an exponential that is not yet normalised overflows, and in 16 bits the rounding of
+    an exponent is a relative error of the exponential.  `exponents` and `normalised` are those of the problem, where
+    they are known."""
+    if p.dtype.bits >= 32:
+        return c not in (_normalised(p) if normalised is None else normalised)
     exponents = _exponents(p) if exponents is None else exponents
-    return p.dtype.bits >= 32 or not (c in exponents or exponential_degree(p.closure.classes[c].value))
+    return not (c in exponents or exponential_degree(p.closure.classes[c].value))
 
 
 def exponential_degree(value: v.Value) -> bool:
     """Whether some term carries more exponentials than it divides by."""
     return any(sum(map(v.degree, t.factors)) != 0 for t in value)
+
+
+def _normalised(p: Problem) -> set[int]:
+    """Values that carry exponentials which a later value divides out, or takes the logarithm of."""
+    classes = p.closure.classes
+    carries = {c for c in p.closure.order if exponential_degree(classes[c].value)}
+    found: set[int] = set()
+    for c in reversed(p.closure.order):
+        for e in classes[c].edges:
+            if c in found or (c not in carries and (e.kind == "product" or e.fn == "log")):
+                found.update(carries.intersection(e.children))
+    return found
 
 
 def _exponents(p: Problem) -> set[int]:
