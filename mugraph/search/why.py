@@ -21,6 +21,7 @@ from mugraph.ir.check import check
 from mugraph.ir.graph import BlockGraph, Equation, KernelGraph, Program
 from mugraph.ir.infer import op_text
 from mugraph.ir.ops import Compare, Contract, Elementwise, Kernel, Library, MaskedExp, Reduce, Select
+from mugraph.ir.types import DType
 from mugraph.search.ahead import Fixed
 from mugraph.search.answers import Answer, Costlier, Cut, Found, NotEquivalent, Outside, Pruned
 from mugraph.search.build import library_equation
@@ -373,8 +374,9 @@ class _Question:
         ahead = self._ahead(x)
         if ahead and not self.space.ahead:
             raise outside("ahead", "it does work ahead", "Give SearchSpace(ahead=True)")
-        for c in () if self.as_operators else self._classes(x.makes):
-            self._may_lie_in_memory(c)
+        for name, t in () if self.as_operators else zip(x.makes, x.equation.targets, strict=True):
+            for c in self._classes((name,)):
+                self._may_lie_in_memory(c, t.dtype)
         match x.equation.op:
             case Kernel(blocks):
                 return self._kernel(x, blocks, ahead)
@@ -383,16 +385,17 @@ class _Question:
             case _:
                 raise AssertionError("no launch")
 
-    def _may_lie_in_memory(self, c: int) -> None:
+    def _may_lie_in_memory(self, c: int, dtype: DType) -> None:
         p = self.problem
-        if c in self.wanted or c in p.memory or c in p.bound or c in self.fixed.foldable or c in self.fixed.computed:
+        narrow = c in p.scaled and dtype.bits < 32
+        if c in self.wanted or (not narrow and self._may_be_there(c)):
             return
         text = self.task.notation().text(self.task.closure.classes[c].value)
         if c in {self.task.seeds[n] for n in self.space.inside}:
             raise outside("inside", f"{text} must not be materialised", "Take it out of SearchSpace.inside")
-        if not may_be_materialised(p, c):
+        if narrow or not may_be_materialised(p, c):
             what = "would lie in memory in 16 bits, which ruins it: it is, or makes up, the argument of an exponential"
-            raise outside("materialisation", f"{text} {what}", "Declare the program in f32, which admits it")
+            raise outside("materialisation", f"{text} {what}", "Store it in f32, or declare the program in f32")
         room = sum(p.bytes(x) for x in {*p.inputs, *self.wanted})
         if p.bytes(c) > room:
             raise outside(
@@ -404,6 +407,10 @@ class _Question:
             f"{text} is no value of the program, and no result of a contraction, "
             "a reduction or a function, and only these lie in memory",
         )
+
+    def _may_be_there(self, c: int) -> bool:
+        p = self.problem
+        return c in p.memory or c in p.bound or c in self.fixed.foldable or c in self.fixed.computed
 
     def _library(self, x: Launch, ahead: bool) -> Priced:
         op = x.equation.op

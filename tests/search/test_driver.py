@@ -73,7 +73,8 @@ def test_a_refused_plan_gives_way_to_the_next() -> None:
 
 
 def test_when_all_plans_are_refused_the_program_runs_as_it_stands() -> None:
-    plans = sum(c.verdict != "chosen" for c in search(programs.gqa(), accept=lambda g: g).report.candidates)
+    *kernels, library = search(programs.gqa(), accept=lambda g: g).report.candidates
+    plans = sum(c.seconds <= library.seconds for c in kernels)
     accept = Refusing(plans)
     found = search(programs.gqa(), accept=accept)
     assert is_baseline(found.graph)
