@@ -426,11 +426,12 @@ def problem_of(program: Program, closure: Closure, seeds: Mapping[str, int], spa
     room = sum(problem.bytes(c) for c in {*leaves, *targets})
     inside, exponents, normalised = {seeds[n] for n in space.inside}, _exponents(problem), _normalised(problem)
     written = set(seeds.values())  # values of the program itself
+    reduced = _reduced_later(problem) - written if dtype is DType.f16 else set()
     for c in closure.order:
         result = c in written or any(e.closes or e.kind == "call" for e in closure.classes[c].edges)
         if c in leaves or c in inside or not result or problem.bytes(c) > room:
             continue
-        if not may_be_materialised(problem, c, exponents, normalised):
+        if c in reduced or not may_be_materialised(problem, c, exponents, normalised):
             if c in targets or not any(e.closes for e in closure.classes[c].edges):
                 continue
             problem.scaled.add(c)
@@ -469,6 +470,28 @@ def _normalised(p: Problem) -> set[int]:
         for e in classes[c].edges:
             if c in found or (c not in carries and (e.kind == "product" or e.fn == "log")):
                 found.update(carries.intersection(e.children))
+    return found
+
+
+def _reduced_later(p: Problem) -> set[int]:
+    """Values that a later one divides, or multiplies by a number below 1: where the program does that first, they are
+    of another scale than all that it keeps, and may leave a narrow type."""
+    classes = p.closure.classes
+
+    def reduces(c: int) -> bool:
+        for e in classes[c].edges:
+            match e.leaf:
+                case v.Number(coefficient, sizes):
+                    return abs(coefficient) < 1 or any(power < 0 for _, power in sizes)
+            if e.kind == "call" and e.fn == "inv":
+                return True
+        return False
+
+    found: set[int] = set()
+    for c in p.closure.order:
+        for e in classes[c].edges:
+            if e.kind == "product" and any(map(reduces, e.children)):
+                found.update(x for x in e.children if not reduces(x))
     return found
 
 
