@@ -238,6 +238,8 @@ def read_graph(given: KernelGraph | Program | str | Path) -> KernelGraph | Progr
     """A graph as it is, from its text, or from a file: a saved directory, `.json`, or text.  Raises ParseError."""
     if isinstance(given, Program):
         return given
+    if not isinstance(given, str | Path) or not str(given).strip():
+        raise ParseError(f"{given!r} is no graph", remedy="give a μGraph, its text or a file of it")
     text, form = str(given), ""
     if isinstance(given, Path) or "\n" not in given:
         path = Path(given)

@@ -101,7 +101,7 @@ def fit(hint: Any, value: Any) -> Any:
     if origin is Annotated:
         found = fit(args[0], value)
         if not all(limits.hold(found) for limits in args[1:] if isinstance(limits, Limits)):
-            raise Unfit
+            raise Unfit(f"{_shown(value)} is not {words(hint)}")
         return found
     if origin is Literal:
         return _one(value, lambda: any(type(value) is type(x) and value == x for x in args))
@@ -116,7 +116,7 @@ def fit(hint: Any, value: Any) -> Any:
 
 def _one(value: Any, holds: Callable[[], bool]) -> Any:
     if not holds():
-        raise Unfit
+        raise Unfit(f"{_shown(value)} does not fit")
     return value
 
 

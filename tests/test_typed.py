@@ -8,7 +8,7 @@ import pytest
 
 import mugraph as mg
 from mugraph import pipeline
-from mugraph.errors import MugraphError, SettingError, UnknownTargetError
+from mugraph.errors import GraphError, MugraphError, ParseError, SettingError, UnknownTargetError
 from mugraph.ir.graph import Program
 from mugraph.runtime import engine
 from mugraph.runtime.cache import Cache
@@ -222,3 +222,21 @@ def test_effort_none_searches_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path:
     result = pipeline.optimize(program, target="torch", effort="none")
     torch.testing.assert_close(result(x, w), torch.nn.functional.rms_norm(x, (64,), eps=1e-6) @ w)
     assert "Give SearchSpace(kernels=" in str(result.why_not(quick.graph))
+
+
+def test_an_axis_has_one_tile() -> None:
+    assert SearchSpace(tiles=(("n", 64), ("m", 32))).tiles == (("n", 64), ("m", 32))
+    with pytest.raises(SettingError, match="names n twice"):
+        SearchSpace(tiles=(("n", 64), ("n", 32)))
+
+
+@pytest.mark.parametrize("given", [3, "", None])
+def test_what_is_no_graph_is_told_so(given: Any) -> None:
+    result = pipeline.optimize(mg.trace(lambda x: x * 2, [mg.f32[4]], "double"), target="torch")
+    with pytest.raises(ParseError, match="is no graph"):
+        result.why_not(given)
+    with pytest.raises(GraphError, match="is no μGraph"):
+        result.report.why_not(given)
+    with pytest.raises(ParseError, match="no report"):
+        SearchReport.from_dict(given)
+    assert result.why_not(result.graph)

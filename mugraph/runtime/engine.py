@@ -92,7 +92,7 @@ def checked_engine(name: str) -> str:
     if name not in get_args(EngineName):
         raise SettingError(f"there is no engine {name!r}", remedy=f"known: {', '.join(get_args(EngineName))}")
     if name == "ray" and sys.modules.get("ray") is None and find_spec("ray") is None:
-        raise MugraphError("the engine ray needs Ray", remedy="pip install 'mugraph[ray]'")
+        raise SettingError("the engine ray needs Ray", remedy="pip install 'mugraph[ray]'")
     return name
 
 

@@ -227,6 +227,8 @@ class SearchReport:
     def from_dict(cls, data: Mapping[str, Any]) -> SearchReport:
         """The report that `to_dict` wrote, but for what it was asked.  Raises ParseError for another schema version,
         or data that is no report."""
+        if not isinstance(data, Mapping):
+            raise ParseError(f"{type(data).__name__} is no report of a search", remedy="give what to_dict gave")
         if data.get("schema_version") != SCHEMA_VERSION:
             raise ParseError(
                 f"the report has schema version {data.get('schema_version')!r}, this is {SCHEMA_VERSION}",
@@ -260,6 +262,8 @@ class SearchReport:
         """Why the search did not find, or did not choose, this μGraph (or the program as it stands).  Searches again.
 
         Raises GraphError for a report that was read back from data, and for a malformed graph."""
+        if not isinstance(graph, Program):
+            raise GraphError(f"{type(graph).__name__} is no μGraph", remedy="give a KernelGraph or a Program")
         if self.asked is None:
             raise GraphError("the report does not hold the program that it is about", remedy="ask Result.why_not")
         from mugraph.search.why import why_not

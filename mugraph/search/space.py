@@ -68,6 +68,9 @@ class SearchSpace:
         fit_fields(self)
         if unknown := set(self.laws) - set(LAWS):
             raise SettingError(f"unknown laws {sorted(unknown)}", remedy=f"known: {', '.join(LAWS)}")
+        named = [axis for axis, _ in self.tiles]
+        if twice := sorted({a for a in named if named.count(a) > 1}):
+            raise SettingError(f"SearchSpace.tiles names {', '.join(twice)} twice", remedy="give each axis one tile")
 
     def but(self, **changes: Any) -> SearchSpace:
         """The same space with some fields changed."""
