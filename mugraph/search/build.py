@@ -224,9 +224,9 @@ class BlockBuilder:
         for root in self.d.roots:
             last = max((e for e in self.chosen if e[0] == root), key=lambda e: e[1])
             name = self.name_of(last, section, combining)
-            if self.chosen[last].option.edge is None and last[1] <= self.last:
-                name = self.emit(self.inside[last[1] - 1], name, Transpose(), name)  # a loop stores what it computes
             home = section if combining else self.home_of(last)
+            if self.chosen[last].option.edge is None and last[1] <= self.last:
+                name = self.emit(home, name, Transpose(), name)  # a loop stores what it computes
             for target in self.targets[root]:
                 have = {a.name for a in self.values[name].axes}
                 missing = tuple(a for a in self.context.tensors[target].axes if a.name not in have)

@@ -217,7 +217,7 @@ class KernelSearch:
         def queued(cost: float, state: int, unmet: int, trail: Trail) -> _Queued:
             rest = self.bound(state) if landmarks is None else max(self.bound(state), landmarks.seconds(unmet))
             f = cost + rest
-            rank = math.ceil(math.log(f) / tolerance) if tolerance and f else f
+            rank = math.ceil(math.log(f) / tolerance) if tolerance and 0 < f < math.inf else f
             return _Queued(rank, state.bit_length(), next(tickets), f, cost, state, unmet, trail)
 
         best = {start: 0.0}

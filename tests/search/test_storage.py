@@ -108,3 +108,47 @@ def test_a_product_that_is_scaled_down_later_does_not_lie_in_f16(fn: Callable[..
     program = mg.trace(fn, [mg.f16[B, 768], mg.f16[768, 256]], "p")
     x, w = (torch.randn(300, 768) * 3000).half(), torch.randn(768, 256).half()
     assert optimize(program, target="torch", space=space)(x, w).isfinite().all()
+
+
+# -- where a value is stored from
+
+
+STORED: dict[str, tuple[Callable[..., object], list[object]]] = {
+    "repeated in a loop": (
+        lambda x, w: (w @ (x.mT @ w).mT @ x).repeat_interleave(2, -1),
+        [mg.f32[4096, 4096], mg.f32[4096, 2]],
+    ),
+    "an input beside what is repeated of it": (
+        lambda x: (x.repeat_interleave(2, -1), mg.sum(x, 0, True) @ mg.sum(x, 0, True).mT),
+        [mg.f32[2, 257]],
+    ),
+    "an input beside a split": (
+        lambda w, x: (mg.maximum(x, x), mg.sum((x @ w.mT) / (x @ w.mT), -1)),
+        [mg.f32[14336, 2], mg.f32[mg.Dim("B", 1, 64), 2]],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", STORED)
+def test_what_is_stored_is_at_hand_there(name: str) -> None:
+    fn, types = STORED[name]
+    result = found(fn, *types, space=SearchSpace(sizes=(), states=1_000))
+    assert result.report.refused == 0
+    assert result.graph.kernels()
+
+
+def test_bounds_that_are_infinite_end_a_branch() -> None:
+    def deep(x, rows, columns):  # type: ignore[no-untyped-def]
+        normed = mg.layer_norm(columns)
+        v = normed @ columns.mT @ normed
+        return mg.maximum(mg.attention(v, v, rows).unsqueeze(-1), x)
+
+    size = mg.Dim("B", 1, 64)
+    result = found(
+        deep,
+        mg.f32[3584],
+        mg.f32[3584, 3],
+        mg.f32[3584, size],
+        space=SearchSpace(sizes=(), states=1_000, entries=50_000),
+    )
+    assert result.report.predicted_seconds <= result.report.candidates[-1].seconds
