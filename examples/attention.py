@@ -37,7 +37,7 @@ def tensors(b: int, device: str = "cpu") -> list[torch.Tensor]:
 
 
 def main() -> None:
-    whole = mg.superoptimize(gqa, space=mg.SearchSpace(split=False))
+    whole = mg.superoptimize(gqa, space=mg.SearchSpace(split=False, kernels=1, symbolic=1024))
     (kernel,) = whole.graph.kernels()
     (block,) = kernel.op.blocks
     (loop,) = (p for p in block.passes if p.loops)

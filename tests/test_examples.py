@@ -12,6 +12,7 @@ import pytest
 
 import mugraph as mg
 from examples import demo
+from mugraph.errors import VerificationError
 
 ROOT = Path(__file__).parent.parent
 NAMES = sorted(p.stem for p in (ROOT / "examples").glob("*.py") if p.stem not in ("__init__", "demo"))
@@ -37,7 +38,8 @@ def test_another_structure_fails_the_example(name, monkeypatch):
     program = getattr(module, "gqa" if name == "attention" else name)
     plain = mg.KernelGraph(program.name, program.inputs, program.equations, program.outputs)
     monkeypatch.setattr(mg, "superoptimize", lambda *_, **__: mg.from_graph(program, plain, target="torch"))
-    with pytest.raises(ValueError, match="not enough values"):
+    # plain exponentials overflow f16: attention as it is written is refused before the example looks at it
+    with pytest.raises((ValueError, VerificationError), match=r"not enough values|does not agree with float64"):
         module.main()
 
 

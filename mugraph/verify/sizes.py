@@ -289,7 +289,8 @@ def _draw(facts: _Facts, earlier: Sequence[Draw], number: int, fixed: dict[str, 
 
     # an axis of size 1 hides its place among others
     whole = {v: 2 for v in variables if v not in segments}
-    orders = variables, variables[::-1]  # where the longest come first, what is cut out of them may leave no room
+    inner = [*segments[::-1], *(v for v in variables if v not in segments)]
+    orders = variables, inner, variables[::-1]  # where the longest come first, they may leave what is cut out no room
     tries = (_solve(order, constraints, known, candidates, least) for order in orders for least in (whole, {}))
     assigned = next((found for found in tries if found is not None), None)
     if assigned is None:
