@@ -47,7 +47,7 @@ def test_the_result_is_the_same_whatever_the_engine(tmp_path: Path) -> None:
     here = optimize(mlps(1), target="torch", space=SPACE, cache=Cache(tmp_path / "one"))
     with engine_of("processes", workers=2) as two:
         there = optimize(mlps(1), target="torch", space=SPACE, cache=Cache(tmp_path / "two"), engine=two)
-    assert here.certificate.tiers == ("tested", "numerics")
+    assert here.certificate.tiers == ("tested", "proved", "numerics")
     assert here.certificate.cuts
     assert report(here).segments
     assert report(here) == report(there)
