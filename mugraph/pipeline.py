@@ -441,10 +441,10 @@ def _optimized(
         results = completed(engine, wanted, jobs, stop)
         return [Done.from_dict(r) if r and r.get("graph") else None for r in results]
 
-    tell(f"searching {program.name} for {target}")
     notes: tuple[str, ...]
     report: SearchReport
     with interruptible() as interrupted:
+        tell(f"searching {program.name} for {target}")  # from here on Ctrl-C leaves the best so far
         try:
             found = search(
                 program,
