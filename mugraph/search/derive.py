@@ -90,16 +90,15 @@ class KernelSearch:
         return self._options[c]
 
     def all_options(self, c: int) -> list[Option]:
-        s, n = self._outcome.survey, self._n
+        s = self._outcome.survey
+        looped = int(s.loops[self._n])
         found = []
-        for seconds, at, way in self._outcome.ways[c]:
-            if at[n] >= INFEASIBLE:
-                continue
+        for seconds, way in self._outcome.ways(c, self._n):
             if way is None:
-                found.append(Option(float(seconds[n]), None, (), None))
+                found.append(Option(seconds, None, (), None))
             else:
-                closed = tuple(a for a in way.edge.axes if int(s.loops[n]) & s.bit.get(a, 0))
-                found.append(Option(float(seconds[n]), way.edge, way.edge.children, closed or None))
+                closed = tuple(a for a in way.edge.axes if looped & s.bit.get(a, 0))
+                found.append(Option(seconds, way.edge, way.edge.children, closed or None))
         return found
 
     def start(self) -> frozenset[Entry] | None:

@@ -12,11 +12,12 @@ costs.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +27,7 @@ from mugraph.search.closure import Closure, Edge
 from mugraph.search.cost import VECTOR_WEIGHT, Device
 from mugraph.search.laws import IOTA
 
+K = TypeVar("K")
 Entry = tuple[int, int]
 Loop = tuple[str, ...]  # the axes of one pass: one, or a nest of two
 Ints = NDArray[np.int64]
@@ -223,14 +225,37 @@ def intersection(masks: list[int]) -> int:
     return result
 
 
+class Arithmetic(NamedTuple):
+    """What the seconds of a way depend on; `partial`: the class, where it may close split axes (`closed`, as bits) and
+    partial results of it are stored."""
+
+    axes: frozenset[str] | None  # None: no operands
+    matmul: bool
+    partial: int | None
+    closed: int
+
+
+class Level(NamedTuple):
+    """Ways whose operands all lie on lower levels, by class; rows of the tables of a survey."""
+
+    ways: slice
+    places: list[int]  # in the topological order, of the class of each way in turn
+    starts: list[int]  # where the ways of each begin
+    operands: Ints  # places of the operands of each way; the last place of all where it has fewer
+    passes: Ints  # row of `Survey.passes_of` of each way
+    seconds: Ints  # row of `Survey.seconds` of each way
+
+
 class Survey:
-    """All assignments of roles to a kernel for `roots`, side by side: every array has one element for each."""
+    """All assignments of roles to a kernel for `roots`, side by side: the last axis of every array is over them.
+    What does not depend on prices."""
 
     def __init__(self, problem: Problem, roots: tuple[int, ...], assignments: Sequence[Assignment]) -> None:
         self.p, self.roots, self.assignments = problem, roots, assignments
         p, roles = problem, [a.roles for a in assignments]
         members = frozenset().union(*(p.below[r] for r in roots))
         self.order = [c for c in p.closure.order if c in members]
+        self.place = {c: i for i, c in enumerate(self.order)}
         self.played = sorted({a for r in roles for a in (*r.grid, *r.loops)})
         self.bit = {a: 1 << i for i, a in enumerate(self.played)}
         self.last = max((len(r.passes) for r in roles), default=0)
@@ -250,14 +275,17 @@ class Survey:
         }
         self._copies: dict[int, Floats] = {}
         self._elements: dict[tuple[str, ...], Floats] = {}
-        self._computed: dict[int, list[tuple[Way, Floats, Ints]]] = {}
-        self._seconds: dict[tuple[frozenset[str], bool], Floats] = {}
-        self._passes: dict[tuple[tuple[str, ...], int, int], Ints] = {}
         self.blocks = self.replication(()) * self.parts
         self.busy: Floats = np.minimum(1.0, self.blocks / p.device.sms)
-        self.open = {c: self.loops & self.mask(p.axes(c)) for c in self.order}
+        self.open: Ints = np.array([self.mask(p.axes(c)) for c in self.order])[:, None] & self.loops
         self.splits = int(np.bitwise_or.reduce(self.split)) if len(roles) else 0
-        self.rows = np.arange(len(roles), dtype=np.int64) * (self.last + 2) - 1
+        self.loading = np.stack([self._loaded(c) for c in self.order])
+        passes = _Rows[tuple[tuple[str, ...], int, int]]()
+        self._loads = [passes.row((p.axes(c), 0, LOADED_TILE)) for c in self.order]
+        self.ways: dict[int, tuple[int, list[Way]]] = {}  # class -> its first row, its ways
+        self.levels = self._levels(passes)
+        self.tables = self._tables(list(passes))
+        self.loadable = self.tables[self._loads, 0]
 
     def mask(self, axes: Sequence[str]) -> int:
         return union(self.bit.get(a, 0) for a in axes)
@@ -284,6 +312,75 @@ class Survey:
             self._elements[axes] = result
         return self._elements[axes]
 
+    def _levels(self, passes: _Rows[tuple[tuple[str, ...], int, int]]) -> list[Level]:
+        """The ways of all classes, those that need nothing of each other together."""
+        p = self.p
+        height: dict[int, int] = {}
+        for c in self.order:
+            height[c] = 1 + max((height[x] for w in p.ways[c] for x in w.edge.children), default=-1)
+        seconds, found = _Rows[Arithmetic](), list[Level]()
+        first, none = 0, len(self.order)
+        for _, group in itertools.groupby(sorted(self.order, key=height.__getitem__), key=height.__getitem__):
+            classes = [c for c in group if p.ways[c]]
+            rows = [(c, w) for c in classes for w in p.ways[c]]
+            if not rows:
+                continue
+            starts = list(itertools.accumulate((len(p.ways[c]) for c in classes[:-1]), initial=0))
+            self.ways.update((c, (first + at, p.ways[c])) for c, at in zip(classes, starts, strict=True))
+            widest = max(len(w.edge.children) for _, w in rows)
+            below = [[self.place[x] for x in w.edge.children] for _, w in rows]
+            found.append(
+                Level(
+                    slice(first, first + len(rows)),
+                    [self.place[c] for c in classes],
+                    starts,
+                    np.array([x + [none] * (widest - len(x)) for x in below], dtype=np.int64).T,
+                    np.array([passes.row((p.axes(c), self.mask(w.edge.axes), COMPUTED_TILE)) for c, w in rows]),
+                    np.array([seconds.row(self._work(c, w)) for c, w in rows]),
+                )
+            )
+            first += len(rows)
+        self.seconds = np.stack([self._seconds(work) for work in seconds]) if found else np.empty((0, 0))
+        return found
+
+    def _work(self, c: int, way: Way) -> Arithmetic:
+        """What the seconds of a way depend on."""
+        if not way.edge.children:
+            return Arithmetic(None, False, None, 0)
+        closed = self.mask(way.edge.axes) & self.splits
+        return Arithmetic(frozenset(way.axes), way.matmul, c if closed else None, closed)
+
+    def _seconds(self, work: Arithmetic) -> Floats:
+        """Seconds of computing a class, in each assignment."""
+        p = self.p
+        if work.axes is None:
+            return np.full(len(self.assignments), 1e-12)
+        volume = math.prod(p.sizes[a] for a in work.axes) * (self.replication(tuple(work.axes)) + TIE)
+        rate = p.device.matmul_rate(p.dtype) / 2 if work.matmul else p.device.vector_flops / VECTOR_WEIGHT
+        seconds: Floats = volume / rate / self.busy + 1e-11
+        if (c := work.partial) is None:
+            return seconds
+        stored = 2 * self.parts * self._repeated(c) * p.elements(c) * 4 / p.device.l2_bytes_per_second
+        return seconds + np.where(self.split & work.closed != 0, stored, 0.0)
+
+    def _tables(self, keys: Sequence[tuple[tuple[str, ...], int, int]]) -> NDArray[np.int8]:
+        """For each (axes, closed axes, limit), each pass q before which the operands are there (the last: they never
+        are), and each assignment: the least pass of a value over `axes` that closes `closed`.  A tile has at most
+        `limit` elements."""
+        closed: Ints = np.array([closed for _, closed, _ in keys])[:, None]
+        limits = np.array([limit for _, _, limit in keys])[:, None]
+        opened: Ints = np.array([self.mask(axes) for axes, _, _ in keys])[:, None] & self.loops
+        loop: Ints = self.loops & closed
+        admitted = (self.grid & closed == 0) & (np.stack([self.elements_of(axes) for axes, _, _ in keys]) <= limits)
+        admitted &= self._held(opened) & ((opened == 0) | (loop == 0))
+        table = np.full((len(keys), self.last + 2, len(self.assignments)), INFEASIBLE, dtype=np.int8)
+        for q in range(1, self.last + 2):
+            closing = self.first_pass(loop, q, whole=True)
+            after = np.where(closing < INFEASIBLE, closing + 1, INFEASIBLE)
+            at = np.where(opened != 0, self.first_pass(opened, q), np.where(loop != 0, after, q))
+            table[:, q - 1] = np.where(admitted, at, INFEASIBLE)
+        return table
+
     def _held(self, opened: Ints) -> Bools:
         """The open axes lie in one pass."""
         found: Bools = opened == 0
@@ -291,50 +388,20 @@ class Survey:
             found = found | (opened & ~self.passes[q] == 0)
         return found
 
-    def computed(self, c: int) -> list[tuple[Way, Floats, Ints]]:
-        """The ways to compute the class, with their seconds and passes."""
-        if c not in self._computed:
-            self._computed[c] = [
-                (way, self.seconds(c, way), self.passes_of(self.p.axes(c), self.mask(way.edge.axes), COMPUTED_TILE))
-                for way in self.p.ways[c]
-            ]
-        return self._computed[c]
+    def first_pass(self, axes: Ints, start: int, whole: bool = False) -> Ints:
+        """The first pass from `start` on that loops over the axes (over nothing else, if `whole`)."""
+        found = np.full(axes.shape, INFEASIBLE, dtype=np.int64)
+        if not whole:
+            found = np.where(self.combined(axes) & (start <= self.count + 1), self.count + 1, found)
+        for q in range(self.last, start - 1, -1):
+            here = self.passes[q - 1]
+            there = here == axes if whole else axes & ~here == 0
+            found = np.where(there & (q <= self.count), q, found)
+        return found
 
-    def seconds(self, c: int, way: Way) -> Floats:
-        """Seconds of computing the class that way, in each assignment."""
-        if not way.edge.children:
-            return np.full(len(self.assignments), 1e-12)
-        key = (frozenset(way.axes), way.matmul)
-        if key not in self._seconds:
-            p, volume = self.p, way.volume * (self.replication(way.axes) + TIE)
-            rate = p.device.matmul_rate(p.dtype) / 2 if way.matmul else p.device.vector_flops / VECTOR_WEIGHT
-            self._seconds[key] = volume / rate / self.busy + 1e-11
-        closed = self.mask(way.edge.axes)
-        if not closed & self.splits:
-            return self._seconds[key]
-        partial = 2 * self.parts * self._repeated(c) * self.p.elements(c) * 4 / self.p.device.l2_bytes_per_second
-        return self._seconds[key] + np.where(self.split & closed != 0, partial, 0.0)
-
-    def passes_of(self, axes: tuple[str, ...], closed: int, limit: int) -> Ints:
-        """A table, one row for each assignment, one column for each pass q before which the operands are there (then
-        one for operands that never are): the least pass of a value over `axes` that closes `closed`.  A tile has at
-        most `limit` elements."""
-        key = (axes, closed, limit)
-        if key not in self._passes:
-            opened: Ints = self.loops & self.mask(axes)
-            loop: Ints = self.loops & closed
-            admitted = (self.grid & closed == 0) & (self.elements_of(axes) <= limit) & self._held(opened)
-            admitted &= (opened == 0) | (loop == 0)
-            columns = []
-            for q in range(1, self.last + 2):
-                start = np.full(len(self.assignments), q, dtype=np.int64)
-                closing = self.first_pass(loop, start, whole=True)
-                after = np.where(closing < INFEASIBLE, closing + 1, INFEASIBLE)
-                at = np.where(opened != 0, self.first_pass(opened, start), np.where(loop != 0, after, start))
-                columns.append(np.where(admitted, at, INFEASIBLE))
-            columns.append(np.full(len(self.assignments), INFEASIBLE, dtype=np.int64))
-            self._passes[key] = np.stack(columns, axis=1).ravel()
-        return self._passes[key]
+    def combined(self, axes: Ints) -> Bools:
+        """Whether a value with these open axes can be computed in the combine, which has the split axis on its grid."""
+        return np.asarray((self.split != 0) & (axes == self.split))
 
     def _repeated(self, c: int) -> Floats:
         """How often a partial result is stored: along a grid axis that it lacks, once for each element."""
@@ -344,30 +411,22 @@ class Survey:
                 result = result * np.where(self.grid & self.bit[a] != 0, self.p.sizes[a], 1)
         return result
 
-    def loaded(self, c: int) -> Floats:
+    def _loaded(self, c: int) -> Floats:
         """Seconds to load the class into all blocks that want it."""
         d, size = self.p.device, self.p.bytes(c)
         seconds = size / d.bandwidth + size * (self.replication(self.p.axes(c)) - 1) / d.l2_bytes_per_second
         return np.asarray(seconds / np.minimum(1.0, 2 * self.busy))
 
-    def first_pass(self, axes: Ints, start: Ints, whole: bool = False) -> Ints:
-        """The first pass from `start` on that loops over the axes (over nothing else, if `whole`)."""
-        found = np.full(len(self.assignments), INFEASIBLE, dtype=np.int64)
-        if not whole:
-            found = np.where(self.combined(axes) & (start <= self.count + 1), self.count + 1, found)
-        for q in range(self.last, 0, -1):
-            here = self.passes[q - 1]
-            there = here == axes if whole else axes & ~here == 0
-            found = np.where(there & (q <= self.count) & (start <= q), q, found)
-        return found
-
-    def combined(self, axes: Ints) -> Bools:
-        """Whether a value with these open axes can be computed in the combine, which has the split axis on its grid."""
-        return np.asarray((self.split != 0) & (axes == self.split))
-
     def outcome(self, alone: bool) -> Outcome:
         """Feasibility and bounds of all assignments; `alone`: kernels that load inputs only."""
         return Outcome(self, alone)
+
+
+class _Rows(dict[K, int]):
+    """Different keys, numbered as they come."""
+
+    def row(self, key: K) -> int:
+        return self.setdefault(key, len(self))
 
 
 class Outcome:
@@ -378,75 +437,75 @@ class Outcome:
         s, p = survey, survey.p
         self.survey, self.alone = survey, alone
         self.mandatory = p.alone if alone else p.among
-        self.least: dict[int, Ints] = {}
-        self.chain: dict[int, Floats] = {}
-        self.local: dict[int, Floats] = {}
-        self.ways: dict[int, list[tuple[Floats, Ints, Way | None]]] = {}
-        none = np.full(len(s.assignments), math.inf)
-        start = np.ones(len(s.assignments), dtype=np.int64)
-        for c in s.order:
-            least, chain, local = np.full_like(start, INFEASIBLE), none, none
-            self.ways[c] = []
-            for way, seconds, table in self._ways(c):
-                need, below = start, np.zeros(len(s.assignments))
-                for x in way.edge.children if way else ():
-                    need = np.maximum(need, self.least[x])
-                    below = np.maximum(below, self.chain[x])
-                at = table[s.rows + np.minimum(need, s.last + 2)]
-                feasible = at < INFEASIBLE
-                if not feasible.any():
-                    continue
-                seconds = np.where(feasible, seconds, math.inf)
-                local = np.minimum(local, seconds)
-                chain = np.minimum(chain, seconds + below)
-                least = np.minimum(least, at)
-                self.ways[c].append((seconds, at, way))
-            self.least[c], self.chain[c], self.local[c] = least, chain, local
+        prices = [self._price(c) for c in s.order]
+        n = len(s.assignments)
+        may_load = np.isfinite(prices)[:, None] & (s.loadable < INFEASIBLE)
+        self.loading: Floats = np.where(may_load, s.loading + np.array(prices)[:, None], math.inf)
+        self.local = np.vstack([self.loading, np.zeros((1, n))])  # the last row: no operand
+        self.chain = self.local.copy()
+        self.least = np.vstack([np.where(may_load, s.loadable, INFEASIBLE), np.ones((1, n), dtype=np.int8)])
+        ways = s.levels[-1].ways.stop if s.levels else 0
+        self.seconds = np.empty((ways, n))
+        self.at = np.empty((ways, n), dtype=np.int8)
+        every = np.arange(n)
+        for level in s.levels:
+            need = self.least[level.operands].max(axis=0, initial=1)
+            below = self.chain[level.operands].max(axis=0, initial=0.0)
+            at = s.tables[level.passes[:, None], np.minimum(need, s.last + 2) - 1, every]
+            seconds = np.where(at < INFEASIBLE, s.seconds[level.seconds], math.inf)
+            self.at[level.ways], self.seconds[level.ways] = at, seconds
+            for table, found in ((self.least, at), (self.local, seconds), (self.chain, seconds + below)):
+                best = np.minimum.reduceat(found, level.starts, axis=0)
+                table[level.places] = np.minimum(table[level.places], best)
         self.starts = {r: self._start(r) for r in s.roots}
         self.bounds = self._bounds()
 
+    def _price(self, c: int) -> float:
+        """Seconds until the class is in memory; infinite where the kernel may not load it."""
+        s, p = self.survey, self.survey.p
+        if c in p.inputs or (c not in s.roots and not self.alone):
+            return p.memory.get(c, p.bound.get(c, math.inf))
+        return math.inf
+
     def column(self, n: int) -> tuple[dict[int, int], dict[int, int], dict[int, float], dict[int, float]]:
         """Of one assignment, by class: its open axes as bits, its least pass, its own cost, that of its path."""
-        order = self.survey.order
-        whole, real = self._columns
-        opened, least = (dict(zip(order, row, strict=True)) for row in whole[:, :, n].tolist())
-        local, chain = (dict(zip(order, row, strict=True)) for row in real[:, :, n].tolist())
+        s = self.survey
+        opened, least, local, chain = (
+            dict(zip(s.order, table[:, n].tolist(), strict=False))  # the last row is no class
+            for table in (s.open, self.least, self.local, self.chain)
+        )
         return opened, least, local, chain
 
-    @cached_property
-    def _columns(self) -> tuple[Ints, Floats]:
-        order = self.survey.order
-        whole = np.stack([[self.survey.open[c] for c in order], [self.least[c] for c in order]])
-        return whole, np.stack([[self.local[c] for c in order], [self.chain[c] for c in order]])
-
-    def _ways(self, c: int) -> Iterator[tuple[Way | None, Floats, Ints]]:
-        s, p = self.survey, self.survey.p
-        price = p.memory.get(c, p.bound.get(c))
-        if price is not None and (c in p.inputs or (c not in s.roots and not self.alone)):
-            yield None, s.loaded(c) + price, s.passes_of(p.axes(c), 0, LOADED_TILE)
-        yield from s.computed(c)
+    def ways(self, c: int, n: int) -> Iterator[tuple[float, Way | None]]:
+        """The feasible ways to get a class in one assignment, with their seconds: a load first."""
+        s = self.survey
+        if (loading := float(self.loading[s.place[c], n])) < math.inf:
+            yield loading, None
+        first, ways = s.ways.get(c, (0, []))
+        rows = slice(first, first + len(ways))
+        for at, seconds, way in zip(self.at[rows, n].tolist(), self.seconds[rows, n].tolist(), ways, strict=True):
+            if at < INFEASIBLE:
+                yield seconds, way
 
     def _start(self, r: int) -> Ints:
         """The pass in which a root is written: the epilogue (or combine), or the last loop over its open axes."""
         s = self.survey
+        opened = s.open[s.place[r]]
         at = s.count + 1
         for q in range(1, s.last + 1):
-            here = (q <= s.count) & (s.open[r] == s.passes[q - 1]) & (s.split == 0)
-            at = np.where((s.open[r] != 0) & here, q, at)
-        held = (s.open[r] == 0) | (at <= s.count) | s.combined(s.open[r])
+            here = (q <= s.count) & (opened == s.passes[q - 1]) & (s.split == 0)
+            at = np.where((opened != 0) & here, q, at)
+        held = (opened == 0) | (at <= s.count) | s.combined(opened)
         for other in s.roots:  # every block of a combine writes every root
-            held = held & ((s.split == 0) | (s.open[r] == s.open[other]))
-        return np.where(held & (self.least[r] <= at), at, INFEASIBLE)
+            held = held & ((s.split == 0) | (opened == s.open[s.place[other]]))
+        return np.where(held & (self.least[s.place[r]] <= at), at, INFEASIBLE)
 
     def _bounds(self) -> Floats:
         s = self.survey
         bound = np.zeros(len(s.assignments))
         for r in s.roots:
-            bound = np.maximum(bound, self.chain[r])
+            bound = np.maximum(bound, self.chain[s.place[r]])
             bound = np.where(self.starts[r] < INFEASIBLE, bound, math.inf)
         must = union(self.mandatory.computed[r] for r in s.roots)
-        paid = np.zeros(len(s.assignments))
-        for c in s.order:
-            if must >> s.p.position[c] & 1:
-                paid = paid + self.local[c]
-        return np.maximum(bound, paid)
+        paid = self.local[[s.place[c] for c in s.order if must >> s.p.position[c] & 1]].sum(axis=0)
+        return np.asarray(np.maximum(bound, paid))
