@@ -42,28 +42,27 @@ Trail = tuple[object, ...]  # the moves to a state: those before the last, its e
 
 
 class Move(NamedTuple):
-    """One way to get an entry, the `place`-th: the option, its operands as entries and as bits."""
+    """One way to get an entry, the `place`-th: the option, its operands as entries and as bits, and what is still to be
+    paid for them."""
 
     place: int
     option: Option
     children: tuple[Entry, ...]
     bits: int
     closed: tuple[int, ...]  # where the bits of each operand begin that lies outside loops
+    unpaid: Unpaid
+
+
+class Unpaid(NamedTuple):
+    """Of some entries: the classes that every derivation of them holds, as bits, and the longest of their cheapest
+    paths."""
+
+    classes: int
+    chain: float
 
 
 class _Exhausted(Exception):
     """A* came to the end of its states."""
-
-
-class _Queued(NamedTuple):
-    rank: float
-    highest: int
-    ticket: int
-    bound: float
-    cost: float
-    state: int
-    unmet: int  # landmarks
-    trail: Trail
 
 
 class KernelSearch:
@@ -124,11 +123,12 @@ class KernelSearch:
         found = self._moves.get(entry)
         if found is None:
             ways = [(o, children) for o in self.options(entry[0]) for children in self._placements(entry, o)]
-            found = self._moves[entry] = [
-                Move(n, option, children, self.encoded(frozenset(children)), self._closed(children))
-                for n, (option, children) in enumerate(ways)
-            ]
+            found = self._moves[entry] = [self._move(n, option, children) for n, (option, children) in enumerate(ways)]
         return found
+
+    def _move(self, place: int, option: Option, children: tuple[Entry, ...]) -> Move:
+        bits = self.encoded(frozenset(children))
+        return Move(place, option, children, bits, self._closed(children), self.unpaid(bits))
 
     def _closed(self, children: tuple[Entry, ...]) -> tuple[int, ...]:
         """Operands outside loops, which states hold once."""
@@ -162,8 +162,10 @@ class KernelSearch:
             yield move, successor
 
     def bound(self, state: int) -> float:
-        """No completion of a state costs less: it pays the longest cheapest path below an open entry, and every class
-        that each derivation of an open entry holds (all of them are still to be paid: the highest go first)."""
+        """No completion of a state costs less than this."""
+        return self.least_seconds(*self.unpaid(state))
+
+    def unpaid(self, state: int) -> Unpaid:
         held, stride = self._held, self.stride
         must, longest = 0, 0.0
         while state:
@@ -173,10 +175,15 @@ class KernelSearch:
             must |= classes
             if chain > longest:
                 longest = chain
-        paid = self._paid.get(must)
+        return Unpaid(must, longest)
+
+    def least_seconds(self, classes: int, chain: float) -> float:
+        """What entries cost at least: the longest of their cheapest paths, and every class that each derivation of them
+        holds (all of them are still to be paid: the highest go first)."""
+        paid = self._paid.get(classes)
         if paid is None:
-            paid = self._paid[must] = math.fsum([self._local[i] for i in bits(must)])
-        return max(longest, paid)
+            paid = self._paid[classes] = math.fsum([self._local[i] for i in bits(classes)])
+        return max(chain, paid)
 
     @cached_property
     def _held(self) -> dict[int, tuple[int, float]]:
@@ -212,18 +219,16 @@ class KernelSearch:
     ) -> Derivation | None:
         """A* over states.  Raises _Exhausted after `most` of them."""
         p, tickets = self.p, itertools.count()
-
-        def queued(cost: float, state: int, unmet: int, trail: Trail) -> _Queued:
-            rest = self.bound(state) if landmarks is None else max(self.bound(state), landmarks.seconds(unmet))
-            f = cost + rest
-            rank = math.ceil(math.log(f) / tolerance) if tolerance and 0 < f < math.inf else f
-            return _Queued(rank, state.bit_length(), next(tickets), f, cost, state, unmet, trail)
-
         best = {start: 0.0}
-        queue = [queued(0.0, start, landmarks.all if landmarks else 0, ())]
+        # rank, highest entry, ticket, bound, cost, state, landmarks that are left, trail
+        queue: list[tuple[float, int, int, float, float, int, int, Trail]] = []
+        bound, all_left = self.bound(start), 0
+        if landmarks is not None:
+            bound, all_left = max(bound, landmarks.seconds(landmarks.all)), landmarks.all
+        queue.append((bound, start.bit_length(), next(tickets), bound, 0.0, start, all_left, ()))
         expanded = bounded = 0
         while queue:
-            _, _, _, f, cost, state, unmet, trail = heapq.heappop(queue)
+            _, length, _, f, cost, state, unmet, trail = heapq.heappop(queue)
             if f >= upper:
                 bounded = 1
                 continue
@@ -235,14 +240,25 @@ class KernelSearch:
                 raise _Exhausted
             expanded += 1
             p.expanded += 1
-            highest = self.entry(state.bit_length() - 1)
+            highest = self.entry(length - 1)
+            others, chain = self.unpaid(state ^ 1 << length - 1)
             for move, successor in self.successors(state):
                 total = cost + move.option.cost
                 if total < best.get(successor, math.inf):
                     best[successor] = total
                     p.generated += 1
-                    left = landmarks.left(unmet, highest, move) if landmarks else 0
-                    heapq.heappush(queue, queued(total, successor, left, (trail, highest, move)))
+                    # an operand that the state has already, at another pass, is in both
+                    rest = self.least_seconds(others | move.unpaid.classes, max(chain, move.unpaid.chain))
+                    left = 0
+                    if landmarks is not None:
+                        left = landmarks.left(unmet, highest, move)
+                        rest = max(rest, landmarks.seconds(left))
+                    f = rank = total + rest
+                    if tolerance and 0 < f < math.inf:
+                        rank = math.ceil(math.log(f) / tolerance)
+                    further = (trail, highest, move)
+                    entry = (rank, successor.bit_length(), next(tickets), f, total, successor, left, further)
+                    heapq.heappush(queue, entry)
         p.bounded += bounded
         p.infeasible += 1 - bounded
         return None

@@ -258,6 +258,7 @@ class Survey:
         self.place = {c: i for i, c in enumerate(self.order)}
         self.played = sorted({a for r in roles for a in (*r.grid, *r.loops)})
         self.bit = {a: 1 << i for i, a in enumerate(self.played)}
+        self._masks: dict[tuple[str, ...], int] = {}
         self.last = max((len(r.passes) for r in roles), default=0)
         self.count = np.array([len(r.passes) for r in roles], dtype=np.int64)
         self.grid = np.array([self.mask(r.grid) for r in roles], dtype=np.int64)
@@ -287,10 +288,13 @@ class Survey:
         self.tables = self._tables(list(passes))
         self.loadable = self.tables[self._loads, 0]
 
-    def mask(self, axes: Sequence[str]) -> int:
-        return union(self.bit.get(a, 0) for a in axes)
+    def mask(self, axes: tuple[str, ...]) -> int:
+        found = self._masks.get(axes)
+        if found is None:
+            found = self._masks[axes] = union(self.bit.get(a, 0) for a in axes)
+        return found
 
-    def replication(self, axes: Sequence[str]) -> Floats:
+    def replication(self, axes: tuple[str, ...]) -> Floats:
         """How many blocks repeat something that lacks some grid axes."""
         key = self.mask(axes)
         if key not in self._copies:

@@ -174,10 +174,11 @@ class Partition:
 
     def best(self, derivations: list[Derivation]) -> list[Choice]:
         """The few that the full model likes best, each at its best tiles."""
-        tiled = [(self.tiled(d), n) for n, d in enumerate(derivations)]
-        self.p.untiled += sum(math.isinf(seconds) for (seconds, _), _ in tiled)
-        scored = sorted((seconds + self.before(self.needs(d)), n) for (seconds, d), n in tiled if seconds < math.inf)
-        return [self.choice(tiled[n][0][1]) for _, n in scored[:KEPT]]
+        tiled = [self.tiled(d) for d in derivations]
+        self.p.untiled += sum(math.isinf(seconds) for seconds, _, _ in tiled)
+        before = [self.before(self.needs(d)) for d in derivations]
+        scored = sorted((t[0] + b, n) for n, (t, b) in enumerate(zip(tiled, before, strict=True)) if t[0] < math.inf)
+        return [self.choice(tiled[n][1], tiled[n][2]) for _, n in scored[:KEPT]]
 
     def needs(self, d: Derivation) -> tuple[int, ...]:
         """What the derivation loads beside inputs."""
@@ -317,10 +318,12 @@ class Partition:
     def assignments(self, roots: tuple[int, ...], least: int, shrinks: tuple[int, ...]) -> Iterator[Assignment]:
         """All roles, each with the tiles that the extraction may start from.  An axis that one matmul has on both
         sides and another on one side only starts as either."""
+        _, kept = self.batch_axes(roots)
         for roles in self.roles(roots, least):
             starts: list[dict[str, int]] = []
+            either = (True, False) if kept.intersection(roles.grid) else (True,)
             for shrink in shrinks:
-                for single in (True, False):
+                for single in either:
                     tiles = self.default_tiles(roots, roles, shrink, single)
                     if tiles not in starts:
                         starts.append(tiles)
@@ -355,9 +358,9 @@ class Partition:
 
     # -- tiles
 
-    def tiled(self, d: Derivation) -> tuple[float, Derivation]:
-        """The derivation at the tile sizes that the full model likes best, and its seconds; infinite if no tile fits
-        the device."""
+    def tiled(self, d: Derivation) -> tuple[float, Derivation, Footprint]:
+        """The seconds of the derivation at the tile sizes that the full model likes best, infinite if no tile fits the
+        device; the derivation with these tiles, and what it does."""
         footprint = Footprint(self.p, d)
         axes = [a for a, _ in d.tiles]
         tiles = dict(zip(axes, self.tilings(d, footprint), strict=True))
@@ -365,10 +368,10 @@ class Partition:
         seconds = np.where(excess > 0, math.inf, seconds) + np.zeros(len(tiles[axes[0]]) if axes else 1)
         least = float(seconds.min())
         best = int(np.flatnonzero(seconds <= least * (1 + 1e-9))[0])
-        return least, replace(d, tiles=tuple((a, int(tiles[a][best])) for a in axes))
+        return least, replace(d, tiles=tuple((a, int(tiles[a][best])) for a in axes)), footprint
 
-    def choice(self, d: Derivation) -> Choice:
-        return Choice(d.roots, d, predict(work_of(self.p, d), self.p.device), self.needs(d))
+    def choice(self, d: Derivation, footprint: Footprint) -> Choice:
+        return Choice(d.roots, d, predict(footprint.work(dict(d.tiles)), self.p.device), self.needs(d))
 
     def tilings(self, d: Derivation, footprint: Footprint) -> list[NDArray[np.float64]]:
         """For each axis its tile sizes, side by side: all powers of two together, those next to where the extraction
