@@ -51,7 +51,7 @@ from mugraph.runtime.load import Executable, load_module
 from mugraph.search.answers import Answer
 from mugraph.search.build import baseline
 from mugraph.search.cost import device
-from mugraph.search.driver import as_it_stands, search, searched
+from mugraph.search.driver import search, searched
 from mugraph.search.report import Asked, SearchReport, StopReason
 from mugraph.search.segments import Done, Task
 from mugraph.search.space import SearchSpace, space_of
@@ -70,6 +70,7 @@ from mugraph.viz.svg import draw_svg
 
 SCHEMA_VERSION = 1
 DELTA = 2.0**-40
+MOST_REFUSED = 3  # plans whose source disagrees with float64, before the program runs as library calls
 _log = logging.getLogger("mugraph.pipeline")
 
 
@@ -328,8 +329,9 @@ def optimize(
 
     Ctrl-C (or the end of the budget) stops the search with the best so far; a second Ctrl-C during the search quits.
     Ctrl-C after the search ends the checks: the result then says which tiers it reached.  Only a result that another
-    run would find again is kept in the cache.  Where the emitted source disagrees with float64, or the search cannot
-    handle the program, the program runs as library calls and a note says why.
+    run would find again is kept in the cache.  Where the emitted source disagrees with float64, the next plan is tried
+    (of MOST_REFUSED such plans); where none is left, or the search cannot handle the program, it runs as library
+    calls.  A note says why.
     `effort` names a space where none is given: "none" searches nothing, and the program runs as library calls.
     Raises GraphError for a malformed program, UnsupportedOpError where the target has no form for an operator,
     VerificationError where no candidate passes, UnknownTargetError for an unknown target, SettingError for another
@@ -431,7 +433,13 @@ def _optimized(
         say(f"[{time.perf_counter() - started:.1f}s] {text}")
         _log.info(text)
 
+    refused: dict[str, VerificationError] = {}  # graphs whose source disagrees with float64
+
     def accept(graph: KernelGraph, cuts: tuple[str, ...] = ()) -> tuple[Verified, str]:
+        if error := refused.get(str(graph)):
+            raise error
+        if len(refused) == MOST_REFUSED and graph.kernels():
+            raise VerificationError(f"not tried after {MOST_REFUSED} plans that disagree with float64")
         return accepted(program, graph, target, delta, seed, cuts)
 
     def solve(tasks: Sequence[Task], stop: Callable[[], bool]) -> list[Done | None]:
@@ -441,53 +449,45 @@ def _optimized(
         results = completed(engine, wanted, jobs, stop)
         return [Done.from_dict(r) if r and r.get("graph") else None for r in results]
 
-    notes: tuple[str, ...]
-    report: SearchReport
-    with interruptible() as interrupted:
-        tell(f"searching {program.name} for {target}")  # from here on Ctrl-C leaves the best so far
+    left = budget
+    while True:
+        with interruptible() as interrupted:
+            tell(f"searching {program.name} for {target}")  # from here on Ctrl-C leaves the best so far
+            try:
+                found = search(
+                    program,
+                    accept=accept,
+                    space=space.but(sizes=()),  # one structure serves all sizes: the one for `symbolic`
+                    on=on,
+                    budget_seconds=left,
+                    interrupted=interrupted,
+                    accept_cut=accept,
+                    solve=solve,
+                )
+            except (RecursionError, ZeroDivisionError) as error:
+                why = _unsearchable(error)
+                tell(f"no search: {why}")
+                graph: KernelGraph = baseline(program)
+                verified, source = accept(graph)
+                report = unsearched(program, space_of("none"), on, StopReason("Unsearchable"), why)
+                notes: tuple[str, ...] = (f"{why}: it runs as library calls",)
+            else:
+                assert isinstance(found.accepted, tuple)
+                graph, (verified, source) = found.graph, found.accepted
+                report = replace(found.report, asked=Asked(program, on, verify))
+                notes = report.notes
+                tell(f"found: {found.report.predicted_seconds * 1e6:.1f} µs predicted; verified, error <= {delta:.1e}")
+            stopped = interrupted() or report.stop.kind == "Interrupted"
+        if refused:
+            notes = (*notes, f"{len(refused)} cheaper plans were refused: {next(iter(refused.values())).message}")
         try:
-            found = search(
-                program,
-                accept=accept,
-                space=space.but(sizes=()),  # one structure serves all sizes: the one for `symbolic`
-                on=on,
-                budget_seconds=budget,
-                interrupted=interrupted,
-                accept_cut=accept,
-                solve=solve,
-            )
-        except (RecursionError, ZeroDivisionError) as error:
-            why = _unsearchable(error)
-            tell(f"no search: {why}")
-            verified, source = accept(baseline(program))
-            report = unsearched(program, space_of("none"), on, StopReason("Unsearchable"), why)
-            notes = (f"{why}: it runs as library calls",)
-        else:
-            assert isinstance(found.accepted, tuple)
-            verified, source = found.accepted
-            report = replace(found.report, asked=Asked(program, on, verify))
-            notes = report.notes
-            tell(f"found: {found.report.predicted_seconds * 1e6:.1f} µs predicted; verified, error <= {delta:.1e}")
-        stopped = interrupted() or report.stop.kind == "Interrupted"
-    try:
-        result = _checked(verified, source, target, seed, report, notes, tell, stopped)
-    except VerificationError as error:
-        if not verified.graph.kernels():
-            raise
-        tell(f"refused: {error.message}")
-        given = as_it_stands(program, accept, space, on)[1]
-        assert isinstance(given, tuple)
-        verified, source = given
-        result = _checked(
-            verified,
-            source,
-            target,
-            seed,
-            _without_plan(report),
-            (*notes, f"what the search found was refused, so the program runs as library calls: {error.message}"),
-            tell,
-        )
-    return result
+            return _checked(verified, source, target, seed, report, notes, tell, stopped)
+        except VerificationError as error:
+            if not graph.kernels():
+                raise
+            tell(f"refused: {error.message}")
+            refused[str(graph)] = error
+            left = max(0.0, budget - (time.perf_counter() - started))
 
 
 def accepted(
@@ -516,22 +516,6 @@ def _unsearchable(error: Exception) -> str:
     if isinstance(error, RecursionError):
         return "the values of the program nest too deeply for the search"
     return "the program divides by the constant zero, which the search has no law for"
-
-
-def _without_plan(report: SearchReport | ReportText) -> SearchReport | ReportText:
-    """The report once the chosen plan was refused by the numeric check: the library calls, its last candidate, are
-    what is left."""
-    if not isinstance(report, SearchReport):
-        return report
-    *plans, last = report.candidates
-    refused = [replace(c, verdict="refused: disagrees with float64") if c.verdict == "chosen" else c for c in plans]
-    return replace(
-        report,
-        kernels=(),
-        refused=report.refused + 1,
-        candidates=(*refused, replace(last, verdict="chosen")),
-        predicted_seconds=last.seconds,
-    )
 
 
 def from_graph(

@@ -15,7 +15,15 @@ import torch
 
 import mugraph as mg
 from mugraph import pipeline
-from mugraph.errors import CacheError, CacheWarning, LaunchError, MugraphError, TargetMismatchError, UnknownTargetError
+from mugraph.errors import (
+    CacheError,
+    CacheWarning,
+    LaunchError,
+    MugraphError,
+    TargetMismatchError,
+    UnknownTargetError,
+    VerificationError,
+)
 from mugraph.ir.evaluate import reference
 from mugraph.ir.resize import recast, reduction, resized
 from mugraph.ir.types import DType
@@ -315,6 +323,33 @@ def test_result_for_an_absent_device_says_so(tmp_path: Path, monkeypatch: pytest
     torch.testing.assert_close(
         result(*args), mg.superoptimize(program, target="torch", cache=Cache(tmp_path))(*args), rtol=1e-3, atol=1e-3
     )
+
+
+@pytest.mark.parametrize("wrong", [1, 99])
+def test_after_a_source_that_disagrees_the_next_plan_is_tried(
+    wrong: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program, given = small("rmsnorm_linear"), list[Verified]()
+    real = pipeline.Checked
+
+    def disagreeing(verified: Verified, *rest: object) -> object:
+        if verified.graph.kernels():
+            given.append(verified)
+            if len(given) <= wrong:
+                raise VerificationError("the source does not agree with float64")
+        return real(verified, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(pipeline, "Checked", disagreeing)
+    result = mg.superoptimize(program, target="torch", cache=Cache(tmp_path))
+    texts = [str(v.graph) for v in given]
+    assert len(texts) == len(set(texts))
+    assert 2 <= len(texts) <= min(wrong + 1, pipeline.MOST_REFUSED)
+    assert bool(result.graph.kernels()) == (wrong == 1) == (str(result.graph) == texts[-1])
+    assert any("plans were refused: the source does not agree" in note for note in result.notes)
+    verdicts = [c.verdict for c in result.report.candidates]
+    assert verdicts.count("chosen") == 1
+    assert verdicts.count("refused: the source does not agree with float64") == min(wrong, len(texts))
+    assert result.unchanged == (wrong == 99)
 
 
 def test_ctrl_c_gives_the_best_so_far(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
