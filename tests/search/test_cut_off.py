@@ -200,9 +200,14 @@ def test_ctrl_c_ends_the_search_of_a_large_program_soon(
         sent.append(time.perf_counter())
         os.kill(os.getpid(), signal.SIGINT)
 
-    timer = threading.Timer(delay, interrupt)
+    timer, real = threading.Timer(delay, interrupt), pipeline.search
+
+    def search(*args: Any, **options: Any) -> Any:  # from its start on, Ctrl-C is caught
+        timer.start()
+        return real(*args, **options)
+
+    monkeypatch.setattr(pipeline, "search", search)
     program, cache = mlps(15), Cache(tmp_path)
-    timer.start()
     result = pipeline.optimize(program, target="cuda:90", cache=cache)
     ended = time.perf_counter()
     timer.join()
