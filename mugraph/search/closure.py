@@ -14,6 +14,7 @@ for a term Σ_b Π F (numbers as in docs/design.md, "Search"):
 
 from __future__ import annotations
 
+import heapq
 import itertools
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
@@ -526,7 +527,8 @@ def close(
 
 
 def topological(classes: list[Class], roots: list[int]) -> list[int]:
-    """Children before parents.  Edges that would close a cycle (an accident of fingerprints) are removed."""
+    """Children before parents.  Where values are made of each other (x²·1/x is x, x·x is x²), edges that would close a
+    cycle are removed."""
     state = [0] * len(classes)
     order: list[int] = []
     for root in roots:
@@ -543,7 +545,42 @@ def topological(classes: list[Class], roots: list[int]) -> list[int]:
             stack.append((c, True))
             stack += [(x, False) for e in classes[c].edges for x in e.children if state[x] == 0]
     position = {c: i for i, c in enumerate(order)}
+    if any(position[x] > position[c] for c in order for e in classes[c].edges for x in e.children):
+        order = _grounded(classes, order)
+        position = {c: i for i, c in enumerate(order)}
     for c in order:
         cell = classes[c]
         cell.edges = {e: r for e, r in cell.edges.items() if all(position[x] < position[c] for x in e.children)}
     return order
+
+
+def _grounded(classes: list[Class], members: list[int]) -> list[int]:
+    """An order in which each class has some edge to earlier ones, if it can be computed at all: first those all of
+    whose edges lead there, else the lightest some edge of which does."""
+    missing = {(c, e): set(e.children) for c in members for e in classes[c].edges}
+    left = {c: len(classes[c].edges) for c in members}  # edges with something missing
+    users: dict[int, list[tuple[int, Edge]]] = {c: [] for c in members}
+    for c, e in missing:
+        for x in set(e.children):
+            users[x].append((c, e))
+    weight = {c: (v.weight(classes[c].value), c) for c in members}
+    whole, some, rest = list[tuple[int, int]](), list[tuple[int, int]](), sorted(weight.values())[::-1]
+
+    def led(c: int) -> None:
+        left[c] -= 1
+        heapq.heappush(some if left[c] else whole, weight[c])
+
+    for (c, _), children in missing.items():
+        if not children:
+            led(c)
+    order: dict[int, None] = {}
+    while len(order) < len(members):
+        _, c = heapq.heappop(whole) if whole else heapq.heappop(some) if some else rest.pop()
+        if c in order:
+            continue
+        order[c] = None
+        for user, e in users[c]:
+            missing[user, e].discard(c)
+            if not missing[user, e]:
+                led(user)
+    return list(order)

@@ -349,6 +349,11 @@ def predict(work: Work, d: Device) -> Prediction:
     return prediction(*_terms(work, d), work.unique, work.flops)
 
 
+def predict_beside(works: Sequence[Work], d: Device) -> Prediction:
+    """Independent works in one launch: they share the device, and none is done sooner than alone."""
+    return max((predict(beside(works), d), *(predict(w, d) for w in works)), key=lambda p: p.seconds)
+
+
 def predicted_seconds(work: Work, d: Device) -> Amount:
     """The times of many launches at once."""
     return _total(*_terms(work, d))

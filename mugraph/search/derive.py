@@ -71,7 +71,7 @@ class KernelSearch:
     def __init__(self, outcome: Outcome, n: int) -> None:
         s = outcome.survey
         self.p, self.roots, self.order = s.p, s.roots, s.order
-        self.roles, self.tiles = s.assignments[n]
+        self.roles, self.tiles = s.assignments[n].roles, s.assignments[n].tiles
         self.last = len(self.roles.passes)
         self.stride = self.last + 2
         self.open, self.least, self.local, self.chain = outcome.column(n)

@@ -53,10 +53,12 @@ class Roles:
 
 
 class Assignment(NamedTuple):
-    """Roles, and the tile size of each axis that is on the grid or looped."""
+    """Roles, and the tile size of each axis that is on the grid or looped.  `fitted`: tiles that are looked at only
+    where the usual ones admit nothing."""
 
     roles: Roles
     tiles: Mapping[str, int]
+    fitted: bool = False
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from mugraph.ir.axes import representative
 from mugraph.ir.graph import Equation, Program
 from mugraph.ir.ops import Contract, Gather, Op
-from mugraph.ir.types import DType
+from mugraph.ir.types import DType, Tensor
 from mugraph.search.closure import Edge
 from mugraph.search.cost import Device, Prediction, bytes_of, predict_attention, predict_library, predict_matmul
 from mugraph.search.extract import Problem, is_leaf_edge
@@ -281,9 +281,14 @@ def equations_seconds(
                 out = tuple(a.name for a in e.target.axes)
                 seconds += contraction(sizes, left, right, out, moved, dtype, on).seconds
             else:
-                seconds += predict_library(moved, operations_of(sizes, e.op, axes), dtype, on).seconds
+                seconds += predict_library(moved, operations_of(sizes, e.op, involved), dtype, on).seconds
     return seconds
 
 
-def operations_of(sizes: Mapping[str, int], op: Op, axes: set[str]) -> float:
-    return (2.0 if isinstance(op, Contract) else 1.0) * math.prod(sizes[a] for a in axes)
+def operations_of(sizes: Mapping[str, int], op: Op, tensors: Sequence[Tensor]) -> float:
+    """A contraction multiplies and adds over all axes together; others do one operation for each element of the
+    largest tensor."""
+    over = [{a.name for a in t.axes} for t in tensors]
+    if isinstance(op, Contract):
+        return 2.0 * math.prod(sizes[a] for a in set().union(*over))
+    return float(max(math.prod(sizes[a] for a in axes) for axes in over))

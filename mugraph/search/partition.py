@@ -17,9 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mugraph.search.closure import Edge
-from mugraph.search.cost import STAGES, Amount, Prediction, beside, predict, predicted_seconds
+from mugraph.search.cost import STAGES, Amount, Prediction, predict, predict_beside, predicted_seconds
 from mugraph.search.derive import KernelSearch
 from mugraph.search.extract import (
+    COMPUTED_TILE,
     Assignment,
     Derivation,
     Loop,
@@ -37,6 +38,7 @@ KEPT = 8  # derivations per kernel that the full model ranks
 WHOLE = 128  # a shorter axis is whole in the tile at first
 ACCUMULATED = 40_960  # elements of all accumulators together: 160 of the 256 KiB of registers
 SPLIT_MARGIN = 1.15  # the model is no surer than this, so a split must promise more for its second launch
+BESIDE_MARGIN = 1.05  # nor that two kernels in one launch are better than one kernel for both
 MATMUL_TILE, ROW_TILE = 256, 4096  # the longest side of a tile, in a matmul and elsewhere
 SLACK = 4.0  # additive costs that far above the best are not ranked
 RUNS = 24  # assignments of roles that are extracted, cheapest bound first
@@ -72,6 +74,7 @@ class Partition:
         self.p, self.space, self.stop = problem, space, stop
         self.choices: dict[tuple[int, ...], list[Choice]] = {}
         self._batch: dict[tuple[int, ...], tuple[frozenset[str], frozenset[str]]] = {}
+        self._shapes: dict[tuple[int, ...], list[tuple[str, ...]]] = {}
         self._alone: dict[tuple[int, ...], list[Choice]] = {}
         self._derived: dict[tuple[Survey, int, bool], tuple[float, float, Derivation | None]] = {}
         self._at_prices: dict[tuple[tuple[int, ...], tuple[tuple[int, float], ...]], list[Choice]] = {}
@@ -112,8 +115,7 @@ class Partition:
         return self.p.expanded > self.p.states
 
     def rank(self, choice: Choice) -> float:
-        split = isinstance(choice.how, Derivation) and choice.how.roles.split is not None
-        return choice.prediction.seconds * (SPLIT_MARGIN if split else 1.0) + self.before(choice.needs)
+        return choice.prediction.seconds * (SPLIT_MARGIN if _is_split(choice) else 1.0) + self.before(choice.needs)
 
     def total(self, choice: Choice) -> float:
         """Seconds of the launch and of all that it needs."""
@@ -177,7 +179,11 @@ class Partition:
         tiled = [self.tiled(d) for d in derivations]
         self.p.untiled += sum(math.isinf(seconds) for seconds, _, _ in tiled)
         before = [self.before(self.needs(d)) for d in derivations]
-        scored = sorted((t[0] + b, n) for n, (t, b) in enumerate(zip(tiled, before, strict=True)) if t[0] < math.inf)
+        scored = sorted(
+            (seconds * (SPLIT_MARGIN if d.roles.split else 1.0) + b, n)
+            for n, ((seconds, d, _), b) in enumerate(zip(tiled, before, strict=True))
+            if seconds < math.inf
+        )
         return [self.choice(tiled[n][1], tiled[n][2]) for _, n in scored[:KEPT]]
 
     def needs(self, d: Derivation) -> tuple[int, ...]:
@@ -197,6 +203,8 @@ class Partition:
             bounds = outcome.bounds + fixed
             order = np.argsort(bounds, kind="stable")
             self.p.infeasible += int(np.isinf(outcome.bounds).sum())
+            usual = zip(survey.assignments, bounds.tolist(), strict=True)
+            admitted = {a.roles for a, bound in usual if bound < math.inf and not a.fitted}
             done: set[Roles] = set()
             for rank, n in enumerate(order):
                 if math.isinf(bounds[n]) or self.stop() or len(done) >= RUNS:
@@ -207,9 +215,10 @@ class Partition:
                 if bounds[n] >= upper:
                     self.p.bounded += int(np.isfinite(bounds[order[rank:]]).sum())
                     break
-                if survey.assignments[n].roles in done:
+                a = survey.assignments[n]
+                if a.roles in done or (a.fitted and a.roles in admitted):
                     continue
-                done.add(survey.assignments[n].roles)
+                done.add(a.roles)
                 d = self.derivation(outcome, int(n), upper - float(fixed[n]))
                 if d is not None:
                     found.append(d)
@@ -310,9 +319,11 @@ class Partition:
         roles = Roles(grid, ((axis,),))
         tiles = self.default_tiles(roots, roles, 1)
         blocks = math.prod(math.ceil(self.p.sizes[a] / tiles[a]) for a in grid)
-        most = self.p.sizes[axis] // (2 * tiles[axis])
-        wanted = [self.p.device.sms / blocks, 2 * self.p.device.sms / blocks]
-        counts = {min(2 ** round(math.log2(w)), 2 ** int(math.log2(most))) for w in wanted if w >= 2 and most >= 2}
+        wanted = [w for w in (self.p.device.sms / blocks, 2 * self.p.device.sms / blocks) if w >= 2]
+        counts = set[int]()
+        for tile in {tiles[axis], (tiles if grid else self.fitted(roots, roles, tiles))[axis]}:
+            most = self.p.sizes[axis] // (2 * tile)
+            counts.update(min(2 ** round(math.log2(w)), 2 ** int(math.log2(most))) for w in wanted if most >= 2)
         return sorted(c for c in counts if c >= 2)
 
     def assignments(self, roots: tuple[int, ...], least: int, shrinks: tuple[int, ...]) -> Iterator[Assignment]:
@@ -327,8 +338,12 @@ class Partition:
                     tiles = self.default_tiles(roots, roles, shrink, single)
                     if tiles not in starts:
                         starts.append(tiles)
-            for tiles in starts:
-                yield Assignment(roles, tiles)
+            axis, parts = roles.split or ("", 1)
+            if parts == 1 or 2 * parts * starts[0][axis] <= self.p.sizes[axis]:
+                for tiles in starts:
+                    yield Assignment(roles, tiles)
+            if roles.split and not roles.grid and (fitted := self.fitted(roots, roles, starts[0])) not in starts:
+                yield Assignment(roles, fitted, fitted=True)
 
     def default_tiles(self, roots: tuple[int, ...], roles: Roles, shrink: int, single: bool = True) -> dict[str, int]:
         """Where the extraction starts; the full model moves them.  `single`: an axis that some matmul keeps from both
@@ -341,6 +356,20 @@ class Partition:
             size = min(64, whole) if a in roles.loops else 1 if one else max(1, min(64, whole) // shrink)
             tiles[a] = min(fixed.get(a, size), whole)
         return tiles
+
+    def fitted(self, roots: tuple[int, ...], roles: Roles, tiles: dict[str, int]) -> dict[str, int]:
+        """The tiles, with no more of a looped axis than fits a tile beside the axes that are whole.  Where all are
+        whole or looped, only a split fills the device."""
+        p = self.p
+        if roots not in self._shapes:
+            self._shapes[roots] = sorted({p.axes(c) for r in roots for c in p.below[r]})
+        found = dict(tiles)
+        for a in sorted(roles.loops - dict(self.space.tiles).keys()):
+            shapes = [axes for axes in self._shapes[roots] if a in axes]
+            beside = max((math.prod([p.limits[x] for x in axes if x not in tiles]) for axes in shapes), default=1)
+            while found[a] > 1 and found[a] * beside > COMPUTED_TILE:
+                found[a] //= 2
+        return found
 
     def batch_axes(self, roots: tuple[int, ...]) -> tuple[frozenset[str], frozenset[str]]:
         """Axes below the roots that no matmul has on one side only, and axes that one has on both sides and keeps."""
@@ -423,13 +452,16 @@ def _plans(run: Partition, groups: tuple[tuple[int, ...], ...]) -> list[list[Cho
     most = max(map(len, ways), default=0) if all(ways) else 0
     plans = [[c for way in ways for c in way[min(n, len(way) - 1)]] for n in range(most)]
     if most:
-        joined = [
-            min((joined_up(run, plan, targets) for plan in way[:JOINED]), key=run.cost)
-            for way, targets in zip(ways, groups, strict=True)
-        ]
-        if run.space.beside:
-            joined = [side_by_side(run, way) for way in joined]
-        plans.append([c for way in joined for c in way])
+        joined = list[Choice]()
+        for way, targets in zip(ways, groups, strict=True):
+            apart = way + [joined_up(run, plan, targets) for plan in way[:JOINED]]
+            best = min(apart, key=run.cost)
+            if run.space.beside:
+                together = min((side_by_side(run, plan) for plan in apart), key=run.cost)
+                margin = 1.0 if len(together) < len(best) else BESIDE_MARGIN
+                best = together if run.cost(together) * margin < run.cost(best) else best
+            joined += best
+        plans.append(joined)
     unique = dict.fromkeys(tuple(dict.fromkeys(plan)) for plan in plans)
     return sorted(map(list, unique), key=run.cost)
 
@@ -459,13 +491,21 @@ def _complete(run: Partition, ways: Iterable[Sequence[Choice]]) -> Iterator[list
 
 
 def _ways(run: Partition, targets: tuple[int, ...]) -> list[list[Choice]]:
-    """One kernel for all of them, or one launch for each."""
+    """One kernel for all of them, or one launch for each: the cheapest, or the cheapest of our own that are not split:
+    they may store parts of one value in place and share a launch."""
     ways = [[c] for c in run.solve(targets, required=True)]
     if len(targets) > 1:
         single = [run.solve((t,), required=True) for t in targets]
         if all(single):
             ways.append([options[0] for options in single])
+        own = [next((c for c in options if c.derivations and not _is_split(c)), None) for options in single]
+        if all(own) and own not in ways:
+            ways.append([c for c in own if c])
     return ways
+
+
+def _is_split(choice: Choice) -> bool:
+    return any(d.roles.split for d in choice.derivations)
 
 
 class Circular(Exception):
@@ -582,7 +622,7 @@ def _beside(run: Partition, plan: list[Choice], a: Choice, b: Choice) -> Choice 
                 return None
     if set(b.roots) & _downstream(plan, set(a.roots)):
         return None
-    prediction = predict(beside([work_of(run.p, d) for d in how]), run.p.device)
+    prediction = predict_beside([work_of(run.p, d) for d in how], run.p.device)
     return Choice(a.roots + b.roots, tuple(how), prediction, tuple(sorted({*a.needs, *b.needs})))
 
 

@@ -153,6 +153,11 @@ class Setup:
         joined = joints(self.boundaries, made, (o.value for o in self.program.outputs))
         return [e for e in self.boundaries if not is_free(e) and e.targets[0].name not in joined]
 
+    def called_seconds(self, plan: Sequence[Choice], symbolic: int, dtype: DType) -> float:
+        """What each call of the program spends on them."""
+        called = [e for e in self.called(plan) if not self.is_fixed(e)]
+        return equations_seconds(called, self.cut, symbolic, dtype, self.on)
+
     def notation(self) -> Notation:
         """How the explanations write its values."""
         inputs = {i.name: tuple(a.name for a in i.tensor.axes) for i in self.here.program.inputs}
@@ -170,6 +175,10 @@ class Setup:
         targets, _ = targets_of(self.here, self.known, self.seeds)
         fixed = self.fixed(problem, targets)
         plans, run = partition_with_ahead(problem, fixed, space, targets, self.stop)
+        if self.boundaries:  # what a plan computes of them itself is no call
+            plans.sort(
+                key=lambda plan: run.cost(fixed.calls(plan)) + self.called_seconds(plan, symbolic, problem.dtype)
+            )
         return Solved(
             symbolic,
             problem,
@@ -232,8 +241,7 @@ class Setup:
         refused = 0
         for plan in at.plans:
             seconds = sum(c.prediction.seconds for c in at.fixed.calls(plan))
-            called = [e for e in self.called(plan) if not self.is_fixed(e)]
-            seconds += equations_seconds(called, self.cut, at.symbolic, at.problem.dtype, self.on)
+            seconds += self.called_seconds(plan, at.symbolic, at.problem.dtype)
             text = structure(plan, self.here.axes, at.fixed)
             kernels = sum(bool(c.derivations) for c in at.fixed.calls(plan))
             if kernels > self.space.kernels:
@@ -496,13 +504,13 @@ def _reduced_later(p: Problem) -> set[int]:
 
 
 def _exponents(p: Problem) -> set[int]:
-    """Arguments of exponentials, and what makes them up by scaling and adding."""
+    """Arguments of exponentials, and what makes them up element by element."""
     found: set[int] = set()
     for c in reversed(p.closure.order):
         for e in p.closure.classes[c].edges:
             if e.kind == "call" and e.fn in ("exp", "masked_exp"):
                 found.add(e.children[0])
-            if c in found and (e.kind == "add" or (e.kind == "product" and not e.axes)):
+            if c in found and (e.kind in ("add", "call") or (e.kind == "product" and not e.axes)):
                 found.update(x for x in e.children if p.axes(x) == p.axes(c))
     return found
 

@@ -217,7 +217,7 @@ def _floor(program: Program, plan: list[Choice], p: Problem, fixed: Fixed) -> fl
     source = 0.0
     for e in program.equations:
         if isinstance(e.op, Contract):
-            source += operations_of(p.sizes, e.op, {a.name for n in (*e.args, e.target.name) for a in tensors[n].axes})
+            source += operations_of(p.sizes, e.op, [tensors[n] for n in (*e.args, e.target.name)])
     planned = sum(c.prediction.flops for c in calls) if plan else source
     # an 8-bit input may be multiplied at the rate of 8 bits
     dtypes = [p.dtype] + [i.tensor.dtype for i in program.inputs if i.tensor.dtype.is_float or i.tensor.dtype.bits == 8]

@@ -26,7 +26,7 @@ from mugraph.search.ahead import Fixed
 from mugraph.search.answers import Answer, Costlier, Cut, Found, NotEquivalent, Outside, Pruned
 from mugraph.search.build import library_equation
 from mugraph.search.closure import Class, Edge
-from mugraph.search.cost import STAGES, Device, Prediction, beside, predict
+from mugraph.search.cost import STAGES, Device, Prediction, predict_beside
 from mugraph.search.derive import KernelSearch
 from mugraph.search.driver import NARROW, search
 from mugraph.search.extract import (
@@ -458,7 +458,7 @@ class _Question:
                 return Priced(name, Prediction(seconds, (("library", seconds),), 0.0, 0.0), seconds, ahead)
         p = self._with(reads, {})
         works = [Footprint(p, d).work(dict(d.tiles)) for d in made]
-        found = predict(works[0] if len(works) == 1 else beside(works), p.device)
+        found = predict_beside(works, p.device)
         how = made[0] if len(made) == 1 else tuple(made)
         name = structure([Choice(tuple(r for d in made for r in d.roots), how, found, ())], self.task.here.axes)
         margin = SPLIT_MARGIN if any(d.roles.split for d in made) else 1.0

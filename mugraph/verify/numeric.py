@@ -483,6 +483,8 @@ class ErrorAlgebra(ArrayAlgebra):
                 case _:
                     # how far the function moves when its argument moves by one deviation
                     spread = np.fmax(np.abs(f(x + s) - result), np.abs(f(x - s) - result))
+            if fn == "gelu":  # x/2 · (1 + erf): the sum rounds at 1, however near to -1 erf is
+                spread = np.hypot(spread, self.unit * np.abs(x) / 2)
         return Named(args[0].axes, (result, np.broadcast_to(np.nan_to_num(spread, nan=0.0), result.shape)))
 
     def total(self, kind: str, v: Named, axes: tuple[str, ...]) -> Named:

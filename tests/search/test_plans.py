@@ -1,6 +1,7 @@
 """Plans of several launches: joint kernels, launches side by side, values between kernels, ranges of sizes."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from mugraph.ir.axes import Dim
 from mugraph.ir.graph import BlockGraph, KernelGraph, Program
 from mugraph.ir.ops import Kernel, Library
 from mugraph.pipeline import finished, optimize
+from mugraph.search.cost import Work, beside, device, predict, predict_beside
 from mugraph.search.driver import Found, search
 from mugraph.search.space import SearchSpace
 from mugraph.verify.equivalence import verify
@@ -55,8 +57,61 @@ def test_a_gradient_costs_at_most_a_kernel(program: Callable[[], Program], most:
 
 def test_one_kernel_may_have_several_outputs() -> None:
     """The row statistic of a norm's gradient is written beside the gradient, for the kernel that sums over rows."""
-    graph = verified(bench.rmsnorm_bwd()).graph
+    graph = verified(bench.rmsnorm_bwd(), ONE_SIZE.but(beside=False)).graph
     assert max(len(e.targets) for e in graph.kernels()) == 2
+
+
+def test_gradients_that_need_nothing_of_each_other_share_a_launch() -> None:
+    """Computing the row statistic twice costs less than a launch."""
+    found = verified(bench.rmsnorm_bwd())
+    assert [len(b.stores) for b in blocks(found.graph)] == [1, 1]
+    assert len(found.graph.kernels()) == 1
+    assert (
+        found.report.predicted_seconds
+        < verified(bench.rmsnorm_bwd(), ONE_SIZE.but(beside=False)).report.floor_seconds + 4e-6
+    )
+
+
+def test_a_launch_of_two_kernels_takes_as_long_as_either() -> None:
+    """The sum of all elements in one block would take a millisecond, however many blocks stand beside it."""
+    program = trace(lambda x: (mg.sum(x * x, -1), mg.sum(x * x)), [f32[4096, 4096]], "sums")
+    found = verified(program)
+    least = verified(trace(lambda x: mg.sum(x * x), [f32[4096, 4096]], "total")).report.predicted_seconds
+    assert least <= found.report.predicted_seconds < 2.5 * least
+    assert all(c.seconds >= least for c in found.report.candidates)
+
+
+def test_predictions_side_by_side() -> None:
+    d = device()
+    small = Work(blocks=132, trips=1, reads=(), written=1e3, writing=1.0, stage=0, resident=0, partial=0.0, products=(),
+                 vector=1e3, accumulators=0, depth=1)  # fmt: skip
+    slow = replace(small, blocks=1, vector=1e9)
+    one, other, both = predict(small, d), predict(slow, d), predict_beside([small, slow], d)
+    assert both.seconds >= other.seconds > one.seconds
+    assert predict(beside([small, slow]), d).seconds < other.seconds
+
+
+@pytest.mark.parametrize("shape", [(16_777_216,), (4096, 4096), (8, 1024, 1024), (4096, 11_008), (3, 7919)])
+def test_a_sum_of_all_elements_is_split(shape: tuple[int, ...]) -> None:
+    report = verified(trace(lambda x: mg.sum(x * x), [f32[shape]], "total")).report
+    assert report.predicted_seconds < max(2.1 * report.floor_seconds, 7e-6)
+
+
+def test_parts_of_unequal_length_are_joined_at_the_price_of_their_bytes() -> None:
+    program = trace(
+        lambda x, q, k: mg.concat([x @ q, x @ k], 1), [f16[16, 512], f16[512, 2048], f16[512, 256]], "projections"
+    )
+    found, ours = verified(program).report, verified(program, OURS).report
+    assert found.predicted_seconds <= ours.predicted_seconds
+    assert found.candidates[-1].seconds < 5e-5  # a cross product of the parts would take more
+
+
+def test_a_value_that_two_others_are_made_of_is_found() -> None:
+    """x³/x is x², of which x³ is made: what is made of what has an end at the inputs."""
+    program = trace(lambda x, y, z: (mg.pow(x * y, 3) / x + z) ** 3, [f32[2], f32[2, 2], f32[2]], "powers")
+    found = verified(program)
+    assert found.report.stop.kind == "Saturated"
+    assert len(found.graph.kernels()) == 1
 
 
 # -- side by side

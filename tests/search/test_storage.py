@@ -152,3 +152,13 @@ def test_bounds_that_are_infinite_end_a_branch() -> None:
         space=SearchSpace(sizes=(), states=1_000, entries=50_000),
     )
     assert result.report.predicted_seconds <= result.report.candidates[-1].seconds
+
+
+def test_what_becomes_an_exponent_element_by_element_lies_in_memory_in_f32() -> None:
+    types = (mg.bf16[16, 1024], mg.bf16[1024, 512])
+    for capped in (lambda z: mg.minimum(mg.maximum(z, -20.0), 20.0), lambda z: 30 * mg.tanh(z / 30), mg.relu):
+        graph = found(lambda x, w, capped=capped: mg.softmax(capped(x @ w)), *types).graph
+        between = [t for e in graph.equations[:-1] for t in e.targets]
+        assert all(t.dtype is DType.f32 for t in between)
+    narrow = found(lambda x, w: mg.relu(mg.rms_norm(x @ w)) @ w.mT, *types).graph
+    assert any(t.dtype is DType.bf16 for e in narrow.equations[:-1] for t in e.targets)

@@ -203,3 +203,18 @@ def test_only_a_source_that_passed_becomes_checked():
         Checked(verified, "t", good)
     with pytest.raises(VerificationError, match="does not agree"):
         Checked(verified, "s", bad)
+
+
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+def test_the_tail_of_gelu_may_have_the_error_of_a_sum_near_one(approximate):
+    program = mg.trace(lambda x: mg.gelu(x, approximate=approximate), [mg.f32[4096]], "gelu")
+
+    def off_by(units):
+        def run(inputs, bindings):
+            x = inputs["x"]
+            return [torch.nn.functional.gelu(x, approximate=approximate) + units * 2.0**-24 * x]
+
+        return numeric_check(program, run, bindings=[{}], how="torch")
+
+    assert not off_by(2).disagrees
+    assert off_by(40).disagrees
