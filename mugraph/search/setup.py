@@ -241,13 +241,15 @@ class Setup:
         refused = 0
         for plan in at.plans:
             seconds = sum(c.prediction.seconds for c in at.fixed.calls(plan))
-            seconds += self.called_seconds(plan, at.symbolic, at.problem.dtype)
+            called = self.called_seconds(plan, at.symbolic, at.problem.dtype)
+            seconds += called
+            cost = at.run.cost(at.fixed.calls(plan)) + called  # a split by its margin
             text = structure(plan, self.here.axes, at.fixed)
             kernels = sum(bool(c.derivations) for c in at.fixed.calls(plan))
             if kernels > self.space.kernels:
                 tried.append(CandidateReport(text, seconds, f"has {kernels} kernels"))
-            elif best is not None or (at.fits and not self.replaces_calls and seconds > at.base_seconds):
-                cheaper = best is not None and seconds < best.seconds
+            elif best is not None or (at.fits and not self.replaces_calls and cost > at.base_seconds):
+                cheaper = seconds < (best.seconds if best else at.base_seconds)
                 verdict = "cheaper, but by less than the model is sure of" if cheaper else "costlier"
                 tried.append(CandidateReport(text, seconds, verdict))
             else:
