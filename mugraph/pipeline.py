@@ -438,7 +438,7 @@ def _optimized(
     def accept(graph: KernelGraph, cuts: tuple[str, ...] = ()) -> tuple[Verified, str]:
         if error := refused.get(str(graph)):
             raise error
-        if len(refused) == MOST_REFUSED and graph.kernels():
+        if len(refused) >= MOST_REFUSED and graph.kernels():
             raise VerificationError(f"not tried after {MOST_REFUSED} plans that disagree with float64")
         return accepted(program, graph, target, delta, seed, cuts)
 
@@ -483,7 +483,7 @@ def _optimized(
         try:
             return _checked(verified, source, target, seed, report, notes, tell, stopped)
         except VerificationError as error:
-            if not graph.kernels():
+            if report.candidates[-1].verdict == "chosen":  # the program as it stands
                 raise
             tell(f"refused: {error.message}")
             refused[str(graph)] = error

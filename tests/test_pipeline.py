@@ -352,6 +352,26 @@ def test_after_a_source_that_disagrees_the_next_plan_is_tried(
     assert result.unchanged == (wrong == 99)
 
 
+def test_after_library_calls_in_another_order_that_disagree_the_next_plan_is_tried(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = mg.trace(lambda x, v, w: x @ v @ w, [mg.f32[512, 512], mg.f32[512, 512], mg.f32[512, 1]], "chain")
+    real, given = pipeline.Checked, list[Verified]()
+
+    def disagreeing(verified: Verified, *rest: object) -> object:
+        given.append(verified)
+        if len(given) == 1:
+            raise VerificationError("the source does not agree with float64")
+        return real(verified, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(pipeline, "Checked", disagreeing)
+    result = mg.superoptimize(program, target="torch", cache=Cache(tmp_path))
+    first, second = given
+    assert not first.graph.kernels()
+    assert len(first.graph.equations) == 2
+    assert str(second.graph) == str(result.graph) != str(first.graph)
+
+
 def test_ctrl_c_gives_the_best_so_far(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program = small("gqa")
     real = pipeline.search
