@@ -161,7 +161,7 @@ def _with_inputs(p: Problem, classes: Classes) -> Problem:
     found.inputs |= classes
     for c in p.bound:
         if c not in classes:
-            found.bound[c] = p.device.launch_seconds + found.least_bytes(c) / p.device.bandwidth
+            found.bound[c] = found.least_seconds(c)
     return found
 
 

@@ -15,7 +15,7 @@ import json
 import math
 import re
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property, lru_cache
 from importlib.resources import files
@@ -354,9 +354,19 @@ def predict_beside(works: Sequence[Work], d: Device) -> Prediction:
     return max((predict(beside(works), d), *(predict(w, d) for w in works)), key=lambda p: p.seconds)
 
 
-def predicted_seconds(work: Work, d: Device) -> Amount:
-    """The times of many launches at once."""
-    return _total(*_terms(work, d))
+def predict_each(work: Work, d: Device) -> tuple[Amount, Callable[[int], Prediction]]:
+    """The seconds of many launches at once, and what is predicted for the n-th."""
+    limits, added = _terms(work, d)
+
+    def at(n: int) -> Prediction:
+        limit, more = ([(name, _nth(t, n)) for name, t in terms] for terms in (limits, added))
+        return prediction(limit, more, work.unique, _nth(work.flops, n))
+
+    return _total(limits, added), at
+
+
+def _nth(amounts: Amount, n: int) -> float:
+    return float(amounts[n] if np.size(amounts) > 1 else np.ravel(amounts)[0])
 
 
 def blocks_at_once(work: Work, d: Device) -> Amount:

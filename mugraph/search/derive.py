@@ -32,7 +32,7 @@ from mugraph.search.extract import (
 )  # fmt: skip
 
 SHARE = 32  # one extraction may use that part of the budget of states
-BEAM = 8  # states kept per topological level when A* exceeds its budget
+BEAM = 2  # states kept per topological level when A* exceeds its budget
 EASY, HARD = 48, 128  # states after which A* begins again with landmarks, and with a tolerance
 TOLERANCE = 1e-3  # of a cost, which is less than the model is sure of
 MOST_CUTS = 64
@@ -77,7 +77,7 @@ class KernelSearch:
         self.open, self.least, self.local, self.chain = outcome.column(n)
         self.starts = {r: int(at[n]) for r, at in outcome.starts.items()}
         self.mandatory = outcome.mandatory
-        self._outcome, self._n = outcome, n
+        self._ways = outcome.ways(n)
         self._options: dict[int, list[Option]] = {}
         self._moves: dict[Entry, list[Move]] = {}
         self._paid: dict[int, float] = {}
@@ -89,14 +89,12 @@ class KernelSearch:
         return self._options[c]
 
     def all_options(self, c: int) -> list[Option]:
-        s = self._outcome.survey
-        looped = int(s.loops[self._n])
         found = []
-        for seconds, way in self._outcome.ways(c, self._n):
+        for seconds, way in self._ways(c):
             if way is None:
                 found.append(Option(seconds, None, (), None))
             else:
-                closed = tuple(a for a in way.edge.axes if looped & s.bit.get(a, 0))
+                closed = tuple(a for a in way.edge.axes if a in self.roles.loops)
                 found.append(Option(seconds, way.edge, way.edge.children, closed or None))
         return found
 
@@ -163,7 +161,8 @@ class KernelSearch:
 
     def bound(self, state: int) -> float:
         """No completion of a state costs less than this."""
-        return self.least_seconds(*self.unpaid(state))
+        classes, chain = self.unpaid(state)
+        return max(chain, self.paid(classes))
 
     def unpaid(self, state: int) -> Unpaid:
         held, stride = self._held, self.stride
@@ -177,13 +176,13 @@ class KernelSearch:
                 longest = chain
         return Unpaid(must, longest)
 
-    def least_seconds(self, classes: int, chain: float) -> float:
-        """What entries cost at least: the longest of their cheapest paths, and every class that each derivation of them
-        holds (all of them are still to be paid: the highest go first)."""
+    def paid(self, classes: int) -> float:
+        """What classes cost at least.  All that each derivation of open entries holds is still to be paid: the highest
+        go first."""
         paid = self._paid.get(classes)
         if paid is None:
             paid = self._paid[classes] = math.fsum([self._local[i] for i in bits(classes)])
-        return max(chain, paid)
+        return paid
 
     @cached_property
     def _held(self) -> dict[int, tuple[int, float]]:
@@ -242,13 +241,14 @@ class KernelSearch:
             p.expanded += 1
             highest = self.entry(length - 1)
             others, chain = self.unpaid(state ^ 1 << length - 1)
+            paid = self.paid(others)
             for move, successor in self.successors(state):
                 total = cost + move.option.cost
                 if total < best.get(successor, math.inf):
                     best[successor] = total
                     p.generated += 1
                     # an operand that the state has already, at another pass, is in both
-                    rest = self.least_seconds(others | move.unpaid.classes, max(chain, move.unpaid.chain))
+                    rest = max(chain, move.unpaid.chain, paid + self.paid(move.unpaid.classes & ~others))
                     left = 0
                     if landmarks is not None:
                         left = landmarks.left(unmet, highest, move)
@@ -319,6 +319,15 @@ class Landmarks:
         number = {entry: n for n, entry in enumerate(self.order)}
         self._below = [[(m, [number[x] for x in below]) for m, below in self.ways[entry]] for entry in self.order]
         self._roots = [number[entry] for entry in self.start]
+        self._users: list[list[int]] = [[] for _ in self.order]
+        self._owner = [0] * len(self.cost)
+        for n, ways in enumerate(self._below):
+            for m, below in ways:
+                self._owner[m] = n
+                for x in below:
+                    self._users[x].append(n)
+        self._chain = [math.inf] * len(self.order)  # of each entry, its cheapest path at the costs that are left
+        self._stale = bytearray(b"\1") * len(self.order)
         self.meets = [0] * len(self.cost)
         self.gains: list[float] = []
         self._mandatory()
@@ -380,21 +389,27 @@ class Landmarks:
         for m in moves:
             self.cost[m] -= gain
             self.meets[m] |= 1 << len(self.gains)
+            self._stale[self._owner[m]] = 1
         self.gains.append(gain)
 
     def _cut(self, least: float) -> list[int]:
         """The moves that lead into the zone from which free moves reach the dearest root; none if it is free."""
-        cost = self.cost
-        chain: list[float] = []
-        for ways in self._below:
+        cost, chain, stale = self.cost, self._chain, self._stale
+        entry = stale.find(1)
+        while entry >= 0:
+            stale[entry] = 0
             found = math.inf
-            for m, below in ways:
+            for m, below in self._below[entry]:
                 dearest = cost[m]
                 if below:
                     dearest += max([chain[x] for x in below])
                 if dearest < found:
                     found = dearest
-            chain.append(found)
+            if found != chain[entry]:
+                chain[entry] = found
+                for user in self._users[entry]:
+                    stale[user] = 1
+            entry = stale.find(1, entry)
         top = max(self._roots, key=chain.__getitem__)
         if chain[top] <= least:
             return []

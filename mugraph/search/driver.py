@@ -186,13 +186,15 @@ def _whole(
     watch.lap("kernels")
     best = task.choose(main)
     watch.lap("verification")
-    solved, structures = [main], [best.structure(space.symbolic)]
+    solved, structures, plans = [main], [best.structure(space.symbolic)], [best.plan]
     for size in _other_sizes(program, space):
         if watch.over():
             break
-        solved.append(task.solve(size))
+        solved.append(task.solve(size, plans))
         watch.lap("kernels")
-        structures.append(task.choose(solved[-1], structures).structure(size))
+        chosen = task.choose(solved[-1], structures)
+        structures.append(chosen.structure(size))
+        plans.append(chosen.plan)
         watch.lap("verification")
     notes = [f"enumerator (abstraction {space.abstraction}): {enumeration}"] if enumeration else []
     notes += [

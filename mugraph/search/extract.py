@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple, TypeVar
@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from mugraph.ir.types import DType
 from mugraph.search.closure import Closure, Edge
-from mugraph.search.cost import VECTOR_WEIGHT, Device
+from mugraph.search.cost import VECTOR_WEIGHT, Device, least_kernel_seconds
 from mugraph.search.laws import IOTA
 
 K = TypeVar("K")
@@ -152,12 +152,12 @@ class Problem:
         """Classes that every derivation from inputs holds."""
         return _mandatory(self, frozenset(self.inputs))
 
-    def least_bytes(self, c: int) -> float:
-        """Bytes that move before a class is in memory, whatever computes it: itself, and inputs that it cannot do
-        without."""
+    def least_seconds(self, c: int, launches: int = 1) -> float:
+        """No launches that put a class into memory take less, whatever computes it: it moves, and the inputs that it
+        cannot do without."""
         must = self.alone.computed[c]
         inputs = sum(self.bytes(x) for x in self.inputs if must >> self.position[x] & 1)
-        return self.bytes(c) + inputs
+        return launches * least_kernel_seconds(self.device) + (self.bytes(c) + inputs) / self.device.bandwidth
 
     @cached_property
     def among(self) -> Mandatory:
@@ -452,14 +452,13 @@ class Outcome:
         self.least = np.vstack([np.where(may_load, s.loadable, INFEASIBLE), np.ones((1, n), dtype=np.int8)])
         ways = s.levels[-1].ways.stop if s.levels else 0
         self.seconds = np.empty((ways, n))
-        self.at = np.empty((ways, n), dtype=np.int8)
         every = np.arange(n)
         for level in s.levels:
             need = self.least[level.operands].max(axis=0, initial=1)
             below = self.chain[level.operands].max(axis=0, initial=0.0)
             at = s.tables[level.passes[:, None], np.minimum(need, s.last + 2) - 1, every]
             seconds = np.where(at < INFEASIBLE, s.seconds[level.seconds], math.inf)
-            self.at[level.ways], self.seconds[level.ways] = at, seconds
+            self.seconds[level.ways] = seconds
             for table, found in ((self.least, at), (self.local, seconds), (self.chain, seconds + below)):
                 best = np.minimum.reduceat(found, level.starts, axis=0)
                 table[level.places] = np.minimum(table[level.places], best)
@@ -482,16 +481,19 @@ class Outcome:
         )
         return opened, least, local, chain
 
-    def ways(self, c: int, n: int) -> Iterator[tuple[float, Way | None]]:
-        """The feasible ways to get a class in one assignment, with their seconds: a load first."""
+    def ways(self, n: int) -> Callable[[int], Iterator[tuple[float, Way | None]]]:
+        """Of one assignment, by class: its feasible ways with their seconds, a load first."""
         s = self.survey
-        if (loading := float(self.loading[s.place[c], n])) < math.inf:
-            yield loading, None
-        first, ways = s.ways.get(c, (0, []))
-        rows = slice(first, first + len(ways))
-        for at, seconds, way in zip(self.at[rows, n].tolist(), self.seconds[rows, n].tolist(), ways, strict=True):
-            if at < INFEASIBLE:
-                yield seconds, way
+        loading = dict(zip(s.order, self.loading[:, n].tolist(), strict=True))
+        times = self.seconds[:, n].tolist()  # infinite where a way is not feasible
+
+        def of(c: int) -> Iterator[tuple[float, Way | None]]:
+            if loading[c] < math.inf:
+                yield loading[c], None
+            first, ways = s.ways.get(c, (0, []))
+            yield from ((t, w) for t, w in zip(times[first : first + len(ways)], ways, strict=True) if t < math.inf)
+
+        return of
 
     def _start(self, r: int) -> Ints:
         """The pass in which a root is written: the epilogue (or combine), or the last loop over its open axes."""

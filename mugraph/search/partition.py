@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mugraph.search.closure import Edge
-from mugraph.search.cost import STAGES, Amount, Prediction, predict, predict_beside, predicted_seconds
+from mugraph.search.cost import STAGES, Amount, Prediction, predict_beside, predict_each
 from mugraph.search.derive import KernelSearch
 from mugraph.search.extract import (
     COMPUTED_TILE,
@@ -40,6 +40,7 @@ ACCUMULATED = 40_960  # elements of all accumulators together: 160 of the 256 Ki
 SPLIT_MARGIN = 1.15  # the model is no surer than this, so a split must promise more for its second launch
 BESIDE_MARGIN = 1.05  # nor that two kernels in one launch are better than one kernel for both
 MATMUL_TILE, ROW_TILE = 256, 4096  # the longest side of a tile, in a matmul and elsewhere
+NEAR = 1.1  # what kernels need that cost no more than that above the cheapest is priced too
 SLACK = 4.0  # additive costs that far above the best are not ranked
 RUNS = 24  # assignments of roles that are extracted, cheapest bound first
 ATTEMPTS = ((WHOLE, (1, 4)), (1, (1, 4, 16, 64)))  # (shortest loop, divisors of the first tiles): until one works
@@ -97,7 +98,8 @@ class Partition:
         while True:
             found = self.library(roots) + self.kernels(roots, slack)
             found.sort(key=self.rank)
-            unpriced = [c for c in found[0].needs if c not in self.p.memory] if found else []
+            near = [f for f in found if self.rank(f) <= self.rank(found[0]) * NEAR] or found[:1]
+            unpriced = [c for c in dict.fromkeys(x for f in near for x in f.needs) if c not in self.p.memory]
             for c in unpriced:
                 self.solve((c,))
             if self.stop() or self.spent() or (not unpriced and slack == SLACK):
@@ -115,7 +117,7 @@ class Partition:
         return self.p.expanded > self.p.states
 
     def rank(self, choice: Choice) -> float:
-        return choice.prediction.seconds * (SPLIT_MARGIN if _is_split(choice) else 1.0) + self.before(choice.needs)
+        return _with_margin(choice) + self.before(choice.needs)
 
     def total(self, choice: Choice) -> float:
         """Seconds of the launch and of all that it needs."""
@@ -123,7 +125,7 @@ class Partition:
 
     def cost(self, plan: Sequence[Choice]) -> float:
         """Seconds of all launches of a plan; a split counts by its margin."""
-        return sum(self.rank(replace(c, needs=())) for c in plan)
+        return sum(map(_with_margin, plan))
 
     def at_prices(self, memory: dict[int, float], roots: tuple[int, ...]) -> list[Choice]:
         """The kernels for these roots where the classes of `memory`, and no others, may be loaded."""
@@ -170,21 +172,13 @@ class Partition:
 
     def least_seconds(self, roots: tuple[int, ...]) -> float:
         """No two launches that compute the roots take less."""
-        d = self.p.device
-        moved = max(self.p.least_bytes(r) for r in roots)
-        return 2 * (d.launch_seconds + d.fill_seconds) + moved / d.bandwidth
+        return max(self.p.least_seconds(r, launches=2) for r in roots)
 
     def best(self, derivations: list[Derivation]) -> list[Choice]:
         """The few that the full model likes best, each at its best tiles."""
         tiled = [self.tiled(d) for d in derivations]
-        self.p.untiled += sum(math.isinf(seconds) for seconds, _, _ in tiled)
-        before = [self.before(self.needs(d)) for d in derivations]
-        scored = sorted(
-            (seconds * (SPLIT_MARGIN if d.roles.split else 1.0) + b, n)
-            for n, ((seconds, d, _), b) in enumerate(zip(tiled, before, strict=True))
-            if seconds < math.inf
-        )
-        return [self.choice(tiled[n][1], tiled[n][2]) for _, n in scored[:KEPT]]
+        self.p.untiled += tiled.count(None)
+        return sorted((c for c in tiled if c), key=self.rank)[:KEPT]
 
     def needs(self, d: Derivation) -> tuple[int, ...]:
         """What the derivation loads beside inputs."""
@@ -387,20 +381,19 @@ class Partition:
 
     # -- tiles
 
-    def tiled(self, d: Derivation) -> tuple[float, Derivation, Footprint]:
-        """The seconds of the derivation at the tile sizes that the full model likes best, infinite if no tile fits the
-        device; the derivation with these tiles, and what it does."""
+    def tiled(self, d: Derivation) -> Choice | None:
+        """The kernel at the tile sizes that the full model likes best; None if no tile fits the device."""
         footprint = Footprint(self.p, d)
         axes = [a for a, _ in d.tiles]
         tiles = dict(zip(axes, self.tilings(d, footprint), strict=True))
-        excess, seconds = self.fit(footprint, tiles)
+        excess, seconds, predicted = self.fit(footprint, tiles)
         seconds = np.where(excess > 0, math.inf, seconds) + np.zeros(len(tiles[axes[0]]) if axes else 1)
         least = float(seconds.min())
+        if math.isinf(least):
+            return None
         best = int(np.flatnonzero(seconds <= least * (1 + 1e-9))[0])
-        return least, replace(d, tiles=tuple((a, int(tiles[a][best])) for a in axes)), footprint
-
-    def choice(self, d: Derivation, footprint: Footprint) -> Choice:
-        return Choice(d.roots, d, predict(footprint.work(dict(d.tiles)), self.p.device), self.needs(d))
+        d = replace(d, tiles=tuple((a, int(tiles[a][best])) for a in axes))
+        return Choice(d.roots, d, predicted(best), self.needs(d))
 
     def tilings(self, d: Derivation, footprint: Footprint) -> list[NDArray[np.float64]]:
         """For each axis its tile sizes, side by side: all powers of two together, those next to where the extraction
@@ -419,13 +412,15 @@ class Partition:
         order = np.argsort(away, kind="stable")
         return [g[order] for g in flat]
 
-    def fit(self, footprint: Footprint, tiles: Mapping[str, Amount]) -> tuple[Amount, Amount]:
-        """How far tiles exceed the device, and the predicted seconds."""
+    def fit(
+        self, footprint: Footprint, tiles: Mapping[str, Amount]
+    ) -> tuple[Amount, Amount, Callable[[int], Prediction]]:
+        """How far tiles exceed the device, the predicted seconds, and all that is predicted for the n-th."""
         work = footprint.work(tiles)
         excess = footprint.excess(tiles)
         excess = excess + np.maximum(0, STAGES * work.stage + work.resident - self.p.device.shared_bytes_per_block)
         excess = excess + np.maximum(0, work.accumulators - ACCUMULATED)
-        return excess, predicted_seconds(work, self.p.device)
+        return excess, *predict_each(work, self.p.device)
 
 
 def power_of_two(n: int) -> int:
@@ -508,6 +503,10 @@ def _is_split(choice: Choice) -> bool:
     return any(d.roles.split for d in choice.derivations)
 
 
+def _with_margin(choice: Choice) -> float:
+    return choice.prediction.seconds * (SPLIT_MARGIN if _is_split(choice) else 1.0)
+
+
 class Circular(Exception):
     """Two launches that each need the other."""
 
@@ -578,7 +577,8 @@ def _joint(run: Partition, plan: list[Choice], group: list[Choice], targets: tup
     made = {r for c in group for r in c.roots}
     roots = tuple(sorted(made & set(targets).union(*(c.needs for c in rest))))
     there = run.p.inputs | {r for c in rest for r in c.roots}
-    prices = dict.fromkeys(sorted(there - _downstream(plan, made)), 0.0)
+    below = set[int]().union(*(run.p.below[r] for r in roots))
+    prices = dict.fromkeys(sorted((there - _downstream(plan, made)) & below), 0.0)
     found = run.at_prices(prices, roots)
     return min(found, key=run.rank, default=None)
 
@@ -624,6 +624,33 @@ def _beside(run: Partition, plan: list[Choice], a: Choice, b: Choice) -> Choice 
         return None
     prediction = predict_beside([work_of(run.p, d) for d in how], run.p.device)
     return Choice(a.roots + b.roots, tuple(how), prediction, tuple(sorted({*a.needs, *b.needs})))
+
+
+def resized(run: Partition, plan: Sequence[Choice]) -> list[Choice] | None:
+    """A plan that was found at other sizes, at those of this run: its launches at their best tiles.  None where one of
+    them is not in the space there."""
+    found = [_resized(run, choice) for choice in plan]
+    return None if None in found else [c for c in found if c]
+
+
+def _resized(run: Partition, choice: Choice) -> Choice | None:
+    p = run.p
+    if not all(c in p.memory or c in p.bound for c in choice.needs):
+        return None
+    if not choice.derivations:
+        calls = library_calls(p, choice.roots[0])
+        return next((replace(choice, prediction=seconds) for call, seconds in calls if call == choice.how), None)
+    how: list[Derivation] = []
+    for d in choice.derivations:
+        if d.roles.split and d.roles.split[1] not in run.split_counts(d.roots, d.roles.grid, d.roles.split[0]):
+            return None
+        if (tiled := run.tiled(d)) is None:
+            return None
+        if isinstance(choice.how, Derivation):
+            return tiled
+        how += tiled.derivations
+    prediction = predict_beside([work_of(p, d) for d in how], p.device)
+    return replace(choice, how=tuple(how), prediction=prediction)
 
 
 def _live(plan: list[Choice], targets: tuple[int, ...]) -> list[Choice]:

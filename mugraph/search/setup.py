@@ -17,7 +17,7 @@ from mugraph.ir.ops import Const, Elementwise, Reduce
 from mugraph.ir.shift import is_exponential, shifted
 from mugraph.ir.types import DType
 from mugraph.search import values as v
-from mugraph.search.ahead import Fixed, fixed_classes, partition_with_ahead
+from mugraph.search.ahead import MARGIN, Fixed, fixed_classes, partition_with_ahead
 from mugraph.search.build import Context, Unbuildable, baseline, build
 from mugraph.search.canonical import Canonical, canonical, ordered
 from mugraph.search.closure import Closure, Edge, close
@@ -28,7 +28,7 @@ from mugraph.search.extract import Derivation, Problem, Roles, is_leaf_edge
 from mugraph.search.formula import Notation
 from mugraph.search.laws import LAWS, Meaning, meaning
 from mugraph.search.library import Added, Attention, equations_seconds
-from mugraph.search.partition import Choice, Partition
+from mugraph.search.partition import Choice, Partition, resized
 from mugraph.search.pieces import is_free, joints, pieces
 from mugraph.search.report import (
     CandidateReport,
@@ -167,18 +167,24 @@ class Setup:
         _, wanted = targets_of(self.here, self.known, self.seeds)
         return Laws(self.closure, self.notation(), plan, wanted, [o.value for o in self.program.outputs])
 
-    def solve(self, symbolic: int) -> Solved:
-        """All plans where every symbolic dimension has this size, clipped to its range."""
+    def solve(self, symbolic: int, known: Sequence[Sequence[Choice]] = ()) -> Solved:
+        """All plans where every symbolic dimension has this size, clipped to its range.  `known`: plans at other
+        sizes, which are plans here too."""
         states = self.space.states if symbolic == self.space.symbolic else max(1, self.space.states // OTHERS)
         space = self.space.but(symbolic=symbolic, states=states)
         problem = problem_of(self.here.program, self.closure, self.seeds, space, self.on)
         targets, _ = targets_of(self.here, self.known, self.seeds)
         fixed = self.fixed(problem, targets)
         plans, run = partition_with_ahead(problem, fixed, space, targets, self.stop)
-        if self.boundaries:  # what a plan computes of them itself is no call
-            plans.sort(
-                key=lambda plan: run.cost(fixed.calls(plan)) + self.called_seconds(plan, symbolic, problem.dtype)
-            )
+        others = [found for plan in known if plan and not fixed.launches(plan) and (found := resized(run, plan))]
+        plans += [plan for plan in others if plan not in plans]
+        if others or self.boundaries:  # what a plan computes of them itself is no call
+
+            def cost(plan: list[Choice]) -> float:
+                margin = MARGIN if fixed.launches(plan) else 1.0
+                return margin * run.cost(fixed.calls(plan)) + self.called_seconds(plan, symbolic, problem.dtype)
+
+            plans.sort(key=cost)
         return Solved(
             symbolic,
             problem,
@@ -446,7 +452,7 @@ def problem_of(program: Program, closure: Closure, seeds: Mapping[str, int], spa
                 continue
             problem.scaled.add(c)
             problem.dtypes[c] = DType.f32
-        problem.bound[c] = on.launch_seconds + problem.least_bytes(c) / on.bandwidth
+        problem.bound[c] = problem.least_seconds(c)
     return problem
 
 

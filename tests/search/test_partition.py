@@ -132,7 +132,7 @@ def test_tiles_fit_the_device() -> None:
     for name in PROGRAMS:
         plans, run = plans_of(getattr(programs, name)(), SearchSpace())
         for choice in (c for plan in plans for c in plan if isinstance(c.how, Derivation)):
-            excess, seconds = run.fit(Footprint(run.p, choice.how), dict(choice.how.tiles))
+            excess, seconds, _ = run.fit(Footprint(run.p, choice.how), dict(choice.how.tiles))
             assert excess == 0
             assert seconds == choice.prediction.seconds
 
