@@ -592,7 +592,8 @@ class Fingerprinter:
     base:   the axis that an alias stands for (aliases share inputs, sizes and weights)
     static: axes of known size, whose weights add up to it
     samples: independent inputs at once.  One is enough but for maxima, which are one of their operands: each element
-            is the same operand by accident half of the time.
+            is the same operand by accident half of the time.  Axes are longer then: of two elements, taking the maximum
+            off for the third time gives what taking it off once gave.
     """
 
     def __init__(self, base: Mapping[str, str], static: Mapping[str, int], key: object = 0, samples: int = 1) -> None:
@@ -606,7 +607,7 @@ class Fingerprinter:
         self.words = 0  # that what is kept takes
 
     def length(self, axis: str) -> int:
-        return 3 if axis in self.wide else 2
+        return 3 if axis in self.wide or self.samples > 1 else 2
 
     def weights(self, axis: str) -> Words:
         """An array over (field, index)."""

@@ -20,7 +20,7 @@ from mugraph.errors import VerificationError
 from mugraph.ir.check import check
 from mugraph.ir.graph import BlockGraph, Equation, KernelGraph, Program
 from mugraph.ir.infer import op_text
-from mugraph.ir.ops import Compare, Contract, Elementwise, Kernel, Library, MaskedExp, Reduce, Select
+from mugraph.ir.ops import Cast, Compare, Contract, Elementwise, Kernel, Library, MaskedExp, Reduce, Select
 from mugraph.ir.types import DType
 from mugraph.search.ahead import Fixed
 from mugraph.search.answers import Answer, Costlier, Cut, Found, NotEquivalent, Outside, Pruned
@@ -693,9 +693,9 @@ def _several(classes: Iterable[int]) -> tuple[int, ...]:
 
 
 def _contracted(semantics: Program) -> tuple[str, ...] | None:
-    """The axes that a library call contracts, if it is one contraction of two values."""
+    """The axes that a library call contracts, if it is one contraction of two values, stored in whatever type."""
     match semantics.equations:
-        case (Equation(op=Contract(axes), args=(_, _)),):
+        case (Equation(op=Contract(axes), args=(_, _)), *rest) if all(isinstance(e.op, Cast) for e in rest):
             return axes
         case _:
             return None

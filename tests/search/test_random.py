@@ -21,6 +21,7 @@ from mugraph.ir.ops import Contract, Rename
 from mugraph.ir.shift import is_exponential
 from mugraph.pipeline import emit, finished, numeric_tier
 from mugraph.search.build import baseline
+from mugraph.search.derive import TOLERANCE
 from mugraph.search.driver import Found, search
 from mugraph.search.report import SearchReport
 from mugraph.search.setup import LIBRARY
@@ -225,15 +226,22 @@ def same_under_other_names(program: Program, seed: int = 1) -> None:
     assert lines(one, disguise.axes) == lines(other, {})
 
 
+def best_plan(report: SearchReport) -> float:
+    """Seconds of the best plan, the program as it stands aside: as library calls, one association may do a scalar less
+    than another."""
+    return min((c.seconds for c in report.candidates[:-1]), default=0.0)
+
+
 def same_cost_associated_otherwise(program: Program, seed: int = 1) -> None:
-    """For programs in which no value meets itself under other axes, as in x @ x."""
+    """For programs in which no value meets itself under other axes, as in x @ x.  Where one association multiplies a
+    value by itself, and another does not, they differ by that multiplication."""
     other = reassociated(program, seed)
     if other == program or any(isinstance(e.op, Rename) for e in program.equations):
         return
     check(other)
     reports = [unverified(p) for p in (program, other)]
     if all(str(r.stop) == "Saturated" for r in reports):
-        assert reports[0].predicted_seconds == pytest.approx(reports[1].predicted_seconds, rel=1e-9)
+        assert best_plan(reports[0]) == pytest.approx(best_plan(reports[1]), rel=TOLERANCE)
 
 
 ASSOCIATIVE = ("term", "matmul")

@@ -13,7 +13,7 @@ import mugraph as mg
 from benchmarks.programs import FAMILIES
 from mugraph.errors import GraphError, ParseError, VerificationError
 from mugraph.ir.graph import BlockGraph, Equation, KernelGraph, Load, Program, Store
-from mugraph.ir.ops import Kernel
+from mugraph.ir.ops import Kernel, Select
 from mugraph.ir.parser import parse_program
 from mugraph.ir.types import DType, Tensor
 from mugraph.pipeline import finished, read_graph
@@ -146,8 +146,15 @@ def test_the_program_itself_is_in_the_default_space(name: str) -> None:
 def test_random_programs_and_their_results_are_found(seed: int) -> None:
     program = random_recipe(seed, lines=7).program()
     searched = found(program, states=500)
+    masked = any(isinstance(e.op, Select) for e in program.equations)
     for graph in (searched.graph, finished(searched.graph)):
         answer = why_not(program, graph, searched.report, on=device())
+        if masked and graph is not searched.graph and isinstance(answer, NotEquivalent):
+            # a mask that became part of a masked exponential: a law that only the verifier has
+            answer = why_not(program, graph, searched.report, on=device(), verify=verify)
+            assert isinstance(answer, Outside), str(answer)
+            assert "only the verifier knows" in answer.what
+            continue
         assert isinstance(answer, Found), str(answer)
         assert answer.verdict == "chosen"
     last = why_not(program, program, searched.report, on=device())
