@@ -592,8 +592,8 @@ class Fingerprinter:
     base:   the axis that an alias stands for (aliases share inputs, sizes and weights)
     static: axes of known size, whose weights add up to it
     samples: independent inputs at once.  One is enough but for maxima, which are one of their operands: each element
-            is the same operand by accident half of the time.  Axes are longer then: of two elements, taking the maximum
-            off for the third time gives what taking it off once gave.
+            is the same operand by accident half of the time.  Axes are longer then: of two elements, a maximum
+            taken off four times is always the same as one taken off twice.
     """
 
     def __init__(self, base: Mapping[str, str], static: Mapping[str, int], key: object = 0, samples: int = 1) -> None:
