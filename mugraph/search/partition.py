@@ -79,7 +79,7 @@ class Partition:
         self._alone: dict[tuple[int, ...], list[Choice]] = {}
         self._derived: dict[tuple[Survey, int, bool], tuple[float, float, Derivation | None]] = {}
         self._at_prices: dict[tuple[tuple[int, ...], tuple[tuple[int, float], ...]], list[Choice]] = {}
-        self._surveys: dict[tuple[tuple[int, ...], int], Survey] = {}
+        self._surveys: dict[tuple[tuple[int, ...], int], Survey | None] = {}
         self.configurations = self.entries = 0
         self.limited = False  # whether the budget of entries left assignments out
         self.seconds = 0.0
@@ -243,7 +243,7 @@ class Partition:
         return np.where(survey.split != 0, launch + d.launch_seconds, launch)
 
     def survey(self, roots: tuple[int, ...], least: int, shrinks: tuple[int, ...]) -> Survey | None:
-        """All assignments of roles, from several tile sizes; None beyond the budget."""
+        """All assignments of roles, from several tile sizes; None if there are none, or beyond the budget."""
         if (roots, least) not in self._surveys:
             if self.entries >= self.space.entries:
                 self.limited = True
@@ -255,7 +255,7 @@ class Partition:
             assignments = assignments[:most]
             self.configurations += len(assignments)
             self.entries += len(assignments) * members
-            self._surveys[roots, least] = Survey(self.p, roots, assignments)
+            self._surveys[roots, least] = Survey(self.p, roots, assignments) if assignments else None
         return self._surveys[roots, least]
 
     def roles(self, roots: tuple[int, ...], least: int) -> Iterator[Roles]:
@@ -280,7 +280,8 @@ class Partition:
         """The loops that a kernel may run one after the other.  A loop over Y comes after one over X if something
         over Y needs something closed over X; independent loops come in one order only."""
         p = self.p
-        members = [c for c in p.closure.order if any(c in p.below[r] for r in roots)]
+        below = frozenset().union(*(p.below[r] for r in roots))
+        members = [c for c in p.closure.order if c in below]
         closed_below: dict[int, frozenset[str]] = {}
         loops: set[Loop] = set()
         for c in members:
@@ -321,10 +322,13 @@ class Partition:
         return sorted(c for c in counts if c >= 2)
 
     def assignments(self, roots: tuple[int, ...], least: int, shrinks: tuple[int, ...]) -> Iterator[Assignment]:
-        """All roles, each with the tiles that the extraction may start from.  An axis that one matmul has on both
-        sides and another on one side only starts as either."""
+        """All roles under which the roots can be stored, each with the tiles that the extraction may start from.  An
+        axis that one matmul has on both sides and another on one side only starts as either."""
         _, kept = self.batch_axes(roots)
         for roles in self.roles(roots, least):
+            if not self.stored(roots, roles):
+                self.p.infeasible += 1
+                continue
             starts: list[dict[str, int]] = []
             either = (True, False) if kept.intersection(roles.grid) else (True,)
             for shrink in shrinks:
@@ -335,9 +339,25 @@ class Partition:
             axis, parts = roles.split or ("", 1)
             if parts == 1 or 2 * parts * starts[0][axis] <= self.p.sizes[axis]:
                 for tiles in starts:
-                    yield Assignment(roles, tiles)
+                    if self.held(roots, tiles):
+                        yield Assignment(roles, tiles)
+                    else:
+                        self.p.infeasible += 1
             if roles.split and not roles.grid and (fitted := self.fitted(roots, roles, starts[0])) not in starts:
                 yield Assignment(roles, fitted, fitted=True)
+
+    def stored(self, roots: tuple[int, ...], roles: Roles) -> bool:
+        """Whether each root is written in the epilogue, in one pass or, after a split, with the others in the combine."""
+        places = {roles.loops.intersection(self.p.axes(r)) for r in roots}
+        if roles.split:
+            return len(places) == 1 and places <= {frozenset(), frozenset(roles.split[:1])}
+        return places <= {frozenset(), *map(frozenset, roles.passes)}
+
+    def held(self, roots: tuple[int, ...], tiles: Mapping[str, int]) -> bool:
+        """Whether a tile of each root fits a block."""
+        p = self.p
+        sizes = (math.prod([tiles.get(a, p.limits[a]) for a in p.axes(r)]) for r in roots if r not in p.inputs)
+        return all(size <= COMPUTED_TILE for size in sizes)
 
     def default_tiles(self, roots: tuple[int, ...], roles: Roles, shrink: int, single: bool = True) -> dict[str, int]:
         """Where the extraction starts; the full model moves them.  `single`: an axis that some matmul keeps from both
