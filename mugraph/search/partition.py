@@ -135,7 +135,7 @@ class Partition:
             known = p.memory, p.bound, self._derived
             p.memory, p.bound, self._derived = memory, {}, {}
             try:
-                self._at_prices[key] = self.kernels(roots)
+                self._at_prices[key] = self.best(self.derivations(roots, False, SLACK))
             finally:
                 p.memory, p.bound, self._derived = known
         return self._at_prices[key]
@@ -347,7 +347,7 @@ class Partition:
                 yield Assignment(roles, fitted, fitted=True)
 
     def stored(self, roots: tuple[int, ...], roles: Roles) -> bool:
-        """Whether each root is written in the epilogue, in one pass or, after a split, with the others in the combine."""
+        """Whether each root is written in the epilogue, in one pass or, after a split, with all in the combine."""
         places = {roles.loops.intersection(self.p.axes(r)) for r in roots}
         if roles.split:
             return len(places) == 1 and places <= {frozenset(), frozenset(roles.split[:1])}

@@ -17,6 +17,7 @@ from mugraph.ir.parser import parse_program
 from mugraph.ir.types import DType
 from mugraph.pipeline import DELTA, finished
 from mugraph.runtime.load import load_module
+from mugraph.search.build import baseline
 from mugraph.search.driver import Found, search
 from mugraph.search.space import SearchSpace
 from mugraph.transpiler.torch import emit
@@ -244,7 +245,7 @@ def follows(p: Program) -> None:
     graph = result.accepted.graph  # type: ignore[attr-defined]
     if not graph.ahead():
         return
-    run, wanted = load_module(emit(graph), "folded").run, load_module(emit(p), "source").run
+    run, wanted = load_module(emit(graph), "folded").run, load_module(emit(baseline(p)), "source").run
     generator = torch.Generator().manual_seed(0)
     args = [
         torch.randn([s if isinstance(s, int) else 4 for s in i.tensor.shape], generator=generator) for i in p.inputs
