@@ -68,9 +68,10 @@ class SearchSpace:
         fit_fields(self)
         if unknown := set(self.laws) - set(LAWS):
             raise SettingError(f"unknown laws {sorted(unknown)}", remedy=f"known: {', '.join(LAWS)}")
-        named = [axis for axis, _ in self.tiles]
-        if twice := sorted({a for a in named if named.count(a) > 1}):
-            raise SettingError(f"SearchSpace.tiles names {', '.join(twice)} twice", remedy="give each axis one tile")
+        given = {"tiles": [a for a, _ in self.tiles], "laws": self.laws, "inside": self.inside}
+        for field, names in (given | {"grid": self.grid or (), "loops": self.loops or ()}).items():
+            if twice := sorted({n for n in names if names.count(n) > 1}):
+                raise SettingError(f"SearchSpace.{field} names {', '.join(twice)} twice", remedy="give each name once")
 
     def but(self, **changes: Any) -> SearchSpace:
         """The same space with some fields changed."""

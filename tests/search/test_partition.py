@@ -173,6 +173,9 @@ def test_a_plan_whose_needs_cannot_be_had_is_no_plan() -> None:
         ({"symbolic": 0}, "symbolic"),
         ({"tiles": (("n", 48),)}, "48"),
         ({"tiles": (("n", 0),)}, "0"),
+        ({"tiles": (("n", 64), ("k", 8), ("n", 32))}, "tiles names n twice"),
+        ({"grid": ("b", "n", "b")}, "grid names b twice"),
+        ({"inside": ("t", "t")}, "inside names t twice"),
     ],
 )
 def test_invalid_spaces_are_refused(bad: dict[str, object], named: str) -> None:
