@@ -10,11 +10,11 @@ from itertools import pairwise
 
 from mugraph.errors import GraphError, ShapeError, VerificationError
 from mugraph.ir.axes import representative
-from mugraph.ir.graph import Equation, KernelGraph, Program
+from mugraph.ir.graph import KernelGraph, Program
 from mugraph.search.build import baseline
 from mugraph.search.canonical import canonical, ordered
 from mugraph.search.cost import Device, device
-from mugraph.search.library import equations_seconds
+from mugraph.search.library import equations_seconds, seconds_of_each
 from mugraph.search.report import (
     CandidateReport,
     SearchReport,
@@ -249,15 +249,14 @@ def _in_segments(
         if solved and watch.over():
             break
         states = space.states if not solved else max(1, space.states // OTHERS)
-
-        def library(equations: Sequence[Equation], size: int = size) -> float:
-            return equations_seconds(equations, program, size, dtype, on)
-
-        solved.append(
-            partitioned(whole, space.but(symbolic=size, sizes=(), states=states), on, solve, library, watch.over)
+        own, each = (
+            space.but(symbolic=size, sizes=(), states=states),
+            seconds_of_each(whole.operators, program, size, dtype, on),
         )
+        solved.append(partitioned(whole, own, on, solve, each, watch.over))
         watch.lap("segments")
-        chosen.append(_joined(program, size, solved[-1], library(program.equations), accept, space, on))
+        base_seconds = equations_seconds(program.equations, program, size, dtype, on)
+        chosen.append(_joined(program, size, solved[-1], base_seconds, accept, space, on))
         watch.lap("verification")
     ranges = _ranges([c.structure for c in chosen])
     report = report_of_segments(program, space, on, solved, chosen[0], watch, ranges)

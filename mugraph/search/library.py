@@ -261,12 +261,18 @@ def equations_seconds(
 ) -> float:
     """Equations of the program as library calls, one launch each; scalars and views are free, unless they
     are given back."""
-    if not equations:
-        return 0.0
-    tensors, seconds = program.tensors(), 0.0
+    return sum(seconds_of_each(equations, program, symbolic, dtype, on), 0.0) if equations else 0.0
+
+
+def seconds_of_each(
+    equations: Sequence[Equation], program: Program, symbolic: int, dtype: DType, on: Device
+) -> list[float]:
+    """What each of the equations takes as a library call."""
+    tensors, found = program.tensors(), list[float]()
     given = {o.value for o in program.outputs}
     sizes = {a.name: representative(a.size, symbolic) for a in program.axes().values()}
     for e in equations:
+        found.append(0.0)
         if not e.args or (is_free(e) and e.target.name not in given):
             continue
         read = [tensors[a] for a in dict.fromkeys(e.args)]
@@ -279,10 +285,10 @@ def equations_seconds(
             if isinstance(e.op, Contract) and len(e.args) == 2:
                 left, right = (tuple(a.name for a in tensors[x].axes) for x in e.args)
                 out = tuple(a.name for a in e.target.axes)
-                seconds += contraction(sizes, left, right, out, moved, dtype, on).seconds
+                found[-1] = contraction(sizes, left, right, out, moved, dtype, on).seconds
             else:
-                seconds += predict_library(moved, operations_of(sizes, e.op, involved), dtype, on).seconds
-    return seconds
+                found[-1] = predict_library(moved, operations_of(sizes, e.op, involved), dtype, on).seconds
+    return found
 
 
 def operations_of(sizes: Mapping[str, int], op: Op, tensors: Sequence[Tensor]) -> float:

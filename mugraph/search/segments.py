@@ -154,7 +154,15 @@ class Line:
 
     def live(self, cut: int) -> list[str]:
         """Computed values that lie in memory between the operators before a cut and those after it."""
-        return [n for n, last in self.last_use.items() if self.position[n] < cut <= last]
+        return self._lives[cut]
+
+    @cached_property
+    def _lives(self) -> Sequence[list[str]]:
+        found: list[list[str]] = [[] for _ in range(len(self.operators) + 1)]
+        for name, last in self.last_use.items():
+            for cut in range(self.position[name] + 1, last + 1):
+                found[cut].append(name)
+        return found
 
 
 def operators(program: Program) -> int:
@@ -293,12 +301,13 @@ def cuts(whole: Line, most: int, sizes: Mapping[str, int], inside: Iterable[str]
     where every operator runs alone."""
     overflowing, exponents = unsafe(whole.program)
     never = overflowing.union(inside)
+    takes = {n: bytes_of([whole.tensors[n]], sizes) for n in whole.last_use}
 
     def bytes_at(cut: int, rounded: bool = False) -> float:
         live = whole.live(cut)
         if not never.isdisjoint(live) or not (rounded or exponents.isdisjoint(live)):
             return math.inf
-        return bytes_of((whole.tensors[n] for n in live), sizes)
+        return math.fsum(takes[n] for n in live)
 
     borders: Sequence[int] = whole.groups
     weight = {b: bytes_at(b) for b in borders}
@@ -394,10 +403,10 @@ def partitioned(
     space: SearchSpace,
     on: Device,
     solve: Solve,
-    library: Callable[[Sequence[Equation]], float],
+    each: Sequence[float],
     stop: Callable[[], bool],
 ) -> Partitioned:
-    """The cheapest way over the cuts.  `library` says what equations cost as library calls: a segment whose search is
+    """The cheapest way over the cuts.  `each`: what each operator costs as a library call.  A segment whose search is
     not there yet when a budget ends runs as these, so there is always a way."""
     sizes = {a.name: representative(a.size, space.symbolic) for a in whole.program.axes().values()}
     marks = cuts(whole, space.operators, sizes, space.inside)
@@ -408,7 +417,7 @@ def partitioned(
         if high - low <= space.operators or high == marks[i + 1]
     ]
     run = _Run(whole, space, on, solve, sizes, marks, stop)
-    calls = {edge: library(whole.operators[slice(*edge)]) for edge in edges}
+    calls = {edge: sum(each[slice(*edge)]) for edge in edges}
     run.search([e for e in edges if e[1] == marks[marks.index(e[0]) + 1]])
     while not run.truncated:
         known = {e: seconds for e in edges if (seconds := run.seconds(e)) is not None}
