@@ -249,10 +249,8 @@ def _in_segments(
         if solved and watch.over():
             break
         states = space.states if not solved else max(1, space.states // OTHERS)
-        own, each = (
-            space.but(symbolic=size, sizes=(), states=states),
-            seconds_of_each(whole.operators, program, size, dtype, on),
-        )
+        each = seconds_of_each(whole.operators, program, size, dtype, on)
+        own = space.but(symbolic=size, sizes=(), states=states)
         solved.append(partitioned(whole, own, on, solve, each, watch.over))
         watch.lap("segments")
         base_seconds = equations_seconds(program.equations, program, size, dtype, on)

@@ -147,6 +147,10 @@ class Problem:
         self.inputs = {c for c in self.closure.order if any(is_leaf_edge(e) for e in cells[c].edges)}
         self.ways = {c: [self._way(c, e) for e in cells[c].edges if not is_leaf_edge(e)] for c in self.closure.order}
 
+    def below_all(self, roots: Sequence[int]) -> frozenset[int]:
+        """The roots, and all that they may be made of."""
+        return frozenset().union(*(self.below[r] for r in roots))
+
     @cached_property
     def alone(self) -> Mandatory:
         """Classes that every derivation from inputs holds."""
@@ -255,7 +259,7 @@ class Survey:
     def __init__(self, problem: Problem, roots: tuple[int, ...], assignments: Sequence[Assignment]) -> None:
         self.p, self.roots, self.assignments = problem, roots, assignments
         p, roles = problem, [a.roles for a in assignments]
-        members = frozenset().union(*(p.below[r] for r in roots))
+        members = p.below_all(roots)
         self.order = [c for c in p.closure.order if c in members]
         self.place = {c: i for i, c in enumerate(self.order)}
         self.played = sorted({a for r in roles for a in (*r.grid, *r.loops)})

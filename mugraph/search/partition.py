@@ -98,7 +98,7 @@ class Partition:
         while True:
             found = self.library(roots) + self.kernels(roots, slack)
             found.sort(key=self.rank)
-            near = [f for f in found if self.rank(f) <= self.rank(found[0]) * NEAR] or found[:1]
+            near = [f for f in found if self.rank(f) <= self.rank(found[0]) * NEAR]
             unpriced = [c for c in dict.fromkeys(x for f in near for x in f.needs) if c not in self.p.memory]
             for c in unpriced:
                 self.solve((c,))
@@ -248,7 +248,7 @@ class Partition:
             if self.entries >= self.space.entries:
                 self.limited = True
                 return None
-            members = len(frozenset().union(*(self.p.below[r] for r in roots)))
+            members = len(self.p.below_all(roots))
             most = max(1, (self.space.entries - self.entries) // members)
             assignments = list(itertools.islice(self.assignments(roots, least, shrinks), most + 1))
             self.limited |= len(assignments) > most
@@ -280,7 +280,7 @@ class Partition:
         """The loops that a kernel may run one after the other.  A loop over Y comes after one over X if something
         over Y needs something closed over X; independent loops come in one order only."""
         p = self.p
-        below = frozenset().union(*(p.below[r] for r in roots))
+        below = p.below_all(roots)
         members = [c for c in p.closure.order if c in below]
         closed_below: dict[int, frozenset[str]] = {}
         loops: set[Loop] = set()
@@ -389,7 +389,7 @@ class Partition:
         """Axes below the roots that no matmul has on one side only, and axes that one has on both sides and keeps."""
         if roots not in self._batch:
             p = self.p
-            below = frozenset().union(*(p.below[r] for r in roots))
+            below = p.below_all(roots)
             one_sided, kept = set[str](), set[str]()
             for way in (w for c in below for w in p.ways[c] if w.matmul):
                 a, b = (set(p.axes(x)) for x in way.edge.children)
@@ -597,8 +597,7 @@ def _joint(run: Partition, plan: list[Choice], group: list[Choice], targets: tup
     made = {r for c in group for r in c.roots}
     roots = tuple(sorted(made & set(targets).union(*(c.needs for c in rest))))
     there = run.p.inputs | {r for c in rest for r in c.roots}
-    below = set[int]().union(*(run.p.below[r] for r in roots))
-    prices = dict.fromkeys(sorted((there - _downstream(plan, made)) & below), 0.0)
+    prices = dict.fromkeys(sorted((there - _downstream(plan, made)) & run.p.below_all(roots)), 0.0)
     found = run.at_prices(prices, roots)
     return min(found, key=run.rank, default=None)
 

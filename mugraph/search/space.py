@@ -68,8 +68,8 @@ class SearchSpace:
         fit_fields(self)
         if unknown := set(self.laws) - set(LAWS):
             raise SettingError(f"unknown laws {sorted(unknown)}", remedy=f"known: {', '.join(LAWS)}")
-        given = {"tiles": [a for a, _ in self.tiles], "laws": self.laws, "inside": self.inside}
-        for field, names in (given | {"grid": self.grid or (), "loops": self.loops or ()}).items():
+        given = {field: list(getattr(self, field) or ()) for field in ("laws", "grid", "loops", "inside")}
+        for field, names in (given | {"tiles": [axis for axis, _ in self.tiles]}).items():
             if twice := sorted({n for n in names if names.count(n) > 1}):
                 raise SettingError(f"SearchSpace.{field} names {', '.join(twice)} twice", remedy="give each name once")
 

@@ -13,7 +13,7 @@ from mugraph.ir.graph import Program
 from mugraph.search.cost import device
 from mugraph.search.derive import KernelSearch
 from mugraph.search.driver import search
-from mugraph.search.extract import Survey
+from mugraph.search.extract import Roles, Survey
 from mugraph.search.partition import ATTEMPTS, SLACK, Partition, partition
 from mugraph.search.space import SearchSpace
 from tests.search import programs
@@ -61,6 +61,28 @@ def test_branch_and_bound_finds_the_least_of_all_assignments(name: str) -> None:
     found = run.derivations(targets[:1], True, SLACK)
     assert min(d.cost + fixed[d.roles] for d in found) == pytest.approx(least, rel=1e-9)
     assert problem.truncated == 0
+
+
+@pytest.mark.parametrize("name", [*EXACT, "two_outputs", "rmsnorm_linear"])
+def test_what_cannot_store_the_roots_has_no_derivation(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Assignments that are left out before the survey are those that the survey finds infeasible."""
+
+    def feasible() -> list[tuple[Roles, tuple[tuple[str, int], ...], float]]:
+        problem, targets = problem_of(SMALL[name](), WIDE)
+        found = []
+        for roots in {targets, *((t,) for t in targets)}:
+            for least, shrinks in ATTEMPTS:
+                if survey := Partition(problem, WIDE).survey(roots, least, shrinks):
+                    bounds = survey.outcome(False).bounds.tolist()
+                    each = zip(survey.assignments, bounds, strict=True)
+                    found += [(a.roles, tuple(sorted(a.tiles.items())), b) for a, b in each if b < math.inf]
+        return sorted(found, key=str)
+
+    filtered = feasible()
+    monkeypatch.setattr(Partition, "stored", lambda *_: True)
+    monkeypatch.setattr(Partition, "held", lambda *_: True)
+    assert filtered == feasible()
+    assert filtered
 
 
 def test_a_bound_that_is_too_high_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:

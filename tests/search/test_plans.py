@@ -17,6 +17,8 @@ from mugraph.ir.ops import Kernel, Library
 from mugraph.pipeline import finished, optimize
 from mugraph.search.cost import Work, beside, device, predict, predict_beside
 from mugraph.search.driver import Found, search
+from mugraph.search.partition import resized
+from mugraph.search.setup import set_up, structure
 from mugraph.search.space import SearchSpace
 from mugraph.verify.equivalence import verify
 from tests.search import programs
@@ -251,3 +253,31 @@ def test_a_value_that_must_stay_inside_is_not_materialised() -> None:
 def test_names_that_the_program_lacks_are_refused(setting: str) -> None:
     with pytest.raises(SettingError, match="nowhere"):
         verified(programs.lora(), ONE_SIZE.but(**{setting: ("nowhere",)}))
+
+
+# -- plans at other sizes
+
+
+def test_a_plan_of_one_size_is_a_plan_at_another() -> None:
+    program = bench.rmsnorm_bwd()
+    task, _ = set_up(program, lambda graph: graph, SearchSpace(), device())
+    plan = task.choose(task.solve(16)).plan
+    other = task.solve(64, [plan])
+    again = resized(other.run, plan)
+    assert again is not None
+    assert structure(again, task.here.axes) == structure(plan, task.here.axes)
+    assert again in other.plans
+    assert other.run.cost(other.plans[0]) <= other.run.cost(again)
+
+
+def test_a_plan_that_another_size_does_not_admit_is_none_there() -> None:
+    split = bench.gqa()
+    task, _ = set_up(split, lambda graph: graph, SearchSpace(), device())
+    at = task.solve(16)
+    plan = next(p for p in at.plans if any(d.roles.split for c in p for d in c.derivations))
+    assert resized(at.run, plan) is not None
+    (choice,) = [c for c in plan if any(d.roles.split for d in c.derivations)][:1]
+    d = choice.derivations[0]
+    assert d.roles.split is not None
+    odd = replace(choice, how=replace(d, roles=replace(d.roles, split=(d.roles.split[0], 3))))
+    assert resized(at.run, [odd]) is None

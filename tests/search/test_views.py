@@ -630,3 +630,14 @@ def test_emitted_code_computes_the_program(name: str, target: str) -> None:
 @pytest.mark.parametrize("name", SMALL)
 def test_all_emitted_code_computes_the_program(name: str, target: str) -> None:
     assert not optimize(SMALL[name](), target=target).unchanged
+
+
+def test_a_maximum_taken_off_again_and_again_is_verified() -> None:
+    """Of two elements under a random order, x - max(x) four times over is what it is twice over."""
+
+    def less(x: Tensor) -> Tensor:
+        for _ in range(4):
+            x = x - mg.amax(x, -1, keepdims=True)
+        return x
+
+    verified(trace(less, [f32[B, 6]], "again"))

@@ -13,7 +13,7 @@ import mugraph as mg
 from benchmarks.programs import FAMILIES
 from mugraph.errors import GraphError, ParseError, VerificationError
 from mugraph.ir.graph import BlockGraph, Equation, KernelGraph, Load, Program, Store
-from mugraph.ir.ops import Kernel, Select
+from mugraph.ir.ops import Kernel, Library, Select
 from mugraph.ir.parser import parse_program
 from mugraph.ir.types import DType, Tensor
 from mugraph.pipeline import finished, read_graph
@@ -166,6 +166,19 @@ def test_random_programs_and_their_results_are_found(seed: int) -> None:
 def test_many_random_programs_and_their_results_are_found(start: int) -> None:
     for seed in range(start, start + 100):
         test_random_programs_and_their_results_are_found.hypothesis.inner_test(seed)  # type: ignore[attr-defined]
+
+
+def test_a_contraction_that_is_stored_in_another_type_is_found() -> None:
+    program = mg.trace(lambda x, w: (x @ w).to(mg.bf16), [mg.f32[16, 4096], mg.f32[4096, 64]], "narrowed")
+    searched = found(program, split=False)
+    (launch,) = searched.graph.equations
+    assert isinstance(launch.op, Library)
+    answer = why_not(program, searched.graph, searched.report, on=device())
+    assert isinstance(answer, Found), str(answer)
+    assert answer.verdict == "chosen"
+    last = why_not(program, program, searched.report, on=device())
+    assert isinstance(last, Found), str(last)
+    assert last.rank > answer.rank
 
 
 def test_operators_as_kernels_are_the_program_too() -> None:
