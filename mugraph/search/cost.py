@@ -11,14 +11,16 @@ ceil(blocks / SMs) rounds; what a block waits for (loads, loop iterations) it wa
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, reduce
 from importlib.resources import files
+from operator import or_
 from pathlib import Path
 from typing import Any
 
@@ -204,22 +206,22 @@ class Read:
     """A load of the tensor `source`, `bytes` long.  `grid`: the blocks along each grid axis, the fastest first, and
     whether they read different parts.  `waste`: bytes that move for each that is wanted."""
 
-    source: int
-    bytes: float
-    grid: tuple[tuple[Amount, bool], ...]
+    source: Amount
+    bytes: Amount
+    grid: tuple[tuple[Amount, Amount], ...]
     waste: Amount = 1.0
 
     @property
     def copies(self) -> Amount:
         """How often blocks read each element."""
-        return math.prod(n for n, cut in self.grid if not cut)
+        return math.prod(np.where(cut, 1, n) for n, cut in self.grid)
 
     def share(self, of_blocks: Amount) -> Amount:
         """The share of the tensor that some of the blocks read together, if they are consecutive."""
-        left, share = of_blocks * math.prod(n for n, _ in self.grid), 1.0
+        share: Amount = 1.0
+        left = of_blocks * math.prod(n for n, _ in self.grid)
         for n, cut in self.grid:
-            if cut:
-                share *= np.minimum(n, left) / n
+            share = share * np.where(cut, np.minimum(n, left) / n, 1.0)
             left = np.maximum(1.0, left / n)
         return share
 
@@ -241,7 +243,7 @@ class Product:
 
 @dataclass(frozen=True)
 class Work:
-    """What one launch does; or, with arrays, many launches that differ in their tiles.
+    """What one launch does; or, with arrays, many launches side by side.
 
     trips         loop iterations of one block, all passes together
     written       bytes of results, and `writing` the bytes that move for each
@@ -255,20 +257,24 @@ class Work:
     blocks: Amount
     trips: Amount
     reads: tuple[Read, ...]
-    written: float
+    written: Amount
     writing: Amount
     stage: Amount
     resident: Amount
-    partial: float
+    partial: Amount
     products: tuple[Product, ...]
     vector: Amount
     accumulators: Amount
     depth: Amount
 
     @property
-    def unique(self) -> float:
+    def unique(self) -> Amount:
         """Bytes that must move: each tensor once."""
-        return self.written + sum({r.source: r.bytes for r in self.reads}.values())
+        total = self.written
+        for n, r in enumerate(self.reads):
+            again = reduce(or_, (r.source == other.source for other in self.reads[:n]), False)
+            total = total + r.bytes * (1 - again)
+        return total
 
     @property
     def flops(self) -> Amount:
@@ -292,6 +298,42 @@ def beside(works: Sequence[Work]) -> Work:
         accumulators=max(w.accumulators for w in works),
         depth=max(w.depth for w in works),
     )
+
+
+NO_READ, NO_PRODUCT = Read(-1, 0.0, ()), (0.0, 1.0, 1.0)
+
+
+def columns(works: Sequence[Work], widths: Sequence[int]) -> Work:
+    """One work whose arrays have those of several kernels side by side, `widths` columns of each.  What a kernel has
+    fewer of than another is filled up with reads and products of nothing."""
+    spans = list(itertools.pairwise(itertools.accumulate(widths, initial=0)))
+
+    def side(amounts: Iterable[Amount], dtype: type = float) -> Amount:
+        found: Amount = np.empty(spans[-1][1], dtype)
+        for (start, stop), amount in zip(spans, amounts, strict=True):
+            found[start:stop] = amount
+        return found
+
+    reads = []
+    for each in itertools.zip_longest(*(w.reads for w in works), fillvalue=NO_READ):
+        grid = itertools.zip_longest(*(r.grid for r in each), fillvalue=(1, False))
+        reads.append(
+            Read(
+                side([r.source for r in each], int),
+                side([r.bytes for r in each]),
+                tuple((side([n for n, _ in axis]), side([cut for _, cut in axis], bool)) for axis in grid),
+                side([r.waste for r in each]),
+            )
+        )
+    products = []
+    for dtype in dict.fromkeys(p.dtype for w in works for p in w.products):
+        same = [[(p.volume, p.rows, p.columns) for p in w.products if p.dtype is dtype] for w in works]
+        for ones in itertools.zip_longest(*same, fillvalue=NO_PRODUCT):
+            volume, rows, across = (side(amounts) for amounts in zip(*ones, strict=True))
+            products.append(Product(volume, rows, across, dtype))
+    names = [f.name for f in fields(Work) if f.name not in ("reads", "products")]
+    rest = {name: side([getattr(w, name) for w in works]) for name in names}
+    return Work(reads=tuple(reads), products=tuple(products), **rest)
 
 
 @dataclass(frozen=True)
@@ -337,11 +379,12 @@ Terms = Sequence[tuple[str, Amount]]
 def prediction(limits: Terms, added: Terms, unique: float, flops: Amount) -> Prediction:
     """The 4-norm of the limits, plus what adds up."""
     terms = tuple((name, float(t)) for name, t in (*limits, *added))
-    return Prediction(float(_total(limits, added)), terms, unique, float(flops))
+    return Prediction(float(_total(limits, added)), terms, float(unique), float(flops))
 
 
 def _total(limits: Terms, added: Terms) -> Amount:
-    return sum(t**4 for _, t in limits) ** 0.25 + sum(t for _, t in added)
+    squares = [t * t for _, t in limits]
+    return np.sqrt(np.sqrt(sum(s * s for s in squares))) + sum(t for _, t in added)
 
 
 def predict(work: Work, d: Device) -> Prediction:
@@ -357,10 +400,11 @@ def predict_beside(works: Sequence[Work], d: Device) -> Prediction:
 def predict_each(work: Work, d: Device) -> tuple[Amount, Callable[[int], Prediction]]:
     """The seconds of many launches at once, and what is predicted for the n-th."""
     limits, added = _terms(work, d)
+    unique, flops = work.unique, work.flops
 
     def at(n: int) -> Prediction:
         limit, more = ([(name, _nth(t, n)) for name, t in terms] for terms in (limits, added))
-        return prediction(limit, more, work.unique, _nth(work.flops, n))
+        return prediction(limit, more, _nth(unique, n), _nth(flops, n))
 
     return _total(limits, added), at
 
@@ -403,7 +447,7 @@ def _terms(work: Work, d: Device) -> tuple[Terms, Terms]:
         ("launch", least_kernel_seconds(d)),
         ("start", np.ceil(blocks / d.sms) * d.block_seconds),
         ("tail", (waves - 1) * d.fill_seconds / per_sm),
-        ("combine", d.launch_seconds + 0.5e-6 + work.partial / d.l2_bytes_per_second if work.partial else 0.0),
+        ("combine", (d.launch_seconds + 0.5e-6) * (work.partial > 0) + work.partial / d.l2_bytes_per_second),
     )
     return limits, added
 
@@ -415,14 +459,14 @@ def dram_bytes(work: Work, d: Device, at_once: Amount, waves: Amount) -> Amount:
     finds it there if all that one wave reads fits: between two uses of a part lies at most that much.
     """
     room = L2_SHARE * d.l2_bytes
-    partial = work.partial if work.partial > room else 0.0
+    partial = work.partial * (work.partial > room)
     once = work.unique + partial
     in_wave = [r.bytes * r.share(at_once / work.blocks) for r in work.reads]
     fits = at_once * (STAGES * work.stage + work.resident) <= room
     moved = work.written + partial
     for r, one in zip(work.reads, in_wave, strict=True):
         all_copies = r.bytes * r.copies
-        moved += np.where(fits, np.minimum(np.maximum(waves * one, r.bytes), all_copies), all_copies)
+        moved = moved + np.where(fits, np.minimum(np.maximum(waves * one, r.bytes), all_copies), all_copies)
     return np.where(sum(in_wave) <= room, once, np.maximum(moved, once))
 
 
@@ -446,10 +490,10 @@ def _arithmetic(work: Work, d: Device) -> tuple[Amount, Amount, Amount]:
             multiplied = 2 * p.padded / (rate * d.tile_share(rows, columns))
             summing = narrow | (multiplied > summed)
             tensor += np.where(summing, 0.0, multiplied)
-            vector += np.where(summing, summed, 0.0)
+            vector = vector + np.where(summing, summed, 0.0)
             operands += np.where(summing, 0.0, staged)
         else:
-            vector += np.where(narrow, summed, np.minimum(2 * p.padded / rate, summed))
+            vector = vector + np.where(narrow, summed, np.minimum(2 * p.padded / rate, summed))
             operands += staged
     return tensor, vector, operands
 

@@ -89,13 +89,14 @@ class KernelSearch:
         return self._options[c]
 
     def all_options(self, c: int) -> list[Option]:
-        found = []
+        found, loops = [], self.roles.loops
         for seconds, way in self._ways(c):
             if way is None:
                 found.append(Option(seconds, None, (), None))
             else:
-                closed = tuple(a for a in way.edge.axes if a in self.roles.loops)
-                found.append(Option(seconds, way.edge, way.edge.children, closed or None))
+                edge = way.edge
+                closed = tuple([a for a in edge.axes if a in loops]) if edge.axes else ()
+                found.append(Option(seconds, edge, edge.children, closed or None))
         return found
 
     def start(self) -> frozenset[Entry] | None:
@@ -120,44 +121,55 @@ class KernelSearch:
         """The options of an entry, in each place that their operands may have."""
         found = self._moves.get(entry)
         if found is None:
-            ways = [(o, children) for o in self.options(entry[0]) for children in self._placements(entry, o)]
-            found = self._moves[entry] = [self._move(n, option, children) for n, (option, children) in enumerate(ways)]
+            found = self._moves[entry] = []
+            for option in self.options(entry[0]):
+                for at in self._placements(entry, option):
+                    found.append(self._move(len(found), option, at))
         return found
 
-    def _move(self, place: int, option: Option, children: tuple[Entry, ...]) -> Move:
-        bits = self.encoded(frozenset(children))
-        return Move(place, option, children, bits, self._closed(children), self.unpaid(bits))
+    def _move(self, place: int, option: Option, at: int) -> Move:
+        position, stride, held, opened = self.p.position, self.stride, self._held, self.open
+        bits, must, longest = 0, 0, 0.0
+        closed = []  # operands outside loops, which states hold once
+        for c in option.children:
+            base = position[c] * stride
+            bits |= 1 << base + at
+            classes, chain = held[position[c]]
+            must |= classes
+            if chain > longest:
+                longest = chain
+            if not opened[c] and self.last:
+                closed.append(base)
+        children = tuple([(c, at) for c in option.children])
+        return Move(place, option, children, bits, tuple(closed), Unpaid(must, longest))
 
-    def _closed(self, children: tuple[Entry, ...]) -> tuple[int, ...]:
-        """Operands outside loops, which states hold once."""
-        if not self.last:
-            return ()
-        return tuple(self.p.position[c] * self.stride for c, _ in children if not self.open[c])
-
-    def _placements(self, entry: Entry, option: Option) -> Iterator[tuple[Entry, ...]]:
+    def _placements(self, entry: Entry, option: Option) -> list[int]:
         """The passes in which the children may be computed."""
         c, at = entry
+        need = max([self.least[x] for x in option.children], default=0)
         if self.open[c] or option.loop is None:  # open children in the same pass, others before it
-            if all(self.least[x] <= at for x in option.children):
-                yield tuple((x, at) for x in option.children)
-            return
-        for q, loop in enumerate(self.roles.passes[: at - 1], 1):
-            if set(loop) != set(option.loop) or any(self.least[x] > q for x in option.children):
-                continue
-            if self.roles.split and self.roles.split[0] in loop and q != self.last:
-                continue
-            yield tuple((x, q) for x in option.children)
+            return [at] if need <= at else []
+        return [
+            q
+            for q, loop in enumerate(self.roles.passes[: at - 1], 1)
+            if need <= q
+            and set(loop) == set(option.loop)
+            and (q == self.last or not self.roles.split or self.roles.split[0] not in loop)
+        ]
 
-    def successors(self, state: int) -> Iterator[tuple[Move, int]]:
+    def successors(self, state: int) -> list[tuple[Move, int]]:
         highest = state.bit_length() - 1
         rest = state ^ 1 << highest
         one_class = (1 << self.stride) - 1
+        found = []
         for move in self.moves(self.entry(highest)):
             successor = rest | move.bits
             for base in move.closed:
                 later = successor >> base & one_class
-                successor ^= (later & later - 1) << base  # the earliest pass remains
-            yield move, successor
+                if later & later - 1:
+                    successor ^= (later & later - 1) << base  # the earliest pass remains
+            found.append((move, successor))
+        return found
 
     def bound(self, state: int) -> float:
         """No completion of a state costs less than this."""
@@ -168,9 +180,9 @@ class KernelSearch:
         held, stride = self._held, self.stride
         must, longest = 0, 0.0
         while state:
-            low = state & -state
-            state ^= low
-            classes, chain = held[(low.bit_length() - 1) // stride]
+            place = (state.bit_length() - 1) // stride
+            state &= (1 << place * stride) - 1
+            classes, chain = held[place]
             must |= classes
             if chain > longest:
                 longest = chain
@@ -181,14 +193,20 @@ class KernelSearch:
         go first."""
         paid = self._paid.get(classes)
         if paid is None:
-            paid = self._paid[classes] = math.fsum([self._local[i] for i in bits(classes)])
+            local, rest, each = self._local, classes, []
+            while rest:
+                low = rest & -rest
+                each.append(local[low.bit_length() - 1])
+                rest ^= low
+            paid = self._paid[classes] = math.fsum(each)
         return paid
 
     @cached_property
     def _held(self) -> dict[int, tuple[int, float]]:
         """By place in topological order: the classes that every derivation of a class holds, and its cheapest path."""
         computed, below = self.mandatory
-        return {self.p.position[c]: (computed[c] if c in self.starts else below[c], self.chain[c]) for c in self.order}
+        position = self.p.position
+        return {position[c]: (computed[c] if c in self.starts else below[c], self.chain[c]) for c in self.order}
 
     @cached_property
     def _local(self) -> dict[int, float]:
@@ -219,18 +237,16 @@ class KernelSearch:
         """A* over states.  Raises _Exhausted after `most` of them."""
         p, tickets = self.p, itertools.count()
         best = {start: 0.0}
-        # rank, highest entry, ticket, bound, cost, state, landmarks that are left, trail
-        queue: list[tuple[float, int, int, float, float, int, int, Trail]] = []
+        # rank, highest entry, ticket, cost, state, landmarks that are left, trail
+        queue: list[tuple[float, int, int, float, int, int, Trail]] = []
         bound, all_left = self.bound(start), 0
         if landmarks is not None:
             bound, all_left = max(bound, landmarks.seconds(landmarks.all)), landmarks.all
-        queue.append((bound, start.bit_length(), next(tickets), bound, 0.0, start, all_left, ()))
-        expanded = bounded = 0
+        expanded, bounded = 0, int(bound >= upper)
+        if not bounded:
+            queue.append((bound, start.bit_length(), next(tickets), 0.0, start, all_left, ()))
         while queue:
-            _, length, _, f, cost, state, unmet, trail = heapq.heappop(queue)
-            if f >= upper:
-                bounded = 1
-                continue
+            _, length, _, cost, state, unmet, trail = heapq.heappop(queue)
             if cost > best[state]:
                 continue
             if not state:
@@ -244,21 +260,29 @@ class KernelSearch:
             paid = self.paid(others)
             for move, successor in self.successors(state):
                 total = cost + move.option.cost
-                if total < best.get(successor, math.inf):
-                    best[successor] = total
-                    p.generated += 1
-                    # an operand that the state has already, at another pass, is in both
-                    rest = max(chain, move.unpaid.chain, paid + self.paid(move.unpaid.classes & ~others))
-                    left = 0
-                    if landmarks is not None:
-                        left = landmarks.left(unmet, highest, move)
-                        rest = max(rest, landmarks.seconds(left))
-                    f = rank = total + rest
-                    if tolerance and 0 < f < math.inf:
-                        rank = math.ceil(math.log(f) / tolerance)
-                    further = (trail, highest, move)
-                    entry = (rank, successor.bit_length(), next(tickets), f, total, successor, left, further)
-                    heapq.heappush(queue, entry)
+                if total >= best.get(successor, math.inf):
+                    continue
+                best[successor] = total
+                p.generated += 1
+                # an operand that the state has already, at another pass, is in both
+                classes, deepest = move.unpaid
+                rest = paid + self.paid(classes & ~others)
+                if rest < chain:
+                    rest = chain
+                if rest < deepest:
+                    rest = deepest
+                left = 0
+                if landmarks is not None:
+                    left = landmarks.left(unmet, highest, move)
+                    rest = max(rest, landmarks.seconds(left))
+                f = rank = total + rest
+                if f >= upper:
+                    bounded = 1
+                    continue
+                if tolerance and f > 0:
+                    rank = math.ceil(math.log(f) / tolerance)
+                further = (trail, highest, move)
+                heapq.heappush(queue, (rank, successor.bit_length(), next(tickets), total, successor, left, further))
         p.bounded += bounded
         p.infeasible += 1 - bounded
         return None
@@ -449,6 +473,8 @@ def kernel_search(
 
 def undominated(options: list[Option]) -> list[Option]:
     """Without options that need at least the children of a cheaper one that closes the same axis."""
+    if len(options) < 2:
+        return options
     kept: list[Option] = []
     for o in sorted(options, key=lambda o: (o.cost, len(o.children))):
         if not any(k.loop == o.loop and k.edge is not None and set(k.children) <= set(o.children) for k in kept):

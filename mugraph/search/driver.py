@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from threading import Lock
 
 from mugraph.errors import GraphError, ShapeError, VerificationError
 from mugraph.ir.axes import representative
@@ -49,6 +51,33 @@ from mugraph.search.space import SearchSpace
 from mugraph.search.summary import UNBEATEN, Joined, report_of, report_of_segments, unsearched
 
 AcceptCut = Callable[[KernelGraph, tuple[str, ...]], object]
+
+
+class _Rarely:
+    """Garbage collections come rarely, in all threads, while any of them searches: hundreds of thousands of small
+    objects live to its end, and each collection would go through them and all else that the process holds."""
+
+    THRESHOLDS = (50_000, 20, 100)
+
+    def __init__(self) -> None:
+        self.lock, self.searches, self.usual = Lock(), 0, gc.get_threshold()
+
+    def __enter__(self) -> None:
+        with self.lock:
+            if not self.searches:
+                self.usual = gc.get_threshold()
+                if self.usual[0]:  # else the user wants none at all
+                    gc.set_threshold(*map(max, self.usual, self.THRESHOLDS))
+            self.searches += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self.lock:
+            self.searches -= 1
+            if not self.searches:
+                gc.set_threshold(*self.usual)
+
+
+_RARELY = _Rarely()
 
 
 @dataclass(frozen=True)
@@ -101,7 +130,7 @@ def search(
 
     def within(space: SearchSpace, seconds: float) -> Found:
         watch = Watch(seconds, interrupted, memory)
-        with watch.measuring():
+        with _RARELY, watch.measuring():
             if not whole and operators(program) > space.operators:
                 accepting = accept_cut or (lambda graph, _: accept(graph))
                 return _in_segments(program, space, on, accepting, solve or _one_by_one, watch)

@@ -61,8 +61,7 @@ class Assignment(NamedTuple):
     fitted: bool = False
 
 
-@dataclass(frozen=True)
-class Option:
+class Option(NamedTuple):
     """One way to get an entry.  `edge` None: load the class from memory (an input, or a materialised value)."""
 
     cost: float
@@ -169,7 +168,7 @@ class Problem:
         return _mandatory(self, frozenset({*self.inputs, *self.memory, *self.bound}))
 
     def _way(self, c: int, e: Edge) -> Way:
-        axes = self.joined_axes(c, e.children)
+        axes = tuple(sorted(self.joined_axes(c, e.children)))
         volume = math.prod(self.sizes[a] for a in axes)
         return Way(e, axes, frozenset(e.axes), volume, self.is_matmul(c, e))
 
@@ -235,7 +234,7 @@ class Arithmetic(NamedTuple):
     """What the seconds of a way depend on; `partial`: the class, where it may close split axes (`closed`, as bits) and
     partial results of it are stored."""
 
-    axes: frozenset[str] | None  # None: no operands
+    axes: tuple[str, ...] | None  # None: no operands
     matmul: bool
     partial: int | None
     closed: int
@@ -286,7 +285,9 @@ class Survey:
         self.busy: Floats = np.minimum(1.0, self.blocks / p.device.sms)
         self.open: Ints = np.array([self.mask(p.axes(c)) for c in self.order])[:, None] & self.loops
         self.splits = int(np.bitwise_or.reduce(self.split)) if len(roles) else 0
-        self.loading = np.stack([self._loaded(c) for c in self.order])
+        loads = _Rows[tuple[tuple[str, ...], float]]()
+        each = [loads.row((p.axes(c), p.bytes(c))) for c in self.order]
+        self.loading = np.stack([self._loaded(*key) for key in loads])[each]
         passes = _Rows[tuple[tuple[str, ...], int, int]]()
         self._loads = [passes.row((p.axes(c), 0, LOADED_TILE)) for c in self.order]
         self.ways: dict[int, tuple[int, list[Way]]] = {}  # class -> its first row, its ways
@@ -337,7 +338,7 @@ class Survey:
                 continue
             starts = list(itertools.accumulate((len(p.ways[c]) for c in classes[:-1]), initial=0))
             self.ways.update((c, (first + at, p.ways[c])) for c, at in zip(classes, starts, strict=True))
-            widest = max(len(w.edge.children) for _, w in rows)
+            widest = max(1, *(len(w.edge.children) for _, w in rows))
             below = [[self.place[x] for x in w.edge.children] for _, w in rows]
             found.append(
                 Level(
@@ -358,14 +359,14 @@ class Survey:
         if not way.edge.children:
             return Arithmetic(None, False, None, 0)
         closed = self.mask(way.edge.axes) & self.splits
-        return Arithmetic(frozenset(way.axes), way.matmul, c if closed else None, closed)
+        return Arithmetic(way.axes, way.matmul, c if closed else None, closed)
 
     def _seconds(self, work: Arithmetic) -> Floats:
         """Seconds of computing a class, in each assignment."""
         p = self.p
         if work.axes is None:
             return np.full(len(self.assignments), 1e-12)
-        volume = math.prod(p.sizes[a] for a in work.axes) * (self.replication(tuple(work.axes)) + TIE)
+        volume = math.prod(p.sizes[a] for a in work.axes) * (self.replication(work.axes) + TIE)
         rate = p.device.matmul_rate(p.dtype) / 2 if work.matmul else p.device.vector_flops / VECTOR_WEIGHT
         seconds: Floats = volume / rate / self.busy + 1e-11
         if (c := work.partial) is None:
@@ -421,10 +422,10 @@ class Survey:
                 result = result * np.where(self.grid & self.bit[a] != 0, self.p.sizes[a], 1)
         return result
 
-    def _loaded(self, c: int) -> Floats:
-        """Seconds to load the class into all blocks that want it."""
-        d, size = self.p.device, self.p.bytes(c)
-        seconds = size / d.bandwidth + size * (self.replication(self.p.axes(c)) - 1) / d.l2_bytes_per_second
+    def _loaded(self, axes: tuple[str, ...], size: float) -> Floats:
+        """Seconds to load so many bytes over the axes into all blocks that want them."""
+        d = self.p.device
+        seconds = size / d.bandwidth + size * (self.replication(axes) - 1) / d.l2_bytes_per_second
         return np.asarray(seconds / np.minimum(1.0, 2 * self.busy))
 
     def outcome(self, alone: bool) -> Outcome:
@@ -451,21 +452,26 @@ class Outcome:
         n = len(s.assignments)
         may_load = np.isfinite(prices)[:, None] & (s.loadable < INFEASIBLE)
         self.loading: Floats = np.where(may_load, s.loading + np.array(prices)[:, None], math.inf)
-        self.local = np.vstack([self.loading, np.zeros((1, n))])  # the last row: no operand
-        self.chain = self.local.copy()
-        self.least = np.vstack([np.where(may_load, s.loadable, INFEASIBLE), np.ones((1, n), dtype=np.int8)])
+        self.local = self.loading.copy()
+        # by class, its least pass and the cost of its path; the last row: no operand
+        table = np.empty((len(s.order) + 1, 2, n))
+        table[:-1, 0], table[:-1, 1] = np.where(may_load, s.loadable, INFEASIBLE), self.loading
+        table[-1, 0], table[-1, 1] = 1, 0.0
         ways = s.levels[-1].ways.stop if s.levels else 0
         self.seconds = np.empty((ways, n))
         every = np.arange(n)
         for level in s.levels:
-            need = self.least[level.operands].max(axis=0, initial=1)
-            below = self.chain[level.operands].max(axis=0, initial=0.0)
-            at = s.tables[level.passes[:, None], np.minimum(need, s.last + 2) - 1, every]
-            seconds = np.where(at < INFEASIBLE, s.seconds[level.seconds], math.inf)
-            self.seconds[level.ways] = seconds
-            for table, found in ((self.least, at), (self.local, seconds), (self.chain, seconds + below)):
-                best = np.minimum.reduceat(found, level.starts, axis=0)
-                table[level.places] = np.minimum(table[level.places], best)
+            found = table[level.operands].max(axis=0)
+            need = np.minimum(found[:, 0], s.last + 2).astype(np.intp) - 1
+            found[:, 0] = at = s.tables[level.passes[:, None], need, every]
+            self.seconds[level.ways] = seconds = np.where(at < INFEASIBLE, s.seconds[level.seconds], math.inf)
+            found[:, 1] += seconds
+            table[level.places] = np.minimum(table[level.places], np.minimum.reduceat(found, level.starts, axis=0))
+        if s.levels:
+            places = [place for level in s.levels for place in level.places]
+            starts = [level.ways.start + at for level in s.levels for at in level.starts]
+            self.local[places] = np.minimum(self.local[places], np.minimum.reduceat(self.seconds, starts, axis=0))
+        self.least, self.chain = table[:-1, 0], table[:-1, 1]
         self.starts = {r: self._start(r) for r in s.roots}
         self.bounds = self._bounds()
 
@@ -480,7 +486,7 @@ class Outcome:
         """Of one assignment, by class: its open axes as bits, its least pass, its own cost, that of its path."""
         s = self.survey
         opened, least, local, chain = (
-            dict(zip(s.order, table[:, n].tolist(), strict=False))  # the last row is no class
+            dict(zip(s.order, table[:, n].tolist(), strict=True))
             for table in (s.open, self.least, self.local, self.chain)
         )
         return opened, least, local, chain

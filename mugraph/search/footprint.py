@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -112,8 +113,14 @@ class Footprint:
         along = {a: -(-sizes[a] // t) for a, t in tiles.items()}
         width = {a: np.minimum(t, sizes[a]) for a, t in tiles.items()}
 
+        @cache
         def elements(axes: tuple[str, ...]) -> Amount:
             return math.prod([width[a] if a in width else sizes[a] for a in axes])
+
+        @cache
+        def computed(joined: tuple[str, ...], absent: tuple[str, ...]) -> Amount:
+            padded = [along[a] * tiles[a] if a in tiles else sizes[a] for a in joined]
+            return 1.0 * math.prod([*padded, *(along[a] for a in absent)])
 
         def waste(run: str | None, element: float) -> Amount:
             """Bytes that move for each byte that is wanted: short runs waste the rest of a sector."""
@@ -139,8 +146,7 @@ class Footprint:
         products: list[Product] = []
         depth: Amount = 1
         for s in self.steps:
-            volume = math.prod([along[a] * tiles[a] if a in tiles else sizes[a] for a in s.joined])
-            volume = 1.0 * volume * math.prod([along[a] for a in s.absent])
+            volume = computed(s.joined, s.absent)
             if s.sides:
                 products.append(Product(volume, elements(s.sides[0]), elements(s.sides[1]), s.dtype))
                 depth = depth + np.maximum(1, elements(s.depth) // 16)

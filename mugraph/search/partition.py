@@ -12,12 +12,14 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mugraph.search.closure import Edge
-from mugraph.search.cost import STAGES, Amount, Prediction, predict_beside, predict_each
+from mugraph.search.cost import STAGES, Amount, Prediction, Work, columns, predict_beside, predict_each
 from mugraph.search.derive import KernelSearch
 from mugraph.search.extract import (
     COMPUTED_TILE,
@@ -70,14 +72,30 @@ class Choice:
                 return several
 
 
+class Tilings(NamedTuple):
+    """A kernel, and for each axis the tile sizes at which it is looked at, side by side."""
+
+    derivation: Derivation
+    footprint: Footprint
+    tiles: Mapping[str, NDArray[np.float64]]
+
+    @property
+    def width(self) -> int:
+        return len(next(iter(self.tiles.values()), (1,)))
+
+
 class Partition:
     def __init__(self, problem: Problem, space: SearchSpace, stop: Callable[[], bool] = lambda: False) -> None:
         self.p, self.space, self.stop = problem, space, stop
+        self.fixed = dict(space.tiles)
+        self.whole = {a: power_of_two(size) for a, size in problem.sizes.items()}
         self.choices: dict[tuple[int, ...], list[Choice]] = {}
         self._batch: dict[tuple[int, ...], tuple[frozenset[str], frozenset[str]]] = {}
         self._shapes: dict[tuple[int, ...], list[tuple[str, ...]]] = {}
         self._alone: dict[tuple[int, ...], list[Choice]] = {}
         self._derived: dict[tuple[Survey, int, bool], tuple[float, float, Derivation | None]] = {}
+        self._tiled: dict[Derivation, Choice | None] = {}  # at their best tiles
+        self._works: dict[Derivation, Work] = {}
         self._at_prices: dict[tuple[tuple[int, ...], tuple[tuple[int, float], ...]], list[Choice]] = {}
         self._surveys: dict[tuple[tuple[int, ...], int], Survey | None] = {}
         self.configurations = self.entries = 0
@@ -125,7 +143,7 @@ class Partition:
 
     def cost(self, plan: Sequence[Choice]) -> float:
         """Seconds of all launches of a plan; a split counts by its margin."""
-        return sum(map(_with_margin, plan))
+        return math.fsum(map(_with_margin, plan))  # whatever their order
 
     def at_prices(self, memory: dict[int, float], roots: tuple[int, ...]) -> list[Choice]:
         """The kernels for these roots where the classes of `memory`, and no others, may be loaded."""
@@ -176,7 +194,7 @@ class Partition:
 
     def best(self, derivations: list[Derivation]) -> list[Choice]:
         """The few that the full model likes best, each at its best tiles."""
-        tiled = [self.tiled(d) for d in derivations]
+        tiled = self.tiled(derivations)
         self.p.untiled += tiled.count(None)
         return sorted((c for c in tiled if c), key=self.rank)[:KEPT]
 
@@ -362,10 +380,10 @@ class Partition:
     def default_tiles(self, roots: tuple[int, ...], roles: Roles, shrink: int, single: bool = True) -> dict[str, int]:
         """Where the extraction starts; the full model moves them.  `single`: an axis that some matmul keeps from both
         sides is cut to single elements."""
-        fixed, (never, kept) = dict(self.space.tiles), self.batch_axes(roots)
+        fixed, (never, kept) = self.fixed, self.batch_axes(roots)
         tiles = {}
         for a in (*roles.grid, *sorted(roles.loops)):
-            whole = power_of_two(self.p.sizes[a])
+            whole = self.whole[a]
             one = a in never or (single and a in kept)
             size = min(64, whole) if a in roles.loops else 1 if one else max(1, min(64, whole) // shrink)
             tiles[a] = min(fixed.get(a, size), whole)
@@ -378,7 +396,7 @@ class Partition:
         if roots not in self._shapes:
             self._shapes[roots] = sorted({p.axes(c) for r in roots for c in p.below[r]})
         found = dict(tiles)
-        for a in sorted(roles.loops - dict(self.space.tiles).keys()):
+        for a in sorted(roles.loops - self.fixed.keys()):
             shapes = [axes for axes in self._shapes[roots] if a in axes]
             beside = max((math.prod([p.limits[x] for x in axes if x not in tiles]) for axes in shapes), default=1)
             while found[a] > 1 and found[a] * beside > COMPUTED_TILE:
@@ -401,46 +419,75 @@ class Partition:
 
     # -- tiles
 
-    def tiled(self, d: Derivation) -> Choice | None:
-        """The kernel at the tile sizes that the full model likes best; None if no tile fits the device."""
-        footprint = Footprint(self.p, d)
-        axes = [a for a, _ in d.tiles]
-        tiles = dict(zip(axes, self.tilings(d, footprint), strict=True))
-        excess, seconds, predicted = self.fit(footprint, tiles)
-        seconds = np.where(excess > 0, math.inf, seconds) + np.zeros(len(tiles[axes[0]]) if axes else 1)
-        least = float(seconds.min())
-        if math.isinf(least):
-            return None
-        best = int(np.flatnonzero(seconds <= least * (1 + 1e-9))[0])
-        d = replace(d, tiles=tuple((a, int(tiles[a][best])) for a in axes))
-        return Choice(d.roots, d, predicted(best), self.needs(d))
+    def tiled(self, derivations: Sequence[Derivation]) -> list[Choice | None]:
+        """Each kernel at the tile sizes that the full model likes best; None if no tile fits the device."""
+        batch: list[Tilings] = []
+        waiting = 0
+        for d in dict.fromkeys(derivations):
+            if d not in self._tiled:
+                batch.append(self.tilings(d))
+                waiting += batch[-1].width
+                if waiting > MOST_TILINGS:
+                    self._tile(batch)
+                    batch, waiting = [], 0
+        self._tile(batch)
+        return [self._tiled[d] for d in derivations]
 
-    def tilings(self, d: Derivation, footprint: Footprint) -> list[NDArray[np.float64]]:
-        """For each axis its tile sizes, side by side: all powers of two together, those next to where the extraction
-        started first."""
-        fixed = dict(self.space.tiles)
-        sides = []
-        for a, start in d.tiles:
-            most = min(MATMUL_TILE if a in footprint.multiplied else ROW_TILE, power_of_two(self.p.sizes[a]))
-            sides.append([start] if a in fixed else [1 << n for n in range(most.bit_length())])
-        step = 1
-        while math.prod(-(-len(side) // step) for side in sides) > MOST_TILINGS:
-            step += 1
-        grid = np.meshgrid(*(np.array(side[::step], float) for side in sides), indexing="ij")
-        flat = [g.ravel() for g in grid]
-        away = sum((abs(np.log2(g / t)) for g, (_, t) in zip(flat, d.tiles, strict=True)), np.zeros(1))
-        order = np.argsort(away, kind="stable")
-        return [g[order] for g in flat]
+    def _tile(self, batch: Sequence[Tilings]) -> None:
+        if not batch:
+            return
+        excess, seconds, predicted = self.fit(batch)
+        seconds = np.where(excess > 0, math.inf, seconds)
+        first = 0
+        for t in batch:
+            here = seconds[first : first + t.width]
+            least = float(here.min())
+            self._tiled[t.derivation] = None
+            if least < math.inf:
+                best = int((here <= least * (1 + 1e-9)).argmax())
+                d = replace(t.derivation, tiles=tuple((a, int(sizes[best])) for a, sizes in t.tiles.items()))
+                self._tiled[t.derivation] = Choice(d.roots, d, predicted(first + best), self.needs(d))
+            first += t.width
 
-    def fit(
-        self, footprint: Footprint, tiles: Mapping[str, Amount]
-    ) -> tuple[Amount, Amount, Callable[[int], Prediction]]:
-        """How far tiles exceed the device, the predicted seconds, and all that is predicted for the n-th."""
-        work = footprint.work(tiles)
-        excess = footprint.excess(tiles)
+    def work(self, d: Derivation) -> Work:
+        """What a kernel does, at its own tiles."""
+        if d not in self._works:
+            self._works[d] = work_of(self.p, d)
+        return self._works[d]
+
+    def tilings(self, d: Derivation) -> Tilings:
+        """All powers of two together, those next to where the extraction started first."""
+        fixed, footprint = self.fixed, Footprint(self.p, d)
+        most = {a: min(MATMUL_TILE if a in footprint.multiplied else ROW_TILE, self.p.sizes[a]) for a, _ in d.tiles}
+        sides = tuple((start, 0 if a in fixed else power_of_two(most[a])) for a, start in d.tiles)
+        return Tilings(d, footprint, dict(zip(most, powers_of_two(sides), strict=True)))
+
+    def fit(self, batch: Sequence[Tilings]) -> tuple[Amount, Amount, Callable[[int], Prediction]]:
+        """How far tiles exceed the device, the predicted seconds, and all that is predicted for the n-th: for all
+        kernels, side by side."""
+        work = columns([t.footprint.work(t.tiles) for t in batch], [t.width for t in batch])
+        excess = np.concatenate([t.footprint.excess(t.tiles) + np.zeros(t.width) for t in batch])
         excess = excess + np.maximum(0, STAGES * work.stage + work.resident - self.p.device.shared_bytes_per_block)
         excess = excess + np.maximum(0, work.accumulators - ACCUMULATED)
         return excess, *predict_each(work, self.p.device)
+
+
+@lru_cache(1024)
+def powers_of_two(sides: tuple[tuple[int, int], ...]) -> list[NDArray[np.float64]]:
+    """Of some (start, most), all powers of two up to `most` together (0: only the start), those next to the starts
+    first."""
+    lengths = [most.bit_length() or 1 for _, most in sides]
+    step = 1
+    while math.prod(-(-n // step) for n in lengths) > MOST_TILINGS:
+        step += 1
+    each = [
+        np.exp2(np.arange(0, n, step)) if most else np.array([float(start)])
+        for n, (start, most) in zip(lengths, sides, strict=True)
+    ]
+    flat = [g.ravel() for g in np.meshgrid(*each, indexing="ij")]
+    away = sum((abs(np.log2(g / start)) for g, (start, _) in zip(flat, sides, strict=True)), np.zeros(1))
+    order = np.argsort(away, kind="stable")
+    return [g[order] for g in flat]
 
 
 def power_of_two(n: int) -> int:
@@ -641,15 +688,16 @@ def _beside(run: Partition, plan: list[Choice], a: Choice, b: Choice) -> Choice 
                 return None
     if set(b.roots) & _downstream(plan, set(a.roots)):
         return None
-    prediction = predict_beside([work_of(run.p, d) for d in how], run.p.device)
+    prediction = predict_beside([run.work(d) for d in how], run.p.device)
     return Choice(a.roots + b.roots, tuple(how), prediction, tuple(sorted({*a.needs, *b.needs})))
 
 
-def resized(run: Partition, plan: Sequence[Choice]) -> list[Choice] | None:
-    """A plan that was found at other sizes, at those of this run: its launches at their best tiles.  None where one of
-    them is not in the space there."""
-    found = [_resized(run, choice) for choice in plan]
-    return None if None in found else [c for c in found if c]
+def resized(run: Partition, plans: Sequence[Sequence[Choice]]) -> list[list[Choice]]:
+    """Plans that were found at other sizes, at those of this run: their launches at their best tiles.  Without those
+    of which a launch is not in the space there."""
+    run.tiled([d for plan in plans for c in plan for d in c.derivations])  # all at once
+    found = [[_resized(run, choice) for choice in plan] for plan in plans]
+    return [[c for c in plan if c] for plan in found if None not in plan]
 
 
 def _resized(run: Partition, choice: Choice) -> Choice | None:
@@ -663,12 +711,12 @@ def _resized(run: Partition, choice: Choice) -> Choice | None:
     for d in choice.derivations:
         if d.roles.split and d.roles.split[1] not in run.split_counts(d.roots, d.roles.grid, d.roles.split[0]):
             return None
-        if (tiled := run.tiled(d)) is None:
+        if (tiled := run.tiled([d])[0]) is None:
             return None
         if isinstance(choice.how, Derivation):
             return tiled
         how += tiled.derivations
-    prediction = predict_beside([work_of(p, d) for d in how], p.device)
+    prediction = predict_beside([run.work(d) for d in how], p.device)
     return replace(choice, how=tuple(how), prediction=prediction)
 
 

@@ -176,8 +176,8 @@ class Setup:
         targets, _ = targets_of(self.here, self.known, self.seeds)
         fixed = self.fixed(problem, targets)
         plans, run = partition_with_ahead(problem, fixed, space, targets, self.stop)
-        others = [found for plan in known if plan and not fixed.launches(plan) and (found := resized(run, plan))]
-        plans += [plan for plan in others if plan not in plans]
+        others = resized(run, [plan for plan in known if plan and not fixed.launches(plan)])
+        plans = others + [plan for plan in plans if plan not in others]  # of equal ones the known: fewer structures
         if others or self.boundaries:  # what a plan computes of them itself is no call
 
             def cost(plan: list[Choice]) -> float:
