@@ -211,7 +211,7 @@ class Read:
     grid: tuple[tuple[Amount, Amount], ...]
     waste: Amount = 1.0
 
-    @property
+    @cached_property
     def copies(self) -> Amount:
         """How often blocks read each element."""
         return math.prod(np.where(cut, 1, n) for n, cut in self.grid)
@@ -235,7 +235,7 @@ class Product:
     columns: Amount
     dtype: DType
 
-    @property
+    @cached_property
     def padded(self) -> Amount:
         """Multiply-adds of matrix instructions, whose sides have at least 16 elements."""
         return self.volume * np.maximum(1.0, LEAST_SIDE / self.rows) * np.maximum(1.0, LEAST_SIDE / self.columns)
@@ -267,7 +267,7 @@ class Work:
     accumulators: Amount
     depth: Amount
 
-    @property
+    @cached_property
     def unique(self) -> Amount:
         """Bytes that must move: each tensor once."""
         total = self.written

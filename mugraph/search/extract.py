@@ -89,6 +89,13 @@ class Derivation:
     steps: tuple[Step, ...]
     cost: float
 
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.roots, self.roles, self.tiles, self.steps))
+
     def loads(self) -> list[Step]:
         return [s for s in self.steps if s.option.edge is None]
 
@@ -247,7 +254,7 @@ class Level(NamedTuple):
     places: list[int]  # in the topological order, of the class of each way in turn
     starts: list[int]  # where the ways of each begin
     operands: Ints  # places of the operands of each way; the last place of all where it has fewer
-    passes: Ints  # row of `Survey.passes_of` of each way
+    tables: Ints  # where in `Survey.tables` that of each way begins, for each assignment
     seconds: Ints  # row of `Survey.seconds` of each way
 
 
@@ -330,7 +337,7 @@ class Survey:
         for c in self.order:
             height[c] = 1 + max((height[x] for w in p.ways[c] for x in w.edge.children), default=-1)
         seconds, found = _Rows[Arithmetic](), list[Level]()
-        first, none = 0, len(self.order)
+        first, none, every = 0, len(self.order), np.arange(len(self.assignments))
         for _, group in itertools.groupby(sorted(self.order, key=height.__getitem__), key=height.__getitem__):
             classes = [c for c in group if p.ways[c]]
             rows = [(c, w) for c in classes for w in p.ways[c]]
@@ -346,7 +353,9 @@ class Survey:
                     [self.place[c] for c in classes],
                     starts,
                     np.array([x + [none] * (widest - len(x)) for x in below], dtype=np.int64).T,
-                    np.array([passes.row((p.axes(c), self.mask(w.edge.axes), COMPUTED_TILE)) for c, w in rows]),
+                    np.array([[passes.row((p.axes(c), self.mask(w.edge.axes), COMPUTED_TILE))] for c, w in rows])
+                    * ((self.last + 2) * len(every))
+                    + every,
                     np.array([seconds.row(self._work(c, w)) for c, w in rows]),
                 )
             )
@@ -459,11 +468,10 @@ class Outcome:
         table[-1, 0], table[-1, 1] = 1, 0.0
         ways = s.levels[-1].ways.stop if s.levels else 0
         self.seconds = np.empty((ways, n))
-        every = np.arange(n)
         for level in s.levels:
             found = table[level.operands].max(axis=0)
             need = np.minimum(found[:, 0], s.last + 2).astype(np.intp) - 1
-            found[:, 0] = at = s.tables[level.passes[:, None], need, every]
+            found[:, 0] = at = s.tables.take(level.tables + need * n)
             self.seconds[level.ways] = seconds = np.where(at < INFEASIBLE, s.seconds[level.seconds], math.inf)
             found[:, 1] += seconds
             table[level.places] = np.minimum(table[level.places], np.minimum.reduceat(found, level.starts, axis=0))
