@@ -109,7 +109,7 @@ def test_the_full_model_prefers_no_assignment_that_was_pruned(name: str) -> None
     survey, costs = everything(run, targets[:1])
     outcome = survey.outcome(True)
     found = [KernelSearch(outcome, n).run(math.inf) for n, cost in enumerate(costs) if math.isfinite(cost)]
-    tiled = [run.tiled(d) for d in found if d is not None]
+    tiled = run.tiled([d for d in found if d is not None])
     best = min(c.prediction.seconds for c in tiled if c is not None)
     assert min(c.prediction.seconds for c in ranked if not c.needs) <= best * 1.02
 

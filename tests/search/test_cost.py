@@ -24,12 +24,14 @@ from mugraph.search.cost import (
     Work,
     beside,
     blocks_at_once,
+    columns,
     device,
     dram_bytes,
     explain,
     floor_seconds,
     predict,
     predict_attention,
+    predict_each,
     predict_library,
     predict_matmul,
     sheet_devices,
@@ -203,6 +205,20 @@ def test_two_works_beside_each_other_take_as_long_as_each_of_them(a: Work, b: Wo
     assert both.flops == pytest.approx(a.flops + b.flops)
     assert both.unique <= (a.unique + b.unique) * (1 + 1e-9)
     assert beside([a]) == replace(a, writing=pytest.approx(a.writing)) or a.written == 0
+
+
+@settings(max_examples=60)
+@given(st.lists(works(), min_size=1, max_size=4), st.sampled_from(NAMES), st.integers(1, 3))
+def test_works_in_columns_are_predicted_as_each_alone(several: list[Work], name: str, width: int) -> None:
+    d = sheet_devices()[name]
+    seconds, predicted = predict_each(columns(several, [width] * len(several)), d)
+    for n, work in enumerate(several):
+        alone = predict(work, d)
+        for column in range(n * width, (n + 1) * width):
+            there = predicted(column)
+            assert seconds[column] == pytest.approx(alone.seconds)
+            assert dict(there.terms) == pytest.approx(dict(alone.terms))
+            assert (there.unique_bytes, there.flops) == pytest.approx((alone.unique_bytes, alone.flops))
 
 
 # -- what the limits answer to

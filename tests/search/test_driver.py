@@ -1,5 +1,6 @@
 """The search end to end: what it does with refusals, limits, operators that it does not know, and odd programs."""
 
+import gc
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -85,6 +86,35 @@ def test_when_all_plans_are_refused_the_program_runs_as_it_stands() -> None:
 def test_when_the_program_itself_is_refused_the_error_comes_out() -> None:
     with pytest.raises(VerificationError):
         search(SMALL["lora"](), accept=Refusing(1000))
+
+
+def test_garbage_is_collected_as_usual_after_searches_that_overlap_or_fail() -> None:
+    usual = gc.get_threshold()
+    seen = list[tuple[int, int, int]]()
+
+    def nested(graph: KernelGraph) -> None:
+        seen.append(gc.get_threshold())
+        search(SMALL["softmax"](), accept=lambda graph: seen.append(gc.get_threshold()))
+        seen.append(gc.get_threshold())
+        raise OverflowError
+
+    with pytest.raises(OverflowError):
+        search(SMALL["softmax"](), accept=nested)
+    assert len(seen) > 2
+    assert set(seen) == {tuple(map(max, usual, (50_000, 20, 100)))}
+    assert gc.get_threshold() == usual
+
+
+def test_who_wants_no_garbage_collection_gets_none() -> None:
+    usual = gc.get_threshold()
+    gc.set_threshold(0)
+    try:
+        seen = set[int]()
+        search(SMALL["softmax"](), accept=lambda graph: seen.add(gc.get_threshold()[0]))
+        assert seen == {0}
+        assert gc.get_threshold()[0] == 0
+    finally:
+        gc.set_threshold(*usual)
 
 
 def test_other_errors_of_accept_are_not_swallowed() -> None:

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 
@@ -15,7 +16,7 @@ from mugraph.search.cost import device
 from mugraph.search.driver import Found, search
 from mugraph.search.extract import Derivation
 from mugraph.search.footprint import Footprint
-from mugraph.search.partition import Choice, Partition, partition, power_of_two
+from mugraph.search.partition import Choice, Partition, Tilings, partition, power_of_two
 from mugraph.search.setup import exponential_degree, may_be_materialised
 from mugraph.search.space import SearchSpace
 from tests.search import programs
@@ -132,9 +133,20 @@ def test_tiles_fit_the_device() -> None:
     for name in PROGRAMS:
         plans, run = plans_of(getattr(programs, name)(), SearchSpace())
         for choice in (c for plan in plans for c in plan if isinstance(c.how, Derivation)):
-            excess, seconds, _ = run.fit(Footprint(run.p, choice.how), dict(choice.how.tiles))
+            tiles = {a: np.array([float(size)]) for a, size in choice.how.tiles}
+            excess, seconds, _ = run.fit([Tilings(choice.how, Footprint(run.p, choice.how), tiles)])
             assert excess == 0
             assert seconds == choice.prediction.seconds
+
+
+@pytest.mark.parametrize("name", ["gated_mlp", "lora", "mha", "rmsnorm_linear"])
+def test_kernels_that_are_tiled_together_get_the_tiles_of_each_alone(name: str) -> None:
+    problem, targets = problem_of(getattr(programs, name)(), SearchSpace())
+    run = Partition(problem, SearchSpace())
+    several = run.derivations(targets[:1], True, 4.0)
+    assert len(several) > 2
+    assert run.tiled(several) == [Partition(problem, SearchSpace()).tiled([d])[0] for d in several]
+    assert run.tiled([]) == []
 
 
 def test_plans_materialise_what_they_load_first() -> None:

@@ -263,8 +263,7 @@ def test_a_plan_of_one_size_is_a_plan_at_another() -> None:
     task, _ = set_up(program, lambda graph: graph, SearchSpace(), device())
     plan = task.choose(task.solve(16)).plan
     other = task.solve(64, [plan])
-    again = resized(other.run, plan)
-    assert again is not None
+    (again,) = resized(other.run, [plan])
     assert structure(again, task.here.axes) == structure(plan, task.here.axes)
     assert again in other.plans
     assert other.run.cost(other.plans[0]) <= other.run.cost(again)
@@ -275,9 +274,10 @@ def test_a_plan_that_another_size_does_not_admit_is_none_there() -> None:
     task, _ = set_up(split, lambda graph: graph, SearchSpace(), device())
     at = task.solve(16)
     plan = next(p for p in at.plans if any(d.roles.split for c in p for d in c.derivations))
-    assert resized(at.run, plan) is not None
+    assert resized(at.run, [plan]) != []
     (choice,) = [c for c in plan if any(d.roles.split for d in c.derivations)][:1]
     d = choice.derivations[0]
     assert d.roles.split is not None
     odd = replace(choice, how=replace(d, roles=replace(d.roles, split=(d.roles.split[0], 3))))
-    assert resized(at.run, [odd]) is None
+    assert resized(at.run, [[odd]]) == []
+    assert resized(at.run, [[odd], plan]) == resized(at.run, [plan])
