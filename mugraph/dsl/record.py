@@ -119,6 +119,10 @@ class Recorder:
     def atoms(self, value: Value) -> tuple[Var, ...]:
         return self.axes.atoms(value.vars)
 
+    def is_given(self, value: Value) -> bool:
+        """Whether it is an input: those have the first numbers."""
+        return not self.steps or value.number < self.steps[0].target.number
+
     def lacking(self, value: Value, vars: Iterable[Var]) -> tuple[Var, ...]:
         """The atoms along which the value is only repeated."""
         own = set(self.atoms(value))

@@ -21,6 +21,7 @@ from mugraph.dsl.unify import Var, VarDim, VarDims, divides
 from mugraph.errors import CaptureError, ShapeError, UnsupportedOpError
 from mugraph.ir.axes import Dim, Monomial, Size, dims_of, over, product, times
 from mugraph.ir.ops import (
+    COMMUTATIVE,
     Cast,
     Compare,
     Concat,
@@ -724,8 +725,12 @@ def _each(op: PureOp, name: str, xs: Sequence[Tensor], dtype: DType, agree: int 
     """One elementwise operator; operands from number `agree` on are brought to `dtype`."""
     recorder = xs[0].recorder
     labels, n = _right_aligned(xs)
-    met = meet(name, xs, labels)
-    values = met.values
+    order = list(range(len(xs)))
+    if isinstance(op, Elementwise) and op.fn in COMMUTATIVE:
+        # whichever stands first, an input goes under the axes of what is computed
+        order.sort(key=lambda i: recorder.is_given(xs[i].value))
+    met = meet(name, [xs[i] for i in order], [labels[i] for i in order])
+    values = [met.values[order.index(i)] for i in range(len(xs))]
     if agree is not None:
         values = [*values[:agree], *_agreeing(recorder, values[agree:], dtype)]
     dims = met.dims(range(n))

@@ -43,6 +43,9 @@ class Elementwise:
     attrs: tuple[tuple[str, str | Fraction], ...] = ()
 
 
+COMMUTATIVE = ("add", "mul", "max", "min")  # to the verifier too: it takes comparisons for functions of their order
+
+
 @dataclass(frozen=True)
 class Compare:
     """Elementwise comparison; the result is bool."""

@@ -5,6 +5,8 @@
 A value has *degree* d if it carries exp(-d·m) as a factor when every e is multiplied by exp(-m); m varies along those
 axes of s that no sum of such a value closes.  Where all outputs have degree 0 the shift changes nothing; a logarithm
 adds d·m back.  What kernels do for themselves (`codegen.stabilise`), this does for equations that run as they stand.
+
+A sum over an axis of size 1 is no sum: there m is s itself.
 """
 
 from __future__ import annotations
@@ -33,10 +35,10 @@ LOWEST = Fraction(-(10**38))  # under a mask; f16 reaches to -65,504
 LOWEST_F16 = Fraction(-65_504)
 
 
-def shifted(program: Program) -> Program:
-    """The same program, each exponential shifted that can be."""
+def shifted(program: Program, unsummed: bool = False) -> Program:
+    """The same program, each exponential shifted that can be; with `unsummed` only those that no sum closes."""
     for op, args in dict.fromkeys((e.op, e.args) for e in program.equations if is_exponential(e.op)):
-        program = _shifted(program, [e for e in program.equations if (e.op, e.args) == (op, args)])
+        program = _shifted(program, [e for e in program.equations if (e.op, e.args) == (op, args)], unsummed)
     return program
 
 
@@ -44,7 +46,7 @@ def is_exponential(op: Op) -> bool:
     return isinstance(op, MaskedExp) or op == Elementwise("exp")
 
 
-def _shifted(program: Program, same: list[Equation]) -> Program:
+def _shifted(program: Program, same: list[Equation], unsummed: bool) -> Program:
     """`same`: the equations of one exponential."""
     e = same[0]
     degrees = _degrees(program, {q.target.name for q in same})
@@ -56,7 +58,7 @@ def _shifted(program: Program, same: list[Equation]) -> Program:
     closed = tuple(a.name for a in e.target.axes if a.name in summed)
     kept = {a.name for a in e.target.axes} - summed
     logs = [q for q in program.equations if q.op == Elementwise("log") and degrees.get(q.args[0])]
-    if not closed or not _carried(program, degrees, kept):
+    if (closed and unsummed) or not _carried(program, degrees, kept):
         return program
     writer = _Writer(program)
     counted = argument = e.args[0]
@@ -65,7 +67,7 @@ def _shifted(program: Program, same: list[Equation]) -> Program:
         low = writer.add(Const(lowest, e.target.dtype), (), e.target.dtype, ())
         counted = writer.add(Select(), (e.args[1], argument, low), e.target.dtype, e.target.dims)
     dims = tuple(d for d in (tuple(a for a in d if a.name in kept) for d in e.target.dims) if d)
-    most = writer.add(Reduce("max", closed), (counted,), e.target.dtype, dims)
+    most = writer.add(Reduce("max", closed), (counted,), e.target.dtype, dims) if closed else counted
     below = writer.add(Elementwise("sub"), (argument, most), e.target.dtype, e.target.dims)
     found: list[Equation] = []
     for q in program.equations:

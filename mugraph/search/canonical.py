@@ -10,7 +10,7 @@ from typing import Any
 
 from mugraph.ir.axes import Axis, Dim, Monomial, Size
 from mugraph.ir.graph import Equation, Program
-from mugraph.ir.ops import Contract, Elementwise, PureOp, Rename
+from mugraph.ir.ops import COMMUTATIVE, Contract, Elementwise, PureOp, Rename
 from mugraph.ir.types import Tensor
 
 
@@ -77,7 +77,6 @@ def canonical(program: Program) -> Canonical:
     return Canonical(renamed, {axes[a].name: originals[a] for a in axes}, back)
 
 
-COMMUTATIVE = ("add", "mul", "max", "min")  # to the verifier too: it takes comparisons for functions of their order
 ROUNDS = 4
 
 

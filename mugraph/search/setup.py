@@ -290,7 +290,7 @@ def set_up(
 ) -> tuple[Setup, Enumeration | None]:
     """The program's closure, and what the enumerator did to it, if it ran."""
     watch = watch or Watch(math.inf, lambda: False)
-    program = program if space.ahead else program.without_constants()
+    program = shifted(program if space.ahead else program.without_constants(), unsummed=True)
     cut = pieces(ordered(program))
     here = canonical(cut)
     known = meaning(here.program)

@@ -745,17 +745,25 @@ class Fingerprinter:
         return Point(tokens, np.concatenate([fields.keyed_hash(mixed, (fn, k), m) for k, m in (("p", P), ("q", Q))]))
 
     def extreme(self, fn: str, bound: frozenset[Token], args: Sequence[Point]) -> Point:
-        """max or min under a random order of Z_p: commutative, associative, idempotent."""
-        tokens = tuple(dict.fromkeys(t for a in args for t in a.tokens))
+        """max or min under a random order of Z_p in each sample: commutative, associative, idempotent.  Zero comes last
+        in half of them: among many elements it would hardly ever win."""
+        tokens = tuple(dict.fromkeys([SAMPLE, *(t for a in args for t in a.tokens)]))
         kept = min(len(a.words) for a in args)
+        salts = fields.random_words(("order", fn, self.key), (self.samples,), P)
+
+        def rank(words: Words) -> Words:
+            salt = salts.reshape(-1, *[1] * (words.ndim - 2))
+            found: Words = fields.keyed_hash(words[:1] ^ salt, fn, 2**62)
+            return np.where((words[:1] == 0) & (salt % U(2) == 0), U(2**62), found)
+
         words = spread(args[0], tokens)[:kept]
+        words = np.broadcast_to(words, (kept, self.samples, *words.shape[2:]))
         for other in args[1:]:
             words2 = spread(other, tokens)[:kept]
-            left = fields.keyed_hash(words[:1], fn, 2**62) >= fields.keyed_hash(words2[:1], fn, 2**62)
-            words = np.where(left, words, words2)
+            words = np.where(rank(words) >= rank(words2), words, words2)
         for token in sorted(bound & set(tokens)):
             at = tokens.index(token) + 1
-            best = np.expand_dims(fields.keyed_hash(words[:1], fn, 2**62).argmax(axis=at), at)
+            best = np.expand_dims(rank(words).argmax(axis=at), at)
             words = np.concatenate([np.take_along_axis(w[None], best, axis=at) for w in words]).squeeze(at)
             tokens = tokens[: at - 1] + tokens[at:]
         return Point(tokens, words)

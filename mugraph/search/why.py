@@ -41,7 +41,7 @@ from mugraph.search.extract import (
 )
 from mugraph.search.footprint import Footprint
 from mugraph.search.library import ADDED, ATTENTION, Added, Attention, equations_seconds, library_calls, operands
-from mugraph.search.partition import ACCUMULATED, SPLIT_MARGIN, WHOLE, Choice, Partition
+from mugraph.search.partition import ACCUMULATED, KEPT, RUNS, SPLIT_MARGIN, WHOLE, Choice, Partition
 from mugraph.search.pieces import is_free
 from mugraph.search.reading import Flat, Launch, Reading, flattened, operators_of
 from mugraph.search.report import SearchReport, Verify
@@ -670,7 +670,7 @@ class _Question:
             "bound",
             f"{gain}, but no kernel or plan was kept that leads to it: of each kernel the derivations "
             "of least additive cost are ranked",
-            "KEPT derivations, RUNS assignments of roles",
+            f"{KEPT} derivations for each kernel, of {RUNS} assignments of roles",
             "Fix its roles with SearchSpace.grid, loops or tiles",
         )
 

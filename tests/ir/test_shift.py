@@ -11,6 +11,7 @@ from mugraph.ir.check import check
 from mugraph.ir.graph import Program
 from mugraph.ir.ops import Reduce
 from mugraph.ir.shift import shifted
+from mugraph.pipeline import optimize
 from mugraph.runtime.load import load_module
 from mugraph.search.build import baseline
 from mugraph.transpiler.torch import emit
@@ -58,6 +59,37 @@ def test_the_shift_leaves_the_value_and_keeps_it_finite(name: str) -> None:
     # float64 reaches exp(709), so the program as written is its own reference.
     wanted = load_module(emit(program), "p").run(*[v.double() if v.is_floating_point() else v for v in values])
     torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-5)
+
+
+UNSUMMED: dict[str, tuple[Callable[..., object], list[TensorSpec]]] = {
+    "softmax of one": (lambda x: mg.softmax(x), [mg.f32[ROWS, 1]]),
+    "logsumexp of one": (lambda x: mg.logsumexp(x), [mg.f32[ROWS, 1]]),
+    "log-softmax of one": (lambda x: mg.log(mg.softmax(x)), [mg.f32[ROWS, 1]]),
+    "masked": (lambda x, m: mg.softmax(mg.where(m, x, float("-inf"))), [mg.f32[ROWS, 1], mg.bool_[ROWS, 1]]),
+    "one key": (lambda q, k, v: mg.attention(q, k, v), [mg.f32[ROWS, 16], mg.f32[1, 16], mg.f32[1, 16]]),
+    "a mean": (lambda x: mg.logsumexp(mg.mean(x, axis=0, keepdims=True), axis=0), [mg.f32[ROWS]]),
+}
+
+
+@pytest.mark.parametrize("name", UNSUMMED)
+@pytest.mark.parametrize("scale", [300.0, -300.0])
+def test_a_sum_over_one_element_is_shifted_by_it(name: str, scale: float) -> None:
+    fn, types = UNSUMMED[name]
+    program = trace(fn, types, "p")
+    stable = shifted(program, unsummed=True)
+    assert stable != program
+    check(stable)
+    verify(program, stable)
+    assert shifted(trace(SHIFTED["softmax"][0], [X], "p"), unsummed=True) == trace(SHIFTED["softmax"][0], [X], "p")
+
+    torch.manual_seed(0)
+    values = [torch.rand(*(7 if d == ROWS else d for d in t.shape)) + 0.5 for t in types]
+    scale /= 16 if name == "one key" else 1  # float64 reaches exp(709)
+    values = [v > 0 if name == "masked" and i == 1 else v * scale if i == 0 else v for i, v in enumerate(values)]
+    wanted = load_module(emit(program), "p").run(*[v.double() if v.is_floating_point() else v for v in values])
+    for graph in (stable, baseline(program), optimize(program, target="torch").graph):
+        found = load_module(emit(graph), "p").run(*values)
+        torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -317,6 +317,31 @@ def test_two_runs_give_equal_reports_and_graphs(name: str) -> None:
     assert a.report.seconds.keys() == b.report.seconds.keys() == {"closure", "kernels", "verification"}
 
 
+@pytest.mark.parametrize("size", [B, 128])
+def test_an_input_beside_what_is_made_of_it_may_stand_first_or_last(size: Any) -> None:
+    """x and x @ x.T cannot have the same axes: in either order x is the one that gets others."""
+
+    def squared(v: Any) -> Any:
+        return v @ v
+
+    first = verified(trace(lambda x: squared(x + x @ x.mT), [f32[size, size]], "p"))
+    last = verified(trace(lambda x: squared(x @ x.mT + x), [f32[size, size]], "p"))
+    assert first.report.predicted_seconds == last.report.predicted_seconds
+    assert [c.seconds for c in first.report.candidates] == [c.seconds for c in last.report.candidates]
+
+
+@pytest.mark.parametrize(
+    ("fn", "shapes"),
+    [
+        (lambda a: mg.relu(mg.max(a * 0.25)), [(100, 100)]),
+        (lambda a, w: (mg.softmax(a @ w), mg.relu(mg.max(a @ w))), [(100, 100), (100, 7)]),
+        (lambda x: mg.minimum(mg.mean(mg.softmax(x), axis=-1) * 2, mg.mean(mg.softmax(x), axis=-1)), [(13, 7, 5)]),
+    ],
+)
+def test_zero_and_other_numbers_beside_the_maximum_of_many_are_kept(fn: Any, shapes: list[tuple[int, ...]]) -> None:
+    assert any(verified(trace(fn, [f32[s] for s in shapes], "p")).graph.kernels())
+
+
 def test_the_report_says_what_was_done() -> None:
     report = search(programs.rmsnorm_linear(), accept=lambda g: g).report
     text = str(report)

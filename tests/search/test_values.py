@@ -15,7 +15,7 @@ X, Y = v.load("X", "bk"), v.load("Y", "bk")
 W, G, S = v.load("W", "kn"), v.load("G", "k"), v.load("S", "b")
 TWO, HALF = v.number(2), v.number(Fraction(1, 2))
 
-PRINTS = Fingerprinter({a: a for a in "bknm"}, {"n": 6})
+PRINTS = Fingerprinter({a: a for a in "bknm"}, {"n": 6}, samples=32)
 
 
 def same(a: Value, b: Value) -> bool:
@@ -70,6 +70,8 @@ LAWS: dict[str, tuple[Value, Value]] = {
     "max-commutes": (v.call("max", X, Y), v.call("max", Y, X)),
     "max-associates": (v.call("max", X, v.call("max", Y, S)), v.call("max", v.call("max", X, Y), S)),
     "max-idempotent": (v.call("max", X, X), X),
+    "relu-is-max-with-zero": (v.call("relu", X), v.call("max", X, v.number(0))),
+    "relu-of-max": (v.call("relu", v.reduction("max", W, "k")), v.reduction("max", v.call("relu", W), "k")),
     "max-of-max": (v.reduction("max", v.reduction("max", W, "k"), "n"), v.reduction("max", W, "kn")),
 }  # fmt: skip
 
@@ -90,6 +92,9 @@ NEIGHBOURS: dict[str, tuple[Value, Value]] = {
     "max-is-not-min": (v.call("max", X, Y), v.call("min", X, Y)),
     "max-over-axis-is-no-sum": (v.reduction("max", X, "k"), v.total(X, "k")),
     "max-does-not-distribute": (v.reduction("max", v.multiply(X, S), "k"), v.multiply(S, v.reduction("max", X, "k"))),
+    "zero-wins": (v.call("max", v.reduction("max", W, "kn"), v.number(0)), v.reduction("max", W, "kn")),
+    "one-of-two-numbers": (v.call("min", v.number(2), v.number(3)), v.number(3)),
+    "the-other-of-two-numbers": (v.call("min", v.number(2), v.number(3)), v.number(2)),
     "inv-of-sum": (v.invert(v.add(X, Y)), v.add(v.invert(X), v.invert(Y))),
     "negated": (sub(X, Y), sub(Y, X)),
 }  # fmt: skip
