@@ -36,7 +36,8 @@ LOWEST_F16 = Fraction(-65_504)
 
 
 def shifted(program: Program, unsummed: bool = False) -> Program:
-    """The same program, each exponential shifted that can be; with `unsummed` only those that no sum closes."""
+    """The same program, each exponential shifted that can be; with `unsummed` only those that no sum closes, and where
+    the verifier knows that this changes nothing: under a logarithm not if the argument holds an exponential."""
     for op, args in dict.fromkeys((e.op, e.args) for e in program.equations if is_exponential(e.op)):
         program = _shifted(program, [e for e in program.equations if (e.op, e.args) == (op, args)], unsummed)
     return program
@@ -58,7 +59,9 @@ def _shifted(program: Program, same: list[Equation], unsummed: bool) -> Program:
     closed = tuple(a.name for a in e.target.axes if a.name in summed)
     kept = {a.name for a in e.target.axes} - summed
     logs = [q for q in program.equations if q.op == Elementwise("log") and degrees.get(q.args[0])]
-    if (closed and unsummed) or not _carried(program, degrees, kept):
+    if unsummed and (closed or (logs and _is_nested(program, e))):
+        return program
+    if not _carried(program, degrees, kept):
         return program
     writer = _Writer(program)
     counted = argument = e.args[0]
@@ -81,6 +84,17 @@ def _shifted(program: Program, same: list[Equation], unsummed: bool) -> Program:
         else:
             found.append(q)
     return replace(program, equations=tuple(found))
+
+
+def _is_nested(program: Program, e: Equation) -> bool:
+    """Whether the argument of an exponential is made of exponentials."""
+    wanted = set(e.args)
+    for q in reversed(program.equations):
+        if wanted & {t.name for t in q.targets}:
+            if is_exponential(q.op):
+                return True
+            wanted |= set(q.args)
+    return False
 
 
 def _any(degrees: dict[str, int], e: Equation) -> bool:

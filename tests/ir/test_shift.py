@@ -71,6 +71,11 @@ UNSUMMED: dict[str, tuple[Callable[..., object], list[TensorSpec]]] = {
 }
 
 
+def test_a_nested_exponential_that_no_sum_closes_is_left_alone() -> None:
+    program = trace(lambda x: mg.logsumexp(mg.exp(x)), [mg.f32[ROWS, 1]], "p")
+    assert shifted(program, unsummed=True) == program != shifted(program)
+
+
 @pytest.mark.parametrize("name", UNSUMMED)
 @pytest.mark.parametrize("scale", [300.0, -300.0])
 def test_a_sum_over_one_element_is_shifted_by_it(name: str, scale: float) -> None:
