@@ -87,7 +87,7 @@ class Tilings(NamedTuple):
 class Partition:
     def __init__(self, problem: Problem, space: SearchSpace, stop: Callable[[], bool] = lambda: False) -> None:
         self.p, self.space, self.stop = problem, space, stop
-        self.fixed = dict(space.tiles)
+        self.fixed_tiles = dict(space.tiles)
         self.whole = {a: power_of_two(size) for a, size in problem.sizes.items()}
         self.choices: dict[tuple[int, ...], list[Choice]] = {}
         self._batch: dict[tuple[int, ...], tuple[frozenset[str], frozenset[str]]] = {}
@@ -380,7 +380,7 @@ class Partition:
     def default_tiles(self, roots: tuple[int, ...], roles: Roles, shrink: int, single: bool = True) -> dict[str, int]:
         """Where the extraction starts; the full model moves them.  `single`: an axis that some matmul keeps from both
         sides is cut to single elements."""
-        fixed, (never, kept) = self.fixed, self.batch_axes(roots)
+        fixed, (never, kept) = self.fixed_tiles, self.batch_axes(roots)
         tiles = {}
         for a in (*roles.grid, *sorted(roles.loops)):
             whole = self.whole[a]
@@ -396,7 +396,7 @@ class Partition:
         if roots not in self._shapes:
             self._shapes[roots] = sorted({p.axes(c) for r in roots for c in p.below[r]})
         found = dict(tiles)
-        for a in sorted(roles.loops - self.fixed.keys()):
+        for a in sorted(roles.loops - self.fixed_tiles.keys()):
             shapes = [axes for axes in self._shapes[roots] if a in axes]
             beside = max((math.prod([p.limits[x] for x in axes if x not in tiles]) for axes in shapes), default=1)
             while found[a] > 1 and found[a] * beside > COMPUTED_TILE:
@@ -457,7 +457,7 @@ class Partition:
 
     def tilings(self, d: Derivation) -> Tilings:
         """All powers of two together, those next to where the extraction started first."""
-        fixed, footprint = self.fixed, Footprint(self.p, d)
+        fixed, footprint = self.fixed_tiles, Footprint(self.p, d)
         most = {a: min(MATMUL_TILE if a in footprint.multiplied else ROW_TILE, self.p.sizes[a]) for a, _ in d.tiles}
         sides = tuple((start, 0 if a in fixed else power_of_two(most[a])) for a, start in d.tiles)
         return Tilings(d, footprint, dict(zip(most, powers_of_two(sides), strict=True)))
@@ -472,7 +472,7 @@ class Partition:
         return excess, *predict_each(work, self.p.device)
 
 
-@lru_cache(1024)
+@lru_cache(64)  # the largest takes some MB
 def powers_of_two(sides: tuple[tuple[int, int], ...]) -> list[NDArray[np.float64]]:
     """Of some (start, most), all powers of two up to `most` together (0: only the start), those next to the starts
     first."""
