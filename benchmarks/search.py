@@ -7,7 +7,8 @@ A row is a program with all its variants, each searched once for all its numbers
 with candidates accepted unverified; the verification of what it finds is a column of its own.  Seconds and counts are
 sums over the variants; `kernels` and `launches` are the most that any of them takes at the size that stands for its
 rows; `stop_reason` is the first that is not Saturated.  `seconds_to_first` is the time until each variant has its first
-complete μGraph.  `peak_mb` is the resident memory (10^6 bytes) of a fresh process that searches all variants once,
+complete μGraph.  `pace_ms` is the median of a fixed loop of Python, run before each search: seconds compare only where
+the pace does.  `peak_mb` is the resident memory (10^6 bytes) of a fresh process that searches all variants once,
 Python and libraries included.
 
 The ablation shows what each abstraction is worth on the same space: the enumerator builds values bottom-up from the
@@ -47,8 +48,8 @@ from mugraph.search.space import SearchSpace
 from mugraph.verify.equivalence import verify
 
 COLUMNS = (
-    "program", "variants", "seconds_median", "seconds_min", "seconds_max", "seconds_to_first", "states", "classes",
-    "derivations", "pruned", "structures", "kernels", "launches", "peak_mb", "verify_seconds", "stop_reason",
+    "program", "variants", "seconds_median", "seconds_min", "seconds_max", "seconds_to_first", "pace_ms", "states",
+    "classes", "derivations", "pruned", "structures", "kernels", "launches", "peak_mb", "verify_seconds", "stop_reason",
 )  # fmt: skip
 
 ABLATION_COLUMNS = (
@@ -56,6 +57,7 @@ ABLATION_COLUMNS = (
     "wanted", "to_outputs", "to_plan", "stop_reason",
 )  # fmt: skip
 LIMIT = 20_000
+PACE = 200_000  # rounds of the loop
 ROOT = Path(__file__).parent.parent
 
 
@@ -64,7 +66,9 @@ def measured(name: str, repeats: int) -> Row:
     family = FAMILIES[name]
     samples: list[float] = []
     firsts: list[float] = []
+    paces: list[float] = []
     for _ in range(repeats):
+        paces.append(pace_ms())
         gc.collect()
         start = time.perf_counter()
         runs = [run(program, family) for program in family.variants.values()]
@@ -92,8 +96,17 @@ def measured(name: str, repeats: int) -> Row:
         "peak_mb": peak_mb(name),
         "stop_reason": next((s for s in stops if s != "Saturated"), "Saturated"),
         "seconds_to_first": statistics.median(firsts),
+        "pace_ms": statistics.median(paces),
         "verify_seconds": verify_seconds,
     }
+
+
+def pace_ms() -> float:
+    """Milliseconds that a fixed loop takes now."""
+    start, total = time.perf_counter(), 0
+    for n in range(PACE):
+        total += n * n
+    return 1e3 * (time.perf_counter() - start)
 
 
 def verification(program: Program) -> float:
@@ -257,6 +270,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print_table(f"abstractions, at most {options.limit} candidates each", rows, ABLATION_COLUMNS)
     else:
         print_table(f"search, {repeats} runs each", rows, COLUMNS)
+        together = [sum(float(r[c]) for r in rows) for c in ("seconds_median", "seconds_min", "verify_seconds")]
+        print("together: {:.1f} s (medians), {:.1f} s (minima), verification {:.1f} s".format(*together))
     return 0
 
 

@@ -12,8 +12,8 @@ from __future__ import annotations
 import heapq
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping
-from functools import cached_property
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import cache, cached_property
 from typing import NamedTuple
 
 from mugraph.search.extract import (
@@ -31,9 +31,10 @@ from mugraph.search.extract import (
     union,
 )  # fmt: skip
 
-SHARE = 32  # one extraction may use that part of the budget of states
+SHARE, LEAST = 24, 128  # one extraction may use that part of the budget of states, or as many
 BEAM = 2  # states kept per topological level when A* exceeds its budget
-EASY, HARD = 48, 128  # states after which A* begins again with landmarks, and with a tolerance
+EASY = 48  # states after which A* begins again with landmarks, and with a tolerance
+SAVED = 0.1  # of the cost of one pass, at least, by a second over the same axes that is hard to find
 TOLERANCE = 1e-3  # of a cost, which is less than the model is sure of
 MOST_CUTS = 64
 NEGLIGIBLE = 1e-4  # of the cost, below which no more cuts are sought
@@ -214,22 +215,52 @@ class KernelSearch:
 
     # -- extraction
 
-    def run(self, upper: float) -> Derivation | None:
-        """The cheapest derivation with cost below `upper`, or None.  Hard searches begin again with landmarks, then
-        with costs that differ by less than TOLERANCE taken for equal; beyond the budget, a beam."""
-        p = self.p
-        entries = self.start()
-        if entries is None:
-            p.infeasible += 1
+    def run(self, upper: float, once: Callable[[], Derivation | None] = lambda: None) -> Derivation | None:
+        """The cheapest derivation with cost below `upper`; None if there is none, or if it leaves a loop empty.
+
+        Several passes over the same axes are taken for one first: nothing costs less, and mostly one will do for what
+        comes out.  What is hard to find is sought only if it saves enough of what `once` finds, with one pass."""
+        if self.start() is None:
+            self.p.infeasible += 1
             return None
-        start, landmarks = self.encoded(entries), None
-        for most, tolerance in ((EASY, 0.0), (HARD, 0.0), (p.states // SHARE, TOLERANCE)):
+        if self.last < 2 or len(set(self.roles.passes)) > 1:
+            return self.filled(self.extract(upper))
+
+        @cache
+        def worth_it() -> float:
+            found = once()
+            return found.cost * (1 - SAVED) if found else upper
+
+        merged = Merged(self).extract(upper, worth_it)
+        if merged is None or self.one_will_do(merged):
+            return None
+        return self.filled(self.extract(upper, worth_it))
+
+    def filled(self, found: Derivation | None) -> Derivation | None:
+        """A derivation that closes its split axis and leaves no loop empty, or None."""
+        if found is None:
+            return None
+        closed = {a for s in found.steps if s.option.edge for a in s.option.edge.axes}
+        if self.roles.split and self.roles.split[0] not in closed:
+            return None
+        used = {s.entry[1] for s in found.steps if self.open[s.entry[0]]}
+        return found if used.issuperset(range(1, self.last + 1)) else None
+
+    def extract(self, upper: float, worth_it: Callable[[], float] | None = None) -> Derivation | None:
+        """The cheapest derivation with cost below `upper`, or None.  Hard searches begin again with landmarks and below
+        what is worth it; then with costs that differ by less than TOLERANCE taken for equal; beyond the budget, a
+        beam."""
+        p = self.p
+        start, landmarks = self.encoded(self.starts.items()), None
+        for most, tolerance in ((EASY, 0.0), (max(LEAST, p.states // SHARE), TOLERANCE)):
             try:
                 return self.cheapest(start, upper, landmarks, min(most, p.states - p.expanded), tolerance)
             except _Exhausted:
+                upper = min(upper, worth_it()) if worth_it else upper
                 landmarks = landmarks or Landmarks(self, upper)
         p.truncated += 1
-        return self.beam(start)
+        found = self.beam(start)
+        return found if found and found.cost < upper else None
 
     def cheapest(
         self, start: int, upper: float, landmarks: Landmarks | None, most: int, tolerance: float
@@ -287,16 +318,24 @@ class KernelSearch:
         p.infeasible += 1 - bounded
         return None
 
-    def derivation(self, cost: float, trail: Trail) -> Derivation | None:
+    def one_will_do(self, merged: Derivation) -> bool:
+        """Whether no value over the loop needs another that it closes."""
+        after = set[int]()
+        for step in reversed(merged.steps):
+            c = step.entry[0]
+            if not after.isdisjoint(step.option.children):
+                if self.open[c]:
+                    return False
+                after.add(c)
+            elif step.option.loop and not self.open[c]:
+                after.add(c)
+        return True
+
+    def derivation(self, cost: float, trail: Trail) -> Derivation:
         steps: list[Step] = []
         while trail:
             trail, entry, move = trail  # type: ignore[assignment]
             steps.append(Step(entry, move.option, move.children))  # type: ignore[attr-defined, arg-type]
-        if self.roles.split and not any(self.roles.split[0] in s.option.edge.axes for s in steps if s.option.edge):
-            return None  # the split axis must be closed in this kernel
-        used = {s.entry[1] for s in steps if self.open[s.entry[0]]}
-        if not used.issuperset(range(1, self.last + 1)):
-            return None  # a loop without a body
         return Derivation(self.roots, self.roles, tuple(sorted(self.tiles.items())), tuple(steps[::-1]), cost)
 
     def beam(self, start: int) -> Derivation | None:
@@ -316,6 +355,17 @@ class KernelSearch:
                 return None
         cost, trail = levels[0][0]
         return self.derivation(cost, trail)
+
+
+class Merged(KernelSearch):
+    """The search with all passes taken for one, in which each value is paid once, and is there whenever it is needed:
+    no derivation costs less."""
+
+    def __init__(self, search: KernelSearch) -> None:
+        vars(self).update(vars(search), last=0, stride=1, starts=dict.fromkeys(search.starts, 0), _moves={})
+
+    def _placements(self, entry: Entry, option: Option) -> list[int]:
+        return [0]
 
 
 class Landmarks:

@@ -259,8 +259,8 @@ def attention_seconds(p: Problem, c: int, a: Attention) -> Prediction:
 def equations_seconds(
     equations: Sequence[Equation], program: Program, symbolic: int, dtype: DType, on: Device
 ) -> float:
-    """Equations of the program as library calls, one launch each; scalars and views are free, unless they
-    are given back."""
+    """Equations of the program as library calls, one launch each; views are free, unless they are given back, and so
+    are single elements that depend on no input."""
     return sum(seconds_of_each(equations, program, symbolic, dtype, on), 0.0) if equations else 0.0
 
 
@@ -270,6 +270,9 @@ def seconds_of_each(
     """What each of the equations takes as a library call."""
     tensors, found = program.tensors(), list[float]()
     given = {o.value for o in program.outputs}
+    computed = {i.name for i in program.inputs}
+    for e in program.equations:
+        computed.update(t.name for t in e.targets if t.axes or not computed.isdisjoint(e.args))
     sizes = {a.name: representative(a.size, symbolic) for a in program.axes().values()}
     for e in equations:
         found.append(0.0)
@@ -279,15 +282,15 @@ def seconds_of_each(
         if isinstance(e.op, Gather):  # of its operand, only what the index names
             read = [e.target, *read[1:]]
         involved = [*e.targets, *read]
-        axes = {a.name for t in involved for a in t.axes}
-        if axes:
-            moved = bytes_of(involved, sizes)
-            if isinstance(e.op, Contract) and len(e.args) == 2:
-                left, right = (tuple(a.name for a in tensors[x].axes) for x in e.args)
-                out = tuple(a.name for a in e.target.axes)
-                found[-1] = contraction(sizes, left, right, out, moved, dtype, on).seconds
-            else:
-                found[-1] = predict_library(moved, operations_of(sizes, e.op, involved), dtype, on).seconds
+        if computed.isdisjoint(t.name for t in involved):
+            continue
+        moved = bytes_of(involved, sizes)
+        if isinstance(e.op, Contract) and len(e.args) == 2:
+            left, right = (tuple(a.name for a in tensors[x].axes) for x in e.args)
+            out = tuple(a.name for a in e.target.axes)
+            found[-1] = contraction(sizes, left, right, out, moved, dtype, on).seconds
+        else:
+            found[-1] = predict_library(moved, operations_of(sizes, e.op, involved), dtype, on).seconds
     return found
 
 

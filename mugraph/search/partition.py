@@ -250,9 +250,18 @@ class Partition:
                 return None
             if known is not None and self.before(self.needs(known)) == before:
                 return known if known.cost < upper else None
-        d = KernelSearch(outcome, n).run(upper)
+        d = KernelSearch(outcome, n).run(upper, lambda: self.in_one_pass(outcome, n, upper))
         self._derived[key] = self.before(self.needs(d)) if d else 0.0, upper, d
         return d
+
+    def in_one_pass(self, outcome: Outcome, n: int, upper: float) -> Derivation | None:
+        """The cheapest derivation of the same assignment with its first pass only."""
+        a = outcome.survey.assignments[n]
+        once = replace(a.roles, passes=a.roles.passes[:1])
+        for m, other in enumerate(outcome.survey.assignments):
+            if other.roles == once and other.tiles == a.tiles:
+                return self.derivation(outcome, m, upper)
+        return None
 
     def fixed_seconds(self, survey: Survey) -> NDArray[np.float64]:
         """What each assignment costs whatever is computed: its launch, and a second one for the combine of a split."""

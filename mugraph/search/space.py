@@ -58,7 +58,7 @@ class SearchSpace:
     inside: tuple[str, ...] = ()
     nodes: Positive = 4_000
     entries: Positive = 1_000_000
-    states: Positive = 32_000
+    states: Positive = 24_000
     operators: Positive = 20
     segments: Positive = 40
     candidates: Natural = 0

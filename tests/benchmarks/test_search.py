@@ -15,7 +15,7 @@ KEYS = {
     "program", "abstraction", "seconds_median", "seconds_min", "seconds_max", "states", "classes", "derivations",
     "pruned", "deduplicated", "structures", "kernels", "launches", "peak_mb", "stop_reason", "seconds_to_first",
     }  # fmt: skip
-MORE = {"variants", "verify_seconds"}
+MORE = {"variants", "verify_seconds", "pace_ms"}
 
 
 def test_json_is_one_document(capsys: pytest.CaptureFixture[str]) -> None:
@@ -31,6 +31,7 @@ def test_json_is_one_document(capsys: pytest.CaptureFixture[str]) -> None:
     assert 1 == row["kernels"] <= row["launches"] <= 2
     assert 0 < row["seconds_to_first"] < row["seconds_max"]
     assert 20 < row["peak_mb"] < 500
+    assert row["pace_ms"] > 0
 
 
 def test_without_json_it_is_a_table(capsys: pytest.CaptureFixture[str]) -> None:
@@ -38,6 +39,7 @@ def test_without_json_it_is_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     out, err = capsys.readouterr()
     assert "split_k" in out
     assert "stop_reason" in out
+    assert "together: " in out
     assert err == "split_k ...\n"
 
 

@@ -3,15 +3,16 @@ its own beam."""
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
 
 from mugraph.ir.graph import Program
-from mugraph.search import setup
+from mugraph.search import derive, setup
 from mugraph.search.canonical import canonical
 from mugraph.search.cost import device
-from mugraph.search.derive import KernelSearch, kernel_search
+from mugraph.search.derive import KernelSearch, Merged, kernel_search
 from mugraph.search.extract import INFEASIBLE, Derivation, Entry, Option, Problem, Roles
 from mugraph.search.laws import meaning
 from mugraph.search.partition import Partition
@@ -109,6 +110,22 @@ def check_derivation(d: Derivation) -> None:
     assert math.isclose(d.cost, sum(s.option.cost for s in d.steps))
 
 
+def check_passes(kernel: KernelSearch, d: Derivation) -> None:
+    """Operands of an open value lie in its pass, and what a loop closes is asked for after it; each loop is used."""
+    opened, passes = kernel.open, d.roles.passes
+    at: dict[int, set[int]] = {}
+    for c, q in (s.entry for s in d.steps):
+        at.setdefault(c, set()).add(q)
+    for s in d.steps:
+        c, asked = s.entry
+        closes = s.option.loop is not None and not opened[c]
+        assert not opened[c] or set(kernel.p.axes(c)) & d.roles.loops <= set(passes[asked - 1])
+        for x, q in s.children:
+            assert q < asked and set(passes[q - 1]) == set(s.option.loop or ()) if closes else q == asked
+            assert q in at[x] if opened[x] else min(at[x]) <= q
+    assert {q for c in at for q in at[c] if opened[c]} == set(range(1, len(passes) + 1))
+
+
 EXACT = ["gated_mlp", "lora", "mha", "softmax", "own_softmax", "linear_bias_residual", "rmsnorm_linear", "quotient"]
 
 
@@ -125,11 +142,16 @@ def test_a_star_is_as_cheap_as_the_cheapest_of_all_derivations(name: str) -> Non
         if derivation is not None:
             feasible += 1
             check_derivation(derivation)
+            if not kernel.roles.split:
+                check_passes(kernel, derivation)
             assert math.isclose(derivation.cost, cheapest, rel_tol=1e-12)
         elif kernel.p.infeasible > rejected:
             assert start is None or cheapest == math.inf
         else:  # the cheapest leaves a loop empty: other roles hold it
             assert kernel.roles.passes
+            if len(kernel.roles.passes) == 2:
+                assert kernel.extract(math.inf).cost == pytest.approx(cheapest)  # type: ignore[union-attr]
+                assert kernel.filled(kernel.extract(math.inf)) is None
     assert feasible > 0
 
 
@@ -178,6 +200,40 @@ def test_the_bound_is_admissible(program: Program) -> None:
         assert all(
             kernel.bound(kernel.encoded(state)) <= cost * (1 + 1e-12) for state, cost in exhaustive.known.items()
         )
+
+
+def in_two_passes(name: str) -> list[KernelSearch]:
+    """The searches with two passes over one axis."""
+    found = [k for k in kernels_of(SMALL[name](), SearchSpace()) if len(k.roles.passes) == 2 and k.start()]
+    assert found
+    return [k for k in found if k.roles.passes[0] == k.roles.passes[1]]
+
+
+def test_merged_passes_cost_no_more_and_tell_where_one_will_do() -> None:
+    for kernel in in_two_passes("own_softmax"):  # the row is loaded twice
+        merged, found = Merged(kernel).extract(math.inf), kernel.run(math.inf)
+        assert merged is not None
+        assert found is not None
+        assert not kernel.one_will_do(merged)
+        assert merged.cost < found.cost
+    for kernel in in_two_passes("rmsnorm_linear"):  # the sum of squares is needed after the product only
+        merged, found = Merged(kernel).extract(math.inf), kernel.extract(math.inf)
+        assert merged is not None
+        assert found is not None
+        assert kernel.one_will_do(merged)
+        assert merged.cost == pytest.approx(found.cost)
+        assert kernel.run(math.inf) is None
+
+
+def test_hard_searches_seek_only_what_saves_enough_of_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    (kernel, *_) = in_two_passes("own_softmax")
+    exact = kernel.run(math.inf)
+    assert exact is not None
+    little, much = (replace(exact, cost=exact.cost * more) for more in (1.05, 1.2))
+    assert kernel.run(math.inf, lambda: little) == exact  # easy
+    monkeypatch.setattr(derive, "EASY", 1)
+    assert kernel.run(math.inf, lambda: little) is None
+    assert kernel.run(math.inf, lambda: much) == exact
 
 
 def test_an_upper_limit_prunes_what_costs_more() -> None:

@@ -17,10 +17,19 @@ from mugraph.errors import VerificationError
 from mugraph.ir.axes import Dim
 from mugraph.ir.graph import Equation, KernelGraph, Program
 from mugraph.ir.ops import Const, Library
+from mugraph.ir.parser import parse_program
 from mugraph.runtime.load import load_module
 from mugraph.search.cost import device
 from mugraph.search.driver import search
-from mugraph.search.library import ADDED, ATTENTION, attentions, is_causal, library_calls, operands
+from mugraph.search.library import (
+    ADDED,
+    ATTENTION,
+    attentions,
+    is_causal,
+    library_calls,
+    operands,
+    seconds_of_each,
+)  # fmt: skip
 from mugraph.search.space import SearchSpace
 from mugraph.transpiler import attention as emitted_attention
 from mugraph.transpiler.attention import attention_of
@@ -286,3 +295,28 @@ def test_a_sum_in_part_of_a_group_is_written_out() -> None:
     assert " + " in text
     values = inputs_of(program, 7)
     torch.testing.assert_close(run(text, program, values), run(emit(program), program, values), rtol=1e-4, atol=1e-4)
+
+
+def test_single_elements_cost_a_launch_where_an_input_makes_them() -> None:
+    program = trace(lambda x, s: mg.exp(x * (2 * s)), [f32[1], f32[()]], "single")
+    costs = seconds_of_each(program.equations, program, 64, program.inputs[0].tensor.dtype, device())
+    for e, seconds in zip(program.equations, costs, strict=True):
+        assert (seconds >= device().launch_seconds) == bool(e.args), str(e)
+    found = search(program, accept=lambda g: g)
+    assert [s.structure for s in found.report.structures] == ["kernel grid()"]
+    assert found.report.predicted_seconds >= found.report.floor_seconds > 0
+
+
+def test_single_elements_that_depend_on_no_input_are_free() -> None:
+    text = """
+program numbers
+  axes b = 8
+  input x: f32[b]
+  two: f32[] = 2
+  root: f32[] = sqrt(two)
+  y: f32[b] = mul(x, root)
+  output y
+"""
+    program = parse_program(text)
+    costs = seconds_of_each(program.equations, program, 64, program.inputs[0].tensor.dtype, device())
+    assert [seconds > 0 for seconds in costs] == [False, False, True]

@@ -15,10 +15,11 @@ from mugraph.errors import GraphError, ParseError, VerificationError
 from mugraph.ir.graph import BlockGraph, Equation, KernelGraph, Load, Program, Store
 from mugraph.ir.ops import Kernel, Library, Select
 from mugraph.ir.parser import parse_program
+from mugraph.ir.shift import shifted
 from mugraph.ir.types import DType, Tensor
 from mugraph.pipeline import finished, read_graph
 from mugraph.search.answers import Answer, Costlier, Found, NotEquivalent, Outside, Pruned, to_dict
-from mugraph.search.build import library_equation
+from mugraph.search.build import baseline, library_equation
 from mugraph.search.cost import device
 from mugraph.search.driver import Found as Searched
 from mugraph.search.driver import search
@@ -139,6 +140,18 @@ def test_the_program_itself_is_in_the_default_space(name: str) -> None:
     report = found(program).report
     for graph in (program, per_operator(program)):
         assert isinstance(why_not(program, graph, report, on=device()), Found)
+
+
+def test_the_library_calls_of_a_single_element_are_shifted_and_found() -> None:
+    """They run with the exponential shifted, which no operator of the program as it is written is."""
+    program = mg.trace(lambda x: mg.log(mg.exp(x)), [mg.f16[1]], "log_exp")
+    report = found(program).report
+    for graph in (baseline(program), baseline(shifted(program, unsummed=True))):
+        answer = why_not(program, graph, report, on=device())
+        assert isinstance(answer, Found), str(answer)
+        assert answer.rank == answer.plans
+    other = mg.trace(lambda x: mg.log(mg.exp(x) * 2), [mg.f16[1]], "log_exp")
+    assert isinstance(why_not(program, baseline(other), report, on=device()), NotEquivalent)
 
 
 @settings(max_examples=15, deadline=None, derandomize=True)
