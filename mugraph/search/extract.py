@@ -120,6 +120,7 @@ class Problem:
     dtypes   class -> element type in memory, where it is not `dtype`
     scaled   classes that lie in memory with an exponent beside them: only kernels of ours read and write them
     innermost  class -> the axis along which its elements lie side by side in memory, where that is known
+    reduced  classes of another scale than all that the program keeps: not in memory in its type
     """
 
     closure: Closure
@@ -133,6 +134,7 @@ class Problem:
     scaled: set[int]
     states: int
     innermost: Mapping[int, str]
+    reduced: frozenset[int] = frozenset()
     expanded: int = 0
     generated: int = 0
     infeasible: int = 0

@@ -220,7 +220,7 @@ class Setup:
         constants = {n: t for n, t in program.tensors().items() if lasting.get(self.here.names[n])}
         outputs = {self.seeds[o.value] for o in program.outputs}
 
-        exponents, kept = _exponents(problem), forced | inside | problem.scaled
+        exponents, kept = _exponents(problem), forced | inside | problem.scaled | problem.reduced
 
         def foldable(c: int) -> bool:
             return c not in kept and may_be_materialised(problem, c, exponents)
@@ -442,12 +442,13 @@ def problem_of(program: Program, closure: Closure, seeds: Mapping[str, int], spa
     room = sum(problem.bytes(c) for c in {*leaves, *targets})
     inside, exponents, normalised = {seeds[n] for n in space.inside}, _exponents(problem), _normalised(problem)
     written = set(seeds.values())  # values of the program itself
-    reduced = _reduced_later(problem) - written if dtype is DType.f16 else set()
+    if dtype is DType.f16:
+        problem.reduced = frozenset(_reduced_later(problem) - written)
     for c in closure.order:
         result = c in written or any(e.closes or e.kind == "call" for e in closure.classes[c].edges)
         if c in leaves or c in inside or not result or problem.bytes(c) > room:
             continue
-        if c in reduced or not may_be_materialised(problem, c, exponents, normalised):
+        if c in problem.reduced or not may_be_materialised(problem, c, exponents, normalised):
             if c in targets or not any(e.closes for e in closure.classes[c].edges):
                 continue
             problem.scaled.add(c)

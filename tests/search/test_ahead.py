@@ -9,7 +9,7 @@ from hypothesis import given, settings
 
 import mugraph as mg
 from mugraph.dsl.tensor import Tensor
-from mugraph.dsl.trace import TensorSpec, constant, f16, trace
+from mugraph.dsl.trace import TensorSpec, constant, f16, f32, trace
 from mugraph.ir.axes import Dim
 from mugraph.ir.graph import Equation, KernelGraph, Program
 from mugraph.ir.ops import Library
@@ -135,6 +135,20 @@ def test_a_value_that_must_stay_inside_is_not_kept() -> None:
     (product,) = (e.target.name for e in p.equations if set(e.args) == {"u", "w"})
     assert len(work(found(p).graph)[0]) == 1
     assert work(found(p, ONE_SIZE.but(inside=(product,))).graph)[0] == []
+
+
+def test_what_is_divided_later_is_not_kept_in_half_precision() -> None:
+    """A weighted row before it is divided by its norm is of another scale than all that the program keeps."""
+
+    def fn(x: Tensor) -> Tensor:
+        return mg.layer_norm(x, mg.sum(x * x, 0)).half()
+
+    def kept(p: Program) -> list[str]:
+        return [t.name for e in found(p).graph.ahead() for t in e.targets]
+
+    p = trace(fn, [constant(f32[2, 257])], "weighted")
+    assert kept(p)
+    assert set(kept(p)) <= set(p.tensors())
 
 
 def test_each_call_gives_its_own_outputs() -> None:
