@@ -7,67 +7,26 @@ import re
 from collections.abc import Callable, Mapping
 from functools import partial
 
-import numpy as np
 import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 import mugraph as mg
+from benchmarks.fuzz import QUICK, checked, divides_by_zero, failure_of, runs_as
 from mugraph import pipeline
-from mugraph.errors import MugraphError, VerificationError
 from mugraph.ir.check import check
-from mugraph.ir.graph import KernelGraph, Program
+from mugraph.ir.graph import Program
 from mugraph.ir.ops import Contract, Elementwise, Rename
-from mugraph.ir.shift import is_exponential
-from mugraph.pipeline import emit, finished, numeric_tier
-from mugraph.search.build import baseline
-from mugraph.search.driver import Found, search
+from mugraph.pipeline import emit, finished
+from mugraph.search.driver import search
 from mugraph.search.report import SearchReport
-from mugraph.search.setup import LIBRARY
-from mugraph.search.space import SearchSpace
-from mugraph.transpiler.target import Target, parse_target
+from mugraph.transpiler.target import parse_target
 from mugraph.verify.equivalence import Verified, verify
-from mugraph.verify.formal import FormalAlgebra
 from tests.search.disguise import Disguise, reassociated
-from tests.search.recipes import MOST_LINES, looked_up, random_recipe, shrunk
-
-# One size, and budgets that keep a program within a fraction of a second.
-QUICK = SearchSpace(sizes=(), states=1_000, entries=50_000)
+from tests.search.recipes import MOST_LINES, looked_up, random_recipe
 
 SHARDS, EACH = 6, 40
 FULL_SHARDS, FULL_EACH = 100, 200
-
-
-def found(program: Program) -> Found:
-    return search(program, accept=lambda graph: verify(program, finished(graph)), space=QUICK)
-
-
-def checked(program: Program) -> None:
-    """Raises AssertionError, or whatever the search raises."""
-    try:
-        result = found(program)
-    except (VerificationError, ZeroDivisionError) as error:
-        if divides_by_zero(program):  # whatever its inputs are: there is nothing to search for
-            return
-        raise error
-    report = result.report
-    assert isinstance(result.accepted, Verified)
-    assert result.accepted.program == program
-    source = report.candidates[-1]
-    assert source.structure == LIBRARY
-    if not source.verdict.startswith("would keep in 16 bits"):
-        assert report.predicted_seconds <= source.seconds * (1 + 1e-9), "costlier than the source"
-
-
-def divides_by_zero(program: Program) -> bool:
-    """Whether the program has no value in the fields."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(FormalAlgebra, "differs", lambda self, a, b: np.zeros(a.lead, dtype=bool))
-        try:
-            verify(program, baseline(program))
-        except VerificationError as error:
-            return "denominator is zero" in error.message
-    return False
 
 
 def run(
@@ -82,21 +41,8 @@ def run(
 
 
 def tried(seed: int, test: Callable[[Program], None], lines: int = MOST_LINES, kinds: tuple[str, ...] = ()) -> None:
-    recipe = random_recipe(seed, lines, kinds)
-    try:
-        test(recipe.program())
-    except (AssertionError, ArithmeticError, LookupError, MugraphError, TypeError, ValueError) as error:
-        kind = type(error)
-        smallest = shrunk(recipe, partial(raises, test, kind))
-        pytest.fail(f"seed {seed}: {kind.__name__}: {error}\n\n{smallest}\n\nfrom\n\n{recipe}")
-
-
-def raises(test: Callable[[Program], None], kind: type[Exception], program: Program) -> bool:
-    try:
-        test(program)
-    except Exception as error:
-        return type(error) is kind
-    return False
+    if (failure := failure_of(random_recipe(seed, lines, kinds), test)) is not None:
+        pytest.fail(f"seed {seed}: {failure}")
 
 
 @pytest.mark.parametrize("shard", range(SHARDS))
@@ -138,40 +84,10 @@ def test_a_program_that_always_divides_by_zero_is_told() -> None:
 TORCH, TRITON = parse_target("torch"), parse_target("cuda:90")
 
 
-def has_nested_exponentials(program: Program) -> bool:
-    """Whether an exponential is taken of what another is part of: kernels compute it as written, without a shift."""
-    carries = set[str]()
-    for e in program.equations:
-        inside = not carries.isdisjoint(e.args)
-        if inside and is_exponential(e.op):
-            return True
-        if inside or is_exponential(e.op):
-            carries.update(t.name for t in e.targets)
-    return False
-
-
-def runs_as(target: Target, program: Program) -> None:
-    """The emitted source agrees with float64; where exponentials are nested, that of some plan does, library calls at
-    the last.  Raises AssertionError, VerificationError; UnsupportedOpError where there is no form."""
-    if divides_by_zero(program):
-        return
-    nested = has_nested_exponentials(program)
-
-    def accept(graph: KernelGraph) -> Verified:
-        verified = verify(program, finished(graph))
-        report = numeric_tier(verified, target, pipeline.emit(verified, target), seed=0)
-        assert nested or not report.disagrees, str(report)
-        if report.disagrees:
-            raise VerificationError(str(report))
-        return verified
-
-    search(program, accept=accept, space=QUICK)
-
-
 def has_form_for_triton(program: Program) -> None:
     if divides_by_zero(program):
         return
-    verified = found(program).accepted
+    verified = search(program, accept=lambda graph: verify(program, finished(graph)), space=QUICK).accepted
     assert isinstance(verified, Verified)
     compile(emit(verified, TRITON), "kernel.py", "exec")
 
