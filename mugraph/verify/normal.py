@@ -113,6 +113,16 @@ def _open(value: Any) -> tuple[frozenset[str], int, int]:
     return variables, height, depth
 
 
+def _span(i: Index, how: Rewriting) -> Span:
+    """What is known of an index that is given by digits, or was."""
+    start, step, inner = i.parts if isinstance(i, Node) and i.kind == "at" else (0, 1, i)
+    if i in how.lengths:
+        return Span(inner, start, step, how.lengths[i])
+    if isinstance(inner, Node) and inner.kind == "join":
+        return Span(inner, start, step, product(s for _, s in inner.parts))
+    return Span(i, None, 1, 1)
+
+
 def bound_names(height: int, count: int) -> list[str]:
     return [f"%{height}.{i}" for i in range(count)]
 
@@ -184,15 +194,23 @@ class Rewriting:
         self.keys = frozenset(self.names) | frozenset(fused[:2] if fused else ())
         self.taken = self.keys.union(*(_open(i)[0] for i in self.names.values()))
         self.done: dict[Node, Any] = {}
+        self.lengths: dict[Index, Size] = {}  # of indices that stand where there were digits
 
 
 class Forms:
     """Normal forms, and the laws that they took.  An axis that has `borders`, by its variable, is a joint of pieces of
-    these sizes, and so is what is summed over it."""
+    these sizes, and so is what is summed over it; `inputs` have their axes as variables."""
 
-    def __init__(self, numbers: bool, work: Work, borders: Mapping[str, tuple[Size, ...]]) -> None:
+    def __init__(
+        self,
+        numbers: bool,
+        work: Work,
+        borders: Mapping[str, tuple[int, ...]],
+        inputs: Mapping[str, tuple[str, ...]] | None = None,
+    ) -> None:
         self.numbers = numbers
-        self.borders = borders
+        self.borders = dict(borders)
+        self.inputs = inputs or {}
         self.work = work
         self.laws: set[str] = {RING}
         self.fresh_count = 0
@@ -530,8 +548,22 @@ class Forms:
                 factors = rewritten.parts[0][0]
                 del open_[v], open_[w]
                 open_[new] = size
+                self.border(factors, new, size)
                 changed = True
         return factors, open_
+
+    def border(self, factors: Node, v: str, size: Size) -> None:
+        """A variable that indexes axes of inputs has their borders."""
+        ends: set[int] = set()
+        for at in self.below(factors, (v,)) if isinstance(size, int) and self.borders else ():
+            if at.kind != "load":
+                continue
+            for i, axis in zip(at.parts[1:], self.inputs.get(at.parts[0], ()), strict=False):
+                start, step, inner = i.parts if isinstance(i, Node) and i.kind == "at" else (0, 1, i)
+                if inner == v and step == 1:
+                    ends.update(e - start for e in itertools.accumulate(self.borders.get(axis, ())))
+        if isinstance(size, int) and (inside := sorted(e for e in ends if 0 < e < size)):
+            self.borders[v] = tuple(b - a for a, b in itertools.pairwise([0, *inside, size]))
 
     def below(self, root: Node, names: Iterable[str]) -> Iterator[Node]:
         """The nodes in which some of the variables are free, each once."""
@@ -631,9 +663,10 @@ class Forms:
             case "in", (i, part, axis):
                 return self.atom("in", self.index_rewritten(i, how), self.index_rewritten(part, how), axis)
             case "piece", (i, sizes, n):
-                seen = how.spans[i].piece(sizes, n) if i in how.spans else None
-                if seen is None:
-                    return self.atom("piece", self.index_rewritten(i, how), sizes, n)
+                place = self.index_rewritten(i, how)
+                seen = (how.spans.get(i) or _span(place, how)).piece(sizes, n)
+                if seen is None or (i not in how.spans and not isinstance(seen, bool)):
+                    return self.atom("piece", place, sizes, n)
                 if isinstance(seen, bool):
                     return self.one if seen else self.zero
                 return self.atom("piece", how.spans[i].index, seen[1], seen[2])
@@ -692,15 +725,21 @@ class Forms:
                 if how.fused:
                     v, w, new, size = how.fused
                     digits = tuple((new, size) if x == v else (x, s) for x, s in digits if x != w)
-                return self.join([(self.index_rewritten(x, how), s) for x, s in digits])
+                return self.cut_digits(digits, how)
             case "digit", (whole, sizes, n):
                 return self.digit(self.index_rewritten(whole, how), sizes, n)
             case "shift", (place, sizes):
                 return self.node("shift", (self.index_rewritten(place, how), sizes))
             case "rest", (whole, sizes, n):
                 span = how.spans.get(whole)
-                seen = span.piece(sizes, n) if span else None
-                if span is None or seen is None or seen is False:  # where it is in no such piece, nothing looks at it
+                if span is None:
+                    place = self.index_rewritten(whole, how)
+                    span = _span(place, how)
+                    if span.piece(sizes, n) is True:
+                        return self.at(-sum(s for s in sizes[:n] if isinstance(s, int)), 1, place)
+                    return self.node("rest", (place, sizes, n))
+                seen = span.piece(sizes, n)
+                if seen is None or seen is False:  # where it is in no such piece, nothing looks at it
                     return self.node("rest", (self.index_rewritten(whole, how), sizes, n))
                 if seen is True:
                     low = sum(s for s in sizes[:n] if isinstance(s, int))
@@ -711,6 +750,19 @@ class Forms:
             case "value", (a,):
                 return self.node("value", (self.rewritten(a, how),))
         raise AssertionError(i.kind)
+
+    def cut_digits(self, digits: tuple[tuple[Index, Size], ...], how: Rewriting) -> Index:
+        """Digits rewritten.  The size of the first is nobody's stride: it is that of the span that is left of it, whose
+        start stands before all."""
+        (first, size), *rest = digits
+        span = how.spans.get(first) if isinstance(first, str) else None
+        others = [(self.index_rewritten(x, how), s) for x, s in rest]
+        stride = product(s for _, s in rest)
+        if span is None or span.start is None or span.step != 1 or not isinstance(stride, int):
+            return self.join([(self.index_rewritten(first, how), size), *others])
+        place = self.at(span.start * stride, 1, self.join([(span.index, span.length), *others]))
+        how.lengths[place] = product((span.length, stride))
+        return place
 
     def bound(self, form: Node, bound: Mapping[str, Size]) -> Node:
         """A value with some variables bound, as the argument of an opaque function."""
@@ -734,7 +786,8 @@ class Forms:
         flat: list[tuple[Index, Size]] = []
         for i, size in digits:
             if size != 1:
-                flat += i.parts if isinstance(i, Node) and i.kind == "join" else [(i, size)]
+                inner = isinstance(i, Node) and i.kind == "join" and product(s for _, s in i.parts) == size
+                flat += i.parts if isinstance(i, Node) and inner else [(i, size)]
         n = 0
         while n < len(flat):
             i = flat[n][0]

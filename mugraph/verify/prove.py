@@ -65,7 +65,7 @@ from mugraph.verify.normal import (
 
 TILES = "the tiles of a looped axis partition it: an accumulator is the sum, maximum or minimum over the whole axis"
 RESCALED = "a rescaled accumulator of exp(-m)·t, for any running m, is exp(-m')·Σ t with the last m'"
-MOST_BORDERS = 24  # of an axis and one in it
+MOST_BORDERS = 40  # of an axis and those in it
 SIZES = "static sizes are the numbers that the program declares"
 
 
@@ -88,10 +88,11 @@ def prove(program: Program, graph: Program, work: Work | None = None) -> Proof:
     check(graph)
     work = work or Work()
     borders = _borders(program, graph)
+    inputs = {i.name: tuple(f"${a.name}" for a in i.tensor.axes) for i in program.inputs}
     reason = "the normal forms differ: a law is missing, or the sizes matter"
     for numbers in (False, True):
         try:
-            form = _Reader(numbers, work, borders)
+            form = _Reader(numbers, work, borders, inputs)
             wanted, given = form.outputs(program), form.outputs(graph)
             equal = all(form.agree(a, b) for a, b in zip(wanted, given, strict=True))
         except Undecided as error:
@@ -417,10 +418,11 @@ class _Reader(Forms):
         return _Value(after, self.with_(v.form, moved))
 
 
-def _borders(*graphs: Program) -> dict[str, tuple[Size, ...]]:
+def _borders(*graphs: Program) -> dict[str, tuple[int, ...]]:
     """The pieces of each axis of a static size that slices cut it into, in either graph.  What is cut out of an axis or
-    joined into one has the borders of that axis, and the other way round."""
+    joined into one has the borders of that axis, and the other way round; so have its digits, with their strides."""
     inside: list[tuple[Axis, int, Axis]] = []  # an axis, the place in it where another one starts, that one
+    digits: list[tuple[Axis, Axis, Axis]] = []  # an axis, and the two that it is split into
     for g in graphs:
         for e, tensors in _pure(g, g.tensors()):
             axes = [{a.name: a for a in tensors[v].axes} for v in e.args]
@@ -436,21 +438,68 @@ def _borders(*graphs: Program) -> dict[str, tuple[Size, ...]]:
                         start += size
                 case Rename(pairs):
                     inside += [(axes[0][old], 0, new) for old, new in pairs]
-    ends = {a.name: {0, a.size} for whole, _, part in inside for a in (whole, part) if isinstance(a.size, int)}
-    links = [(ends[x.name], start, ends[y.name], y.size) for x, start, y in inside if {x.name, y.name} <= ends.keys()]
-    more = True
-    while more:
-        more = False
-        for above, start, below, size in links:
-            assert isinstance(size, int)
-            up = {start + b for b in below} - above
-            down = {b - start for b in above if start < b < start + size} - below
-            if (up or down) and len(above) + len(below) + len(up) + len(down) <= MOST_BORDERS:
-                above |= up
-                below |= down
-                more = True
+                case Reshape(dims):
+                    for pair in _regrouped(tensors[e.args[0]].axes, tuple(a for d in dims for a in d)):
+                        (whole, *more), split = sorted(pair, key=len)
+                        digits += [] if more else _two_by_two(whole, list(split))
+    axes_of = [a for x in (*inside, *digits) for a in x if isinstance(a, Axis)]
+    ends = {a.name: {0, a.size} for a in axes_of if isinstance(a.size, int)}
+    links = [_Inside(ends[x.name], start, ends[y.name]) for x, start, y in inside if {x.name, y.name} <= ends.keys()]
+    splits = [_Digits(*(ends[a.name] for a in x)) for x in digits if all(a.name in ends for a in x)]
+    changed = True
+    while changed:
+        changed = sum(link.spread() for link in (*links, *splits)) > 0
     found = {f"${name}": [b - a for a, b in itertools.pairwise(sorted(places))] for name, places in ends.items()}
     return {v: tuple(sizes) for v, sizes in found.items() if len(sizes) > 1}
+
+
+def _two_by_two(whole: Axis, split: list[Axis]) -> Iterator[tuple[Axis, Axis, Axis]]:
+    """An axis and its digits as the first and the rest, the rest as its first and its rest, and so on."""
+    while len(split) > 1:
+        first, *split = split
+        rest = split[0] if len(split) == 1 else Axis("/".join(a.name for a in split), _count(split))
+        yield whole, first, rest
+        whole = rest
+
+
+@dataclass(frozen=True)
+class _Inside:
+    """Ends of an axis, and of one that starts at a place in it."""
+
+    whole: set[int]
+    start: int
+    part: set[int]
+
+    def spread(self) -> bool:
+        up = {self.start + e for e in self.part}
+        down = {e - self.start for e in self.whole if self.start <= e <= self.start + max(self.part)}
+        return _added((self.whole, up), (self.part, down))
+
+
+@dataclass(frozen=True)
+class _Digits:
+    """Ends of an axis, and of its two digits.  Where it ends within a value of the first, that value stands alone."""
+
+    whole: set[int]
+    first: set[int]
+    rest: set[int]
+
+    def spread(self) -> bool:
+        stride = max(self.rest)
+        up = {n * stride for n in self.first} | {
+            n * stride + e for e in self.rest - {0, stride} for n in range(max(self.first))
+        }
+        first = {n for e in self.whole for n in (e // stride, -(-e // stride))}
+        return _added((self.whole, up), (self.first, first), (self.rest, {e % stride for e in self.whole}))
+
+
+def _added(*sets: tuple[set[int], set[int]]) -> bool:
+    """Adds new elements, unless they are too many; whether there were any."""
+    if all(new <= old for old, new in sets) or sum(len(old | new) for old, new in sets) > MOST_BORDERS:
+        return False
+    for old, new in sets:
+        old |= new
+    return True
 
 
 def _pure(graph: Program, tensors: Mapping[str, Tensor]) -> Iterator[tuple[Equation, Mapping[str, Tensor]]]:
