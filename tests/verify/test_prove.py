@@ -93,7 +93,7 @@ def test_no_wrong_pair_is_proved(every: int):
 def test_equal_pairs_are_proved_for_the_most_part():
     pairs = equal(11)
     unknown = [p.name for p in pairs if not prove(p.program, p.graph).proved]
-    assert len(unknown) <= len(pairs) // 8, unknown
+    assert len(unknown) <= len(pairs) // 16, unknown
 
 
 def test_published_graphs_are_proved_with_their_sizes():
@@ -169,3 +169,39 @@ def test_a_raised_tier_is_refused():
     raised = replace(verified.certificate, tiers=("tested", "proved"), proof="")
     with pytest.raises(VerificationError):
         recheck(raised, verified.program, verified.graph)
+
+
+def digits(outer: str, inner: str) -> mg.Program:
+    """Row sums over 12 columns as 3 times 4: by `outer` over the first digit, then by `inner` over the second."""
+    axes = "k = 12, o = 3, i = 4, o1 = 1, o2 = 2, i1 = 1, i3 = 3"
+    head = f"program sums\n  axes b = 2, {axes}\n  input x: f32[b, k]\n"
+    return parse_program(f"{head}  y: f32[b, o, i] = reshape[b, o, i](x)\n{outer}{inner}  output z\n")
+
+
+FIRST = (
+    "  u: f32[b, o1, i] = slice[o -> o1, start=0](y)\n"
+    "  v: f32[b, o2, i] = slice[o -> o2, start={}](y)\n"
+    "  p: f32[b, i] = sum[o1](u)\n  q: f32[b, i] = sum[o2](v)\n  s: f32[b, i] = add(p, q)\n"
+)
+SECOND = (
+    "  c: f32[b, i1] = slice[i -> i1, start=0](s)\n  d: f32[b, i3] = slice[i -> i3, start={}](s)\n"
+    "  e: f32[b] = sum[i1](c)\n  f: f32[b] = sum[i3](d)\n  z: f32[b] = add(e, f)\n"
+)
+AT_FIVE = (
+    "program sums\n  axes b = 2, k = 12, k5 = 5, k7 = 7\n  input x: f32[b, k]\n"
+    "  u: f32[b, k5] = slice[k -> k5, start=0](x)\n  v: f32[b, k7] = slice[k -> k7, start={}](x)\n"
+    "  p: f32[b] = sum[k5](u)\n  q: f32[b] = sum[k7](v)\n  z: f32[b] = add(p, q)\n  output z\n"
+)
+WHOLE = "program sums\n  axes b = 2, k = 12\n  input x: f32[b, k]\n  z: f32[b] = sum[k](x)\n  output z\n"
+
+
+@pytest.mark.parametrize(("outer", "inner", "equal"), [(1, 1, True), (0, 1, False), (1, 0, False)])
+def test_sums_over_pieces_of_digits_are_sums_over_the_axis(outer: int, inner: int, equal: bool):
+    cut = digits(FIRST.format(outer), SECOND.format(inner))
+    assert prove(parse_program(WHOLE), cut).proved == equal
+    assert prove(parse_program(AT_FIVE.format(5)), cut).proved == equal
+
+
+def test_a_piece_in_the_wrong_place_is_no_sum_over_digits():
+    cut = digits(FIRST.format(1), SECOND.format(1))
+    assert not prove(parse_program(AT_FIVE.format(4)), cut).proved
