@@ -448,7 +448,8 @@ def _borders(*graphs: Program) -> dict[str, tuple[int, ...]]:
     splits = [_Digits(*(ends[a.name] for a in x)) for x in digits if all(a.name in ends for a in x)]
     changed = True
     while changed:
-        changed = sum(link.spread() for link in (*links, *splits)) > 0
+        spread = [link.spread() for link in links] + [link.spread() for link in splits]
+        changed = any(spread)
     found = {f"${name}": [b - a for a, b in itertools.pairwise(sorted(places))] for name, places in ends.items()}
     return {v: tuple(sizes) for v, sizes in found.items() if len(sizes) > 1}
 
