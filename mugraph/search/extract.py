@@ -190,6 +190,10 @@ class Problem:
     def bytes(self, c: int) -> float:
         return self.elements(c) * self.dtypes.get(c, self.dtype).bits / 8
 
+    def is_wide(self, c: int) -> bool:
+        """Whether the class lies in memory in a wider type than outputs do."""
+        return self.dtypes.get(c, self.dtype).bits > self.dtype.bits
+
     def joined_axes(self, c: int, children: Sequence[int]) -> tuple[str, ...]:
         return tuple(dict.fromkeys(a for x in (c, *children) for a in self.axes(x)))
 

@@ -76,10 +76,13 @@ def library_calls(p: Problem, c: int) -> list[tuple[LibraryCall, Prediction]]:
         return []
     calls: list[Edge | Added] = [*_contractions(p, c), *_added(p, c)]
     for call in calls:
+        if p.is_wide(c) and not all(map(p.is_wide, operands(p, call))):  # a call rounds to the type of its operands
+            continue
         moved = p.bytes(c) + sum(p.bytes(x) for x in set(operands(p, call)))
         left, right = (p.axes(x) for x in (call.product if isinstance(call, Added) else call).children)
         found.append((call, contraction(p.sizes, left, right, p.axes(c), moved, p.dtype, p.device)))
-    found += [(a, attention_seconds(p, c, a)) for a in attentions(p, c)]
+    if not p.is_wide(c):
+        found += [(a, attention_seconds(p, c, a)) for a in attentions(p, c)]
     return found
 
 

@@ -441,9 +441,11 @@ def problem_of(program: Program, closure: Closure, seeds: Mapping[str, int], spa
     targets = {seeds[o.value] for o in program.outputs}
     room = sum(problem.bytes(c) for c in {*leaves, *targets})
     inside, exponents, normalised = {seeds[n] for n in space.inside}, _exponents(problem), _normalised(problem)
-    written = set(seeds.values())  # values of the program itself
+    written: dict[int, list[DType]] = {}  # values of the program itself
+    for name, c in seeds.items():
+        written.setdefault(c, []).append(tensors[name].dtype)
     if dtype is DType.f16:
-        problem.reduced = frozenset(_reduced_later(problem) - written)
+        problem.reduced = frozenset(_reduced_later(problem) - written.keys())
     for c in closure.order:
         result = c in written or any(e.closes or e.kind == "call" for e in closure.classes[c].edges)
         if c in leaves or c in inside or not result or problem.bytes(c) > room:
@@ -453,6 +455,8 @@ def problem_of(program: Program, closure: Closure, seeds: Mapping[str, int], spa
                 continue
             problem.scaled.add(c)
             problem.dtypes[c] = DType.f32
+        elif dtype.bits < 32 and c not in targets and set(written.get(c, ())) == {DType.f32}:
+            problem.dtypes[c] = DType.f32  # as the program keeps it
         problem.bound[c] = problem.least_seconds(c)
     return problem
 

@@ -440,8 +440,8 @@ def _borders(*graphs: Program) -> dict[str, tuple[int, ...]]:
                     inside += [(axes[0][old], 0, new) for old, new in pairs]
                 case Reshape(dims):
                     for pair in _regrouped(tensors[e.args[0]].axes, tuple(a for d in dims for a in d)):
-                        (whole, *more), split = sorted(pair, key=len)
-                        digits += [] if more else _two_by_two(whole, list(split))
+                        few, many = sorted(pair, key=len)  # axes of size 1 are digits of nothing
+                        digits += _two_by_two(few[0], list(many)) if len(few) == 1 else ()
     axes_of = [a for x in (*inside, *digits) for a in x if isinstance(a, Axis)]
     ends = {a.name: {0, a.size} for a in axes_of if isinstance(a.size, int)}
     links = [_Inside(ends[x.name], start, ends[y.name]) for x, start, y in inside if {x.name, y.name} <= ends.keys()]

@@ -7,6 +7,7 @@ import torch
 
 import mugraph as mg
 from mugraph.codegen.stabilise import stabilise
+from mugraph.dsl.tensor import Tensor
 from mugraph.ir.graph import KernelGraph
 from mugraph.ir.ops import Kernel, Library
 from mugraph.ir.types import DType
@@ -162,3 +163,18 @@ def test_what_becomes_an_exponent_element_by_element_lies_in_memory_in_f32() -> 
         assert all(t.dtype is DType.f32 for t in between)
     narrow = found(lambda x, w: mg.relu(mg.rms_norm(x @ w)) @ w.mT, *types).graph
     assert any(t.dtype is DType.bf16 for e in narrow.equations[:-1] for t in e.targets)
+
+
+@pytest.mark.parametrize(("through", "kept"), [(lambda h: h, "f32"), (lambda h: h.half().float(), "f16")])
+def test_what_a_program_keeps_in_f32_lies_there_in_f32(through: Callable[[Tensor], Tensor], kept: str) -> None:
+    """Although it gives back f16; what it keeps in f16 lies in f16."""
+
+    def fn(x: Tensor, w: Tensor, v: Tensor) -> Tensor:
+        return (through(mg.gelu(x @ w)) @ v).half()
+
+    program = mg.trace(fn, [mg.f32[mg.Dim("B"), 4096], mg.f32[4096, 4096], mg.f32[4096, 4096]], "mixed")
+    graph = search(program, accept=lambda g: verify(program, finished(g)), space=SearchSpace(sizes=())).graph
+    hidden = [t for e in graph.equations for t in e.targets if t.name not in {o.value for o in graph.outputs}]
+    assert {t.dtype.value for t in hidden} >= {kept}
+    if kept == "f32":
+        assert {t.dtype.value for t in hidden} == {"f32"}

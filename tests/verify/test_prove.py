@@ -202,6 +202,13 @@ def test_sums_over_pieces_of_digits_are_sums_over_the_axis(outer: int, inner: in
     assert prove(parse_program(AT_FIVE.format(5)), cut).proved == equal
 
 
+def test_axes_of_size_one_are_digits_of_nothing():
+    one = "program one\n  axes b = 2, k = 1, n = 1\n  input x: f32[b]\n"
+    there_and_back = "  y: f32[b, k, n] = reshape[b, k, n](x)\n  z: f32[b] = reshape[b](y)\n  output z\n"
+    assert prove(parse_program(one + there_and_back), parse_program(one + "  z: f32[b] = neg(x)\n  output z\n")).reason
+    assert prove(parse_program(one + there_and_back), parse_program(one + there_and_back)).proved
+
+
 def test_a_piece_in_the_wrong_place_is_no_sum_over_digits():
     cut = digits(FIRST.format(1), SECOND.format(1))
     assert not prove(parse_program(AT_FIVE.format(4)), cut).proved
