@@ -420,11 +420,18 @@ class _Reader(Forms):
 
 def _borders(*graphs: Program) -> dict[str, tuple[int, ...]]:
     """The pieces of each axis of a static size that slices cut it into, in either graph.  What is cut out of an axis or
-    joined into one has the borders of that axis, and the other way round; so have its digits, with their strides."""
+    joined into one has the borders of that axis, and the other way round; so have its digits, with their strides.
+    A name that stands for axes of several sizes, as it may in programs within each other, has none: borders go by
+    name."""
+    sizes: dict[str, set[Size]] = {}
     inside: list[tuple[Axis, int, Axis]] = []  # an axis, the place in it where another one starts, that one
     digits: list[tuple[Axis, Axis, Axis]] = []  # an axis, and the two that it is split into
     for g in graphs:
+        for a in (a for t in g.tensors().values() for a in t.axes):
+            sizes.setdefault(a.name, set()).add(a.size)
         for e, tensors in _pure(g, g.tensors()):
+            for a in (a for v in (*e.args, *(t.name for t in e.targets)) for a in tensors[v].axes):
+                sizes.setdefault(a.name, set()).add(a.size)
             axes = [{a.name: a for a in tensors[v].axes} for v in e.args]
             match e.op:
                 case Slice(axis, out, start, 1):
@@ -442,8 +449,8 @@ def _borders(*graphs: Program) -> dict[str, tuple[int, ...]]:
                     for pair in _regrouped(tensors[e.args[0]].axes, tuple(a for d in dims for a in d)):
                         few, many = sorted(pair, key=len)  # axes of size 1 are digits of nothing
                         digits += _two_by_two(few[0], list(many)) if len(few) == 1 else ()
-    axes_of = [a for x in (*inside, *digits) for a in x if isinstance(a, Axis)]
-    ends = {a.name: {0, a.size} for a in axes_of if isinstance(a.size, int)}
+    linked = [a for x in (*inside, *digits) for a in x if isinstance(a, Axis)]
+    ends = {a.name: {0, a.size} for a in linked if isinstance(a.size, int) and len(sizes.get(a.name, ())) <= 1}
     links = [_Inside(ends[x.name], start, ends[y.name]) for x, start, y in inside if {x.name, y.name} <= ends.keys()]
     splits = [_Digits(*(ends[a.name] for a in x)) for x in digits if all(a.name in ends for a in x)]
     changed = True

@@ -4,16 +4,16 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 from itertools import pairwise
 from typing import Any
 
 import pytest
 
 import mugraph.dsl.functions as mg
+from benchmarks.fuzz import failure_of
 from mugraph.dsl.tensor import Tensor
 from mugraph.dsl.trace import f16, f32, trace
-from mugraph.errors import GraphError, MugraphError, SettingError, VerificationError
+from mugraph.errors import GraphError, SettingError, VerificationError
 from mugraph.ir.axes import Dim, representative
 from mugraph.ir.check import check
 from mugraph.ir.graph import BlockGraph, Equation, KernelGraph, Load, Program
@@ -31,7 +31,7 @@ from mugraph.verify.equivalence import Verified, recheck, verify
 from tests.search.disguise import Disguise
 from tests.search.layers import layers, mlps
 from tests.search.programs import B, rmsnorm_linear
-from tests.search.recipes import looked_up, random_recipe, shrunk
+from tests.search.recipes import looked_up, random_recipe
 
 # Budgets that keep a segment within a fraction of a second, and few operators so that small programs are cut too.
 QUICK = SearchSpace(sizes=(), states=500, entries=20_000, operators=8)
@@ -513,22 +513,10 @@ def cut_and_checked(program: Program) -> None:
     not_worse(found(program, QUICK.but(operators=3)))
 
 
-def fails(kind: type[Exception], program: Program) -> bool:
-    try:
-        cut_and_checked(program)
-    except Exception as error:
-        return type(error) is kind
-    return False
-
-
 def run(seeds: range, lines: int) -> None:
     for seed in seeds:
-        recipe = random_recipe(seed, lines)
-        try:
-            cut_and_checked(recipe.program())
-        except (AssertionError, ArithmeticError, LookupError, MugraphError, TypeError, ValueError) as error:
-            smallest = shrunk(recipe, partial(fails, type(error)))
-            pytest.fail(f"seed {seed}: {type(error).__name__}: {error}\n\n{smallest}\n\nfrom\n\n{recipe}")
+        if (failure := failure_of(random_recipe(seed, lines), cut_and_checked)) is not None:
+            pytest.fail(f"seed {seed}: {failure}")
 
 
 def test_random_programs_are_cut_and_verified() -> None:

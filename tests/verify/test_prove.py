@@ -202,6 +202,30 @@ def test_sums_over_pieces_of_digits_are_sums_over_the_axis(outer: int, inner: in
     assert prove(parse_program(AT_FIVE.format(5)), cut).proved == equal
 
 
+def test_an_axis_of_a_call_may_have_the_name_of_a_longer_one():
+    """Sums over 8 of 12 columns, as a library call whose own axis is called k too."""
+    whole = parse_program(WHOLE)
+    part = parse_program("""mugraph sums
+  axes b = 2, k = 12, c = 8
+  input x: f32[b, k]
+  y: f32[b, c] = slice[k -> c, start=0](x)
+  z: f32[b] = library["sum"](y)
+    program sum
+      axes b = 2, k = 8, k1 = 4, k2 = 4
+      input y: f32[b, k]
+      u: f32[b, k1] = slice[k -> k1, start=0](y)
+      v: f32[b, k2] = slice[k -> k2, start=4](y)
+      p: f32[b] = sum[k1](u)
+      q: f32[b] = sum[k2](v)
+      z: f32[b] = add(p, q)
+      output z
+  output z
+""")
+    with pytest.raises(VerificationError):
+        verify(whole, part)
+    assert not prove(whole, part).proved
+
+
 def test_axes_of_size_one_are_digits_of_nothing():
     one = "program one\n  axes b = 2, k = 1, n = 1\n  input x: f32[b]\n"
     there_and_back = "  y: f32[b, k, n] = reshape[b, k, n](x)\n  z: f32[b] = reshape[b](y)\n  output z\n"
