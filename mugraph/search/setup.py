@@ -304,7 +304,13 @@ def set_up(
 
 
 def canonical_space(space: SearchSpace, here: Canonical, program: Program) -> SearchSpace:
-    """The space with canonical names of axes and values.  Raises SettingError for a name that the program lacks."""
+    """The space with canonical names of axes and values.  Raises SettingError for a name that the program lacks, and
+    for an input or output that is to stay inside a kernel."""
+    if met := [n for n in space.inside if n in {i.name for i in program.inputs} | {o.value for o in program.outputs}]:
+        raise SettingError(
+            f"SearchSpace.inside names {met[0]!r}, which lies in memory as an input or output of {program.name}",
+            remedy="name values in between only",
+        )
     axes = {axis.name: a for a, axis in here.axes.items()}
     values = {name: n for n, name in here.names.items()}
 

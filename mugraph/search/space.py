@@ -110,4 +110,4 @@ def space_of(effort: Effort) -> SearchSpace:
         case "quick":
             return SearchSpace()
         case "full":
-            return SearchSpace(nodes=40_000, entries=10_000_000, states=320_000, candidates=20_000)
+            return SearchSpace(nodes=40_000, entries=10_000_000, states=240_000, candidates=20_000)
