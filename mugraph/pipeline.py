@@ -53,7 +53,7 @@ from mugraph.search.build import baseline
 from mugraph.search.cost import device
 from mugraph.search.driver import search, searched
 from mugraph.search.report import Asked, SearchReport, StopReason
-from mugraph.search.segments import Done, Task
+from mugraph.search.segments import Done, Task, nestings
 from mugraph.search.space import SearchSpace, space_of
 from mugraph.search.summary import unsearched
 from mugraph.settings import Effort
@@ -63,7 +63,7 @@ from mugraph.transpiler.target import Target, parse_target
 from mugraph.typed import Probability, fit_arguments
 from mugraph.verify.bounds import Bounds, in_bounds
 from mugraph.verify.certificate import Certificate, How, NumericReport
-from mugraph.verify.equivalence import Verified, proved, verify
+from mugraph.verify.equivalence import Verified, proved, shared_values, verify, verify_as_given
 from mugraph.verify.numeric import Checked, numeric_check
 from mugraph.viz.mermaid import draw_mermaid
 from mugraph.viz.svg import draw_svg
@@ -288,7 +288,7 @@ def _read(files: Mapping[str, str], target: Target, notes: tuple[str, ...]) -> R
         raise ValueError("report.json is no report")
     report: SearchReport | ReportText = ReportText(data)
     if "candidates" in data:
-        asked = Asked(program, device(_device_name(target)), verify)
+        asked = Asked(program, device(_device_name(target)), verify_as_given)
         report = replace(SearchReport.from_dict(data), asked=asked)
     return Result(
         program=program,
@@ -474,7 +474,7 @@ def _optimized(
             else:
                 assert isinstance(found.accepted, tuple)
                 graph, (verified, source) = found.graph, found.accepted
-                report = replace(found.report, asked=Asked(program, on, verify))
+                report = replace(found.report, asked=Asked(program, on, verify_as_given))
                 notes = report.notes
                 tell(f"found: {found.report.predicted_seconds * 1e6:.1f} µs predicted; verified, error <= {delta:.1e}")
             stopped = interrupted() or report.stop.kind == "Interrupted"
@@ -495,7 +495,7 @@ def accepted(
 ) -> tuple[Verified, str]:
     """The μGraph verified, and its source.  Raises VerificationError where it computes something else, or has no form
     on the target."""
-    verified = verify(program, finished(graph), delta=delta, seed=seed, cuts=cuts)
+    verified = verify(program, finished(graph, cuts), delta=delta, seed=seed, cuts=cuts)
     try:
         return verified, emit(verified, target)
     except UnsupportedOpError as error:  # this candidate has no form on the target; another may
@@ -534,7 +534,8 @@ def from_graph(
     """
     chosen, number = parse_target(target), settings.seed.get(seed)
     fit_arguments(from_graph, {"program": program, "graph": graph, "delta": delta})
-    verified = verify(program, finished(graph), delta=delta, seed=number)
+    stable = finished(graph, shared_values(program, graph) if nestings(program) else ())
+    verified = verify_as_given(program, stable, delta=delta, seed=number)
     report = ReportText({"text": f"{graph.name}: a given graph, no search"})
     return _checked(verified, emit(verified, chosen), chosen, number, report)
 
@@ -594,9 +595,10 @@ def _numeric_notes(numerics: NumericReport) -> Iterator[str]:
         yield "the kernels were checked under Triton's interpreter at reduced sizes, not on a device"
 
 
-def finished(graph: KernelGraph) -> KernelGraph:
-    """The μGraph as it is verified and lowered: exponentials stabilised, thread graphs formed."""
-    stable = stabilise(graph)
+def finished(graph: KernelGraph, cuts: Sequence[str] = ()) -> KernelGraph:
+    """The μGraph as it is verified (part by part where it is cut) and lowered: exponentials stabilised, thread graphs
+    formed."""
+    stable = stabilise(graph, cuts)
     equations = []
     for e in stable.equations:
         if isinstance(e.op, Kernel):

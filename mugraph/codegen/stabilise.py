@@ -1,6 +1,6 @@
 """Scaled numbers: exponentials that are summed become finite for every input.
 
-    stabilise(graph) -> KernelGraph
+    stabilise(graph, cuts=()) -> KernelGraph
 
 A value that contains an exponential is carried as v and an exponent m, meaning `v * exp(m)` (and 0 where a mask is
 false).  `exp(x)` starts as (1, x).  Products add exponents, reciprocals negate them; equal exponents of opposite sign
@@ -18,7 +18,8 @@ exact for every m', so one mechanism gives the softmax of a tile, the online sof
 arXiv:1805.02867), its two-pass form and the combine of a split.  The result is verified like any other μGraph.
 
 An exponential of a value that holds exponentials itself stays as it is: the verifier knows exp(a + b) = exp(a) * exp(b)
-only for exponents without exponentials, and would refuse the shifted form.
+only for exponents without exponentials, and would refuse the shifted form.  A value at which the graph is cut for the
+verifier is arbitrary to it, and holds none.
 """
 
 from __future__ import annotations
@@ -58,6 +59,7 @@ from mugraph.ir.ops import (
     Reduce,
     Select,
 )  # fmt: skip
+from mugraph.ir.shift import OPAQUE
 from mugraph.ir.types import DType, Tensor, tensor
 
 # The maximum over no element: finite, so that differences of two such maxima are 0 and not NaN.
@@ -82,14 +84,15 @@ class Scaled:
         return self.v is not None and not self.terms and self.mask is None
 
 
-def stabilise(graph: KernelGraph) -> KernelGraph:
-    """The graph with every summed exponential in scaled form; the same graph where there is none."""
+def stabilise(graph: KernelGraph, cuts: Sequence[str] = ()) -> KernelGraph:
+    """The graph with every summed exponential in scaled form; the same graph where there is none.  The values of `cuts`
+    lie in memory as they are."""
     taken = set(graph.tensors())
     for equation in graph.kernels():
         assert isinstance(equation.op, Kernel)
         taken |= {s.target for b in equation.op.blocks for s in b.stores}
-    held = holding(graph.equations)
-    between = _between_kernels(graph)
+    held = holding(graph.equations, cuts=cuts)
+    between = _between_kernels(graph) - set(cuts)
     exponents: dict[str, Exponent] = {}
     equations = []
     for equation in graph.equations:
@@ -156,12 +159,9 @@ def _stabilised(
     return result
 
 
-# The verifier takes these for arbitrary functions: whatever goes in, what comes out holds no exponential to it.
-OPAQUE = ("sigmoid", "tanh", "gelu", "abs", "round", "sqrt", "rsqrt", "log")
-
-
-def holding(equations: Iterable[Equation], seeds: Iterable[str] = ()) -> set[str]:
-    """The values that hold exponentials, if the seeds do: by dataflow through kernels and library calls too."""
+def holding(equations: Iterable[Equation], seeds: Iterable[str] = (), cuts: Iterable[str] = ()) -> set[str]:
+    """The values that hold exponentials, if the seeds do and the cuts do not: by dataflow through kernels and library
+    calls too."""
     held = set(seeds)
     for e in equations:
         match e.op:
@@ -178,6 +178,7 @@ def holding(equations: Iterable[Equation], seeds: Iterable[str] = ()) -> set[str
                 held |= {name for b in blocks for name in _stored(b, held)}
             case _ if held.intersection(e.args):
                 held |= {t.name for t in e.targets}
+        held.difference_update(cuts)
     return held
 
 

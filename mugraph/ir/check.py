@@ -111,10 +111,14 @@ class _Checker:
             self.output(o, p, values)
 
     def axes(self, p: Program) -> None:
-        """One name is one axis, of a positive size, in the program and all its blocks."""
+        """One name is one axis, of a positive size, in the program, all its blocks and, but for the axes of their
+        inputs, its library calls."""
         found: dict[str, Axis] = {}
         self.sizes(p, kernel_level_axes(p), found)
         for e in p.equations:
+            if isinstance(e.op, Library):
+                bound = {a.name for i in e.op.semantics.inputs for a in i.tensor.axes}
+                self.sizes(e, [a for a in kernel_level_axes(e.op.semantics) if a.name not in bound], found)
             for block in e.op.blocks if isinstance(e.op, Kernel) else ():
                 self.sizes(block, block_level_axes(block), found)
                 if block.combine:

@@ -34,6 +34,9 @@ from mugraph.ir.types import DType, Tensor
 LOWEST = Fraction(-(10**38))  # under a mask; f16 reaches to -65,504
 LOWEST_F16 = Fraction(-65_504)
 
+# The verifier takes these for arbitrary functions: whatever goes in, what comes out holds no exponential to it.
+OPAQUE = ("sigmoid", "tanh", "gelu", "abs", "round", "sqrt", "rsqrt", "log")
+
 
 def shifted(program: Program, unsummed: bool = False) -> Program:
     """The same program, each exponential shifted that can be; with `unsummed` only those that no sum closes, and where

@@ -29,6 +29,7 @@ from mugraph.search.segments import (
     Solve,
     Task,
     cuts,
+    is_cut,
     join,
     least_seconds,
     line,
@@ -110,9 +111,9 @@ def search(
     The program's own equations as library calls are the last plan, so there is always an answer; when nothing
     beats them by the model, they are it.  Same program, same space, same result, whatever names are used.
 
-    A program of more than `space.operators` operators is searched in segments: `solve` searches them (here, one after
-    the other, where it is None), and `accept_cut` takes the μGraph and the values at which it was cut (`accept`, where
-    it is None).
+    A program of more than `space.operators` operators, or with summed exponentials of values that hold exponentials,
+    is searched in segments: `solve` searches them (here, one after the other, where it is None), and `accept_cut` takes
+    the μGraph and the values at which it was cut (`accept`, where it is None).
 
     Budgets beyond the default ones never make a result costlier: where these run out, the space under them is searched
     first, and its result is kept unless the wider one is as cheap.
@@ -131,7 +132,7 @@ def search(
     def within(space: SearchSpace, seconds: float) -> Found:
         watch = Watch(seconds, interrupted, memory)
         with _RARELY, watch.measuring():
-            if not whole and operators(program) > space.operators:
+            if not whole and is_cut(program, space):
                 accepting = accept_cut or (lambda graph, _: accept(graph))
                 return _in_segments(program, space, on, accepting, solve or _one_by_one, watch)
             return _whole(program, accept, space, on, watch, replaces_calls=whole and not space.library)
@@ -139,9 +140,7 @@ def search(
     narrow = space.under_default_budgets()
     if whole or operators(program) <= narrow.operators:
         narrow = narrow.but(operators=space.operators)
-    if narrow == space or (
-        not whole and operators(program) > space.operators
-    ):  # segments are each searched within both
+    if narrow == space or (not whole and is_cut(program, space)):  # segments are each searched within both
         return within(space, budget_seconds)
     first = within(narrow, budget_seconds)
     stop, cut = first.report.stop, not whole and operators(program) > narrow.operators
@@ -178,7 +177,7 @@ def _cheaper(narrow: Found, wide: Found, budget_seconds: float) -> Found:
 def as_it_stands(program: Program, accept: AcceptCut, space: SearchSpace, on: Device) -> tuple[KernelGraph, object]:
     """The program as library calls, and what `accept` made of that.  A large one is a call for each interval between
     neighbouring cuts: compared as a whole, its values would be of too high a degree for the tests to tell anything."""
-    if operators(program) <= space.operators:
+    if not is_cut(program, space):
         graph = baseline(program)
         return graph, accept(graph, ())
     sizes = {a.name: representative(a.size, space.symbolic) for a in program.axes().values()}

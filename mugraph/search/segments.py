@@ -22,12 +22,13 @@ from functools import cached_property
 from itertools import combinations, pairwise
 from typing import Any
 
-from mugraph.ir.axes import representative
+from mugraph.ir.axes import dims_of, representative
 from mugraph.ir.graph import Equation, KernelGraph, Program
-from mugraph.ir.ops import Cast, Concat, Contract, Elementwise, Kernel, MaskedExp, Op, Reduce, Select
+from mugraph.ir.ops import Cast, Compare, Concat, Contract, Elementwise, Kernel, MaskedExp, Op, Reduce, Select
 from mugraph.ir.printer import Names, quoted
 from mugraph.ir.rename import renamed
 from mugraph.ir.serialize import from_json, to_json
+from mugraph.ir.shift import OPAQUE, is_exponential
 from mugraph.ir.types import DType, Input, Output, Storage, Tensor
 from mugraph.search.canonical import Canonical, canonical, colours
 from mugraph.search.cost import Device, bytes_of, floor_seconds, least_kernel_seconds
@@ -168,6 +169,38 @@ class Line:
 def operators(program: Program) -> int:
     """How many equations are neither views nor numbers."""
     return len(program.equations) - len(_free(program))
+
+
+def is_cut(program: Program, space: SearchSpace) -> bool:
+    """Whether the program is searched in segments: where it has too many operators, or summed exponentials of values
+    that hold exponentials, as in two attentions one after the other.  Only what lies in memory between these can be
+    shifted so that nothing overflows."""
+    return operators(program) > space.operators or bool(nestings(program))
+
+
+def nestings(program: Program) -> list[tuple[str, str]]:
+    """Pairs of exponentials: of a value that holds the first, which is summed over later, the second."""
+    summed: set[str] = set()  # values that sums are made of
+    for e in reversed(program.equations):
+        if isinstance(e.op, Contract) or (isinstance(e.op, Reduce) and e.op.kind in ("sum", "mean")):
+            summed.update(e.args)
+        elif summed.isdisjoint(t.name for t in e.targets):
+            continue
+        elif is_free(e) or isinstance(e.op, Cast | Select | Concat):
+            summed.update(e.args)
+        elif isinstance(e.op, Elementwise) and e.op.fn in ("add", "sub", "neg", "mul", "square", "div"):
+            summed.update(e.args[:1] if e.op.fn == "div" else e.args)
+    below: dict[str, dict[str, None]] = {i.name: {} for i in program.inputs}
+    found: list[tuple[str, str]] = []
+    for e in program.equations:
+        held = {x: None for a in e.args for x in below[a]}
+        if is_exponential(e.op):
+            found += [(x, e.target.name) for x in below[e.args[0]] if e.target.name in summed]
+            held = {e.target.name: None}
+        elif isinstance(e.op, Compare) or (isinstance(e.op, Elementwise) and e.op.fn in OPAQUE):
+            held = {}
+        below.update((t.name, held) for t in e.targets)
+    return found
 
 
 def _free(program: Program) -> dict[str, Equation]:
@@ -332,7 +365,18 @@ def cuts(whole: Line, most: int, sizes: Mapping[str, int], inside: Iterable[str]
         for low, high in pairwise(marks):
             if high - low > limit:
                 kept.update(c for c in choice if low < c < high)
-    return sorted(kept)
+    marks = [0]
+    for mark in sorted(kept)[1:]:  # an interval of which no input has a symbolic size is no program: it goes on
+        if mark == len(whole.operators) or _has_sizes(extract(whole, marks[-1], mark)):
+            marks.append(mark)
+    while len(marks) > 2 and not _has_sizes(extract(whole, *marks[-2:])):
+        del marks[-2]
+    return marks
+
+
+def _has_sizes(program: Program) -> bool:
+    """Whether the inputs' shapes have all symbolic sizes."""
+    return set(program.dims()) <= {d for i in program.inputs for a in i.tensor.axes for d in dims_of(a.size)}
 
 
 # -- segments as programs
@@ -410,11 +454,13 @@ def partitioned(
     not there yet when a budget ends runs as these, so there is always a way."""
     sizes = {a.name: representative(a.size, space.symbolic) for a in whole.program.axes().values()}
     marks = cuts(whole, space.operators, sizes, space.inside)
+    at = whole.position
+    nested = [(at[x], at[y]) for x, y in nestings(whole.program) if x in at and y in at]
     edges = [
         (low, high)
         for i, low in enumerate(marks)
         for high in marks[i + 1 :]
-        if high - low <= space.operators or high == marks[i + 1]
+        if high == marks[i + 1] or (high - low <= space.operators and not any(low <= x and y < high for x, y in nested))
     ]
     run = _Run(whole, space, on, solve, sizes, marks, stop)
     calls = {edge: sum(each[slice(*edge)]) for edge in edges}

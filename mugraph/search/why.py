@@ -46,7 +46,7 @@ from mugraph.search.partition import ACCUMULATED, KEPT, RUNS, SPLIT_MARGIN, WHOL
 from mugraph.search.pieces import is_free
 from mugraph.search.reading import Flat, Launch, Reading, flattened, operators_of
 from mugraph.search.report import SearchReport, Verify
-from mugraph.search.segments import operators
+from mugraph.search.segments import is_cut, operators
 from mugraph.search.setup import (
     LIBRARY,
     Setup,
@@ -185,7 +185,7 @@ class _Question:
         self.task, self.report, self.verified = task, report, verified
         self.flat, self.operators = flat, done
         self.space, self.given = task.space, space_from(report.space)
-        self.segmented = operators(task.program) > self.space.operators
+        self.segmented = is_cut(task.program, self.space)
         self.problem = problem_of(task.here.program, task.closure, task.seeds, task.space, task.on)
         targets, self.wanted = targets_of(task.here, task.known, task.seeds)
         self.fixed: Fixed = task.fixed(self.problem, targets)
@@ -662,9 +662,14 @@ class _Question:
                 f"a split must win by a factor of {SPLIT_MARGIN}",
             )
         if self.segmented:
+            many, gain = operators(self.task.program), f"{gain}, but the program is searched in segments"
+            if many <= self.space.operators:
+                limit = "a summed exponential of a value that holds exponentials begins another segment"
+                return Pruned(
+                    "margin", gain, limit, "Give the value between them as an output, so that it lies in memory"
+                )
             limit = f"SearchSpace.operators = {self.space.operators}"
-            remedy = f"Give SearchSpace(operators={operators(self.task.program)})"
-            return Pruned("budget", f"{gain}, but the program is searched in segments", limit, remedy)
+            return Pruned("budget", gain, limit, f"Give SearchSpace(operators={many})")
         if self.report.stop.kind != "Saturated":
             field = {"NodeLimit": "nodes", "EntryLimit": "entries", "StateLimit": "states"}.get(self.report.stop.kind)
             remedy = f"Give SearchSpace({field}=...) a greater budget" if field else "Give more time"

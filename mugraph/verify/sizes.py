@@ -9,13 +9,28 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from mugraph.errors import VerificationError
 from mugraph.ir.axes import Axis, product
 from mugraph.ir.graph import BlockGraph, Equation, Program, equations_of
-from mugraph.ir.ops import Concat, Const, Kernel, Library, Pack, Reduce, Rename, Reshape, SizeOf, Slice, TopK, Unpack
+from mugraph.ir.ops import (
+    Concat,
+    Const,
+    Contract,
+    Kernel,
+    Library,
+    Pack,
+    Reduce,
+    Rename,
+    Reshape,
+    SizeOf,
+    Slice,
+    TopK,
+    Unpack,
+)
+from mugraph.ir.printer import kernel_level_axes
 from mugraph.ir.types import Tensor
 
 TILE = 2
@@ -81,7 +96,18 @@ class _Facts:
     joins: list[tuple[tuple[Axis, ...], Axis]] = field(default_factory=list)
     looped: set[str] = field(default_factory=set)
     counted: set[str] = field(default_factory=set)
+    reduced: set[str] = field(default_factory=set)
     literals: set[int] = field(default_factory=set)
+
+    def add(self, axes: Iterable[Axis]) -> None:
+        """Sizes go by name: raises VerificationError for a name of two sizes."""
+        for a in axes:
+            known = self.axes.setdefault(a.name, a)
+            if known.size != a.size:
+                raise VerificationError(
+                    f"axis {a.name} has the size {known.size} in one place and {a.size} in another",
+                    remedy="give axes of different sizes different names",
+                )
 
 
 def draws(
@@ -143,7 +169,7 @@ def cut_sizes(program: Program, graph: Program) -> dict[str, int]:
 def _collect(graph: Program, facts: _Facts) -> None:
     tensors = graph.tensors()
     for t in tensors.values():
-        facts.axes.update((a.name, a) for a in t.axes)
+        facts.add(t.axes)
     for equation in graph.equations:
         match equation.op:
             case Kernel(blocks):
@@ -151,8 +177,7 @@ def _collect(graph: Program, facts: _Facts) -> None:
                     _collect_block(block, tensors, facts)
             case Library(_, semantics):
                 bound = {a.name for i in semantics.inputs for a in i.tensor.axes}
-                for t in semantics.tensors().values():
-                    facts.axes.update((a.name, a) for a in t.axes if a.name not in bound)
+                facts.add(a for a in kernel_level_axes(semantics) if a.name not in bound)
                 if bound <= {a.name for n in equation.args for a in tensors[n].axes}:  # it speaks of the caller's axes
                     for inner in semantics.equations:
                         _collect_equation(inner, semantics.tensors(), facts)
@@ -163,7 +188,7 @@ def _collect(graph: Program, facts: _Facts) -> None:
 def _collect_block(block: BlockGraph, outer: Mapping[str, Tensor], facts: _Facts) -> None:
     inner = block.tensors()
     for t in inner.values():
-        facts.axes.update((a.name, a) for a in t.axes)
+        facts.add(t.axes)
     for axis, tile in block.tiles().items():
         facts.tiles[axis] = max(tile, facts.tiles.get(axis, 1))
     facts.looped.update(axis for p in block.passes for axis, _ in p.loops)
@@ -191,10 +216,13 @@ def _collect_equation(equation: Equation, tensors: Mapping[str, Tensor], facts: 
         case Const(value):
             facts.literals |= {abs(value.numerator), value.denominator}
         case SizeOf(axis):
-            facts.axes.setdefault(axis.name, axis)
+            facts.add([axis])
             facts.counted.add(axis.name)
-        case Reduce("mean", axes):
-            facts.counted.update(axes)
+        case Reduce(kind, axes):
+            facts.reduced.update(axes)
+            facts.counted.update(axes if kind == "mean" else ())
+        case Contract(axes):
+            facts.reduced.update(axes)
         case Rename(pairs):
             facts.ties += [(old, new.name) for old, new in pairs]
         case Reshape(dims) if args and args[0] in tensors:
@@ -271,7 +299,7 @@ def _draw(facts: _Facts, earlier: Sequence[Draw], number: int, fixed: dict[str, 
 
     bound_up = {name for c in constraints for name in _names(c)}
     looped = {same.of(a) for a in (*facts.looped, *facts.counted)}
-    varied = looped | bound_up
+    varied = looped | bound_up | {same.of(a) for a in facts.reduced}  # some laws hold for sums of two entries alone
     crowded = len(bound_up) > len(WHOLE_SIZES) ** 2  # small sizes cannot tell all of these apart
 
     def candidates(v: str, taken: Mapping[str, int]) -> list[int]:

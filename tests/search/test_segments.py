@@ -8,6 +8,7 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
+import torch
 
 import mugraph.dsl.functions as mg
 from benchmarks.fuzz import failure_of
@@ -16,14 +17,17 @@ from mugraph.dsl.trace import f16, f32, trace
 from mugraph.errors import GraphError, SettingError, VerificationError
 from mugraph.ir.axes import Dim, representative
 from mugraph.ir.check import check
-from mugraph.ir.graph import BlockGraph, Equation, KernelGraph, Load, Program
+from mugraph.ir.graph import BlockGraph, Equation, KernelGraph, Load, Program, equations_of
 from mugraph.ir.ops import CumSum, Elementwise, Gather, Kernel, Library
 from mugraph.ir.parts import parts
 from mugraph.ir.printer import canonical_text
-from mugraph.pipeline import emit, finished, numeric_tier
+from mugraph.ir.shift import is_exponential
+from mugraph.ir.types import DType
+from mugraph.pipeline import emit, finished, from_graph, numeric_tier, optimize
+from mugraph.search.answers import Found as Answered
 from mugraph.search.cost import device
 from mugraph.search.driver import Found, search, searched
-from mugraph.search.segments import Done, Line, Task, cuts, line, operators, segment, unsafe
+from mugraph.search.segments import Done, Line, Task, cuts, is_cut, line, nestings, operators, segment, unsafe
 from mugraph.search.setup import LIBRARY
 from mugraph.search.space import SearchSpace
 from mugraph.transpiler.target import parse_target
@@ -41,7 +45,7 @@ def found(program: Program, space: SearchSpace = QUICK, **options: Any) -> Found
     """The search with the verifier behind it, as the pipeline runs it."""
 
     def accept(graph: KernelGraph, at: tuple[str, ...] = ()) -> Verified:
-        return verify(program, finished(graph), cuts=at)
+        return verify(program, finished(graph, at), cuts=at)
 
     result = search(program, accept=accept, accept_cut=accept, space=space, **options)
     assert isinstance(result.accepted, Verified)
@@ -270,6 +274,86 @@ def test_segments_are_programs_over_what_came_before() -> None:
     assert {o.value for o in program.outputs} <= known
 
 
+# -- exponentials of values that hold exponentials
+
+
+def attentions(count: int, dtype: Callable[..., Any] = f32) -> Program:
+    """Cross-attentions one after the other, few enough operators for one segment."""
+
+    def chain(x: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        for _ in range(count):
+            x = x + mg.softmax(x @ mg.mT(k), axis=-1) @ v
+        return x
+
+    return trace(chain, [dtype["S", 64], dtype[32, 64], dtype[32, 64]], "attentions")
+
+
+def steps(graph: KernelGraph) -> list[Equation]:
+    """All equations in kernels."""
+    found: list[Equation] = []
+    for e in graph.kernels():
+        assert isinstance(e.op, Kernel)
+        found += [q for b in e.op.blocks for c in (b, b.combine) if c for q in equations_of(tuple(c.steps()))]
+    return found
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_each_of_several_softmaxes_is_shifted(count: int) -> None:
+    program = attentions(count)
+    assert bool(nestings(program)) == is_cut(program, SearchSpace()) == (count > 1)
+    result = found(program, SearchSpace(sizes=()))
+    assert isinstance(result.accepted, Verified)
+    made = steps(result.accepted.graph)
+    less = {e.target.name for e in made if e.op == Elementwise("sub")}
+    exponents = [e.args[0] for e in made if is_exponential(e.op)]
+    assert len(exponents) >= count
+    assert less.issuperset(exponents)
+
+
+def test_an_exponential_that_no_sum_closes_is_no_reason_to_cut() -> None:
+    def gate(x: Tensor, w: Tensor) -> Tensor:
+        y = mg.softmax(x, axis=-1) @ w
+        return y / (1 + mg.exp(-y))
+
+    assert not nestings(trace(gate, [f32["S", 64], f32[64, 32]], "gate"))
+
+
+def test_the_numbers_of_a_chain_of_attentions_are_right() -> None:
+    result = optimize(attentions(3, f16), target="torch")
+    assert result.report.candidates[0].verdict == "chosen"  # type: ignore[union-attr]
+    generator = torch.Generator().manual_seed(0)
+    x, k, v = (4 * torch.randn(n, 64, generator=generator).half() for n in (5, 32, 32))
+    wanted = x.double()
+    for _ in range(3):
+        wanted = wanted + torch.softmax(wanted @ k.double().mT, -1) @ v.double()
+    assert (result(x, k, v).double() - wanted).abs().max() < 0.02 * wanted.abs().max()
+
+
+def test_a_graph_in_parts_is_found_again_and_taken_as_given() -> None:
+    program = attentions(2)
+    result = optimize(program, target="torch")
+    assert isinstance(result.why_not(program), Answered)
+    assert isinstance(result.why_not(result.graph), Answered)
+    assert from_graph(program, result.graph, target="torch").source == result.source
+
+
+# -- sizes that no input of a segment has
+
+
+def biased(x: Tensor, s: Tensor) -> Tensor:
+    place = mg.cast(mg.arange(x.shape[0]), DType.f32)
+    return mg.exp(x) - mg.sum(s) * place[:, None]
+
+
+@pytest.mark.parametrize("most", [1, 2, 3])
+def test_every_segment_has_the_sizes_it_needs(most: int) -> None:
+    for program in (
+        trace(biased, [f32["B", 64], f32[2]], "biased"),
+        trace(lambda s, x: biased(x, s), [f32[2], f32["B", 64]], "biased"),
+    ):
+        not_worse(found(program, QUICK.but(operators=most)))
+
+
 # -- names and orders
 
 
@@ -448,7 +532,7 @@ def test_tasks_and_results_survive_the_way_to_another_process() -> None:
 def by_parts(program: Program, change: Callable[[KernelGraph], KernelGraph] = lambda g: g) -> Verified:
     at: list[tuple[str, ...]] = []
     result = search(program, accept=lambda g: g, accept_cut=lambda g, c: at.append(c), space=QUICK)
-    return verify(program, finished(change(result.graph)), cuts=at[0])
+    return verify(program, finished(change(result.graph), at[0]), cuts=at[0])
 
 
 def test_parts_are_verified_once_each_and_again_from_the_certificate() -> None:

@@ -8,11 +8,12 @@ import pytest
 from mugraph.errors import GraphError, VerificationError
 from mugraph.ir import evaluate, fields
 from mugraph.ir.graph import BlockGraph, Equation, KernelGraph, Pass, Program, Store
-from mugraph.ir.ops import Const, Contract, Kernel, Library
+from mugraph.ir.ops import Const, Contract, Elementwise, Kernel, Library
+from mugraph.ir.parser import parse_program
 from mugraph.ir.threads import form_threads
 from mugraph.ir.types import DType, Storage
 from mugraph.verify import equivalence, formal
-from mugraph.verify.equivalence import Verified, recheck, verify
+from mugraph.verify.equivalence import Verified, recheck, shared_values, verify, verify_as_given
 from mugraph.verify.formal import EVALUATED, EXP_CUT, LOG_OF_FRACTION, NESTED_EXP
 from tests import graphs
 from tests.graphs import axis, inp
@@ -283,3 +284,136 @@ def test_small_primes_accept_what_large_primes_refuse(monkeypatch):
 def test_a_verifier_whose_comparison_always_holds_accepts_errors(monkeypatch):
     monkeypatch.setattr(formal.FormalAlgebra, "differs", lambda self, a, b: formal.np.zeros(a.lead, dtype=bool))
     verify(*scaled(2))
+
+
+# -- sizes at which what is wrong looks right
+
+
+def texts(program: str, graph: str) -> tuple[Program, KernelGraph]:
+    """Two programs as text, the second taken as a graph."""
+    p, g = (parse_program(f"program p\n{text}") for text in (program, graph))
+    return p, KernelGraph(g.name, g.inputs, g.equations, g.outputs)
+
+
+SUM_LESS_ONE = """  axes i = 64
+  input x: f32[i]
+  s: f32[] = sum[i](x)
+  d: f32[i] = sub(s, x)
+  o: f32[] = contract[i](d, d)
+  output o
+"""
+SQUARES = "  axes i = 64\n  input x: f32[i]\n  o: f32[] = contract[i](x, x)\n  output o\n"
+SOFTMAX = """  axes i = 64
+  input x: f32[i]
+  y: f32[i] = {}(x)
+  e: f32[i] = exp(y)
+  s: f32[] = sum[i](e)
+  p: f32[i] = div(e, s)
+  o: f32[] = max[i](p)
+  output o
+"""
+EVERY_SECOND = """  axes i = 8, o = 2
+  input x: f32[i]
+  y: f32[o] = slice[i -> o, start=2, step=2](x)
+  output y
+"""
+THIRD_ROW = """  axes i = 8, d = 4, o = 2, z = 1
+  input x: f32[i]
+  r: f32[d, o] = reshape[d, o](x)
+  s: f32[z, o] = slice[d -> z, start=2](r)
+  y: f32[o] = sum[z](s)
+  output y
+"""
+NINTH = "  axes i = 16, z = 1\n  input x: f32[i]\n  v: f32[z] = slice[i -> z, start=9](x)\n  output v\n"
+FIFTH = """  axes i = 16, p = 15, a = 31, z = 1
+  input x: f32[i]
+  q: f32[p] = slice[i -> p, start=0](x)
+  c: f32[a] = concat[p, i -> a](q, x)
+  v: f32[z] = slice[a -> z, start={}](c)
+  output v
+"""
+
+
+NEGATED = SOFTMAX.replace("{}(x)", "neg(m)").replace("  y:", "  m: f32[i] = neg(x)\n  y:")
+
+
+@pytest.mark.parametrize(
+    ("program", "graph"),
+    [
+        pytest.param(SUM_LESS_ONE, SQUARES, id="equal for two entries"),
+        pytest.param(SOFTMAX.format("neg"), NEGATED, id="equal for two entries, with exponentials"),
+        pytest.param(EVERY_SECOND, THIRD_ROW, id="a stride and a row"),
+        pytest.param(NINTH, FIFTH.format(5), id="places of a joint"),
+    ],
+)
+def test_what_is_equal_at_the_smallest_sizes_alone_is_refused(program: str, graph: str):
+    with pytest.raises(VerificationError, match="differs"):
+        verify(*texts(program, graph))
+    verify(*texts(graph, graph))
+
+
+def test_a_place_of_a_joint_is_found_again():
+    verify(*texts(NINTH, FIFTH.format(9)))
+    verify(*texts(NINTH, FIFTH.format(24)))
+
+
+TRANSPOSED = """  axes i = 24, k = {}, l = {}
+  input x: f32[i]
+  y: f32[k, l] = reshape[k, l](x)
+  t: f32[l, k] = transpose(y)
+  o: f32[i] = reshape[i](t)
+  output o
+"""
+
+
+def test_a_name_stands_for_one_size_in_both():
+    with pytest.raises(VerificationError, match="axis k has the size 4 in one place and 6 in another"):
+        verify(*texts(TRANSPOSED.format(4, 6), TRANSPOSED.format(6, 4)))
+    other = TRANSPOSED.replace("k", "m").replace("l", "n").format(6, 4)
+    with pytest.raises(VerificationError, match="differs"):
+        verify(*texts(TRANSPOSED.format(4, 6), other))
+
+
+# -- as it is given
+
+
+def nested() -> Program:
+    """Two softmaxes, one of the other, between products."""
+    return parse_program("""program nested
+  axes i = 8, k = 16, l = 24
+  input x: f32[i, k]
+  input w: f32[k, l]
+  e: f32[i, k] = exp(x)
+  s: f32[i] = sum[k](e)
+  p: f32[i, k] = div(e, s)
+  y: f32[i, l] = contract[k](p, w)
+  f: f32[i, l] = exp(y)
+  t: f32[i] = sum[l](f)
+  q: f32[i, l] = div(f, t)
+  output q
+""")
+
+
+SHIFTED = """  m: f32[i] = max[l](y)
+  d: f32[i, l] = sub(y, m)
+  g: f32[i, l] = exp(d)
+"""
+
+
+def test_where_the_whole_cannot_be_compared_its_parts_are():
+    program = nested()
+    text = str(program).replace("  f: f32[i, l] = exp(y)\n", SHIFTED)
+    text = text.replace("  t: f32[i] = sum[l](f)", "  u: f32[i] = sum[l](g)").replace("div(f, t)", "div(g, u)")
+    _, shifted = texts(str(program).split("\n", 1)[1], text.split("\n", 1)[1])
+    shifted = replace(shifted, name=program.name)
+    with pytest.raises(VerificationError):
+        verify(program, shifted)
+    certificate = verify_as_given(program, shifted).certificate
+    assert certificate.cuts == shared_values(program, shifted)
+    assert "y" in certificate.cuts
+    recheck(certificate, program, shifted)
+    wrong = replace(shifted, equations=tuple(
+        replace(e, op=Elementwise("mul")) if e.target.name == "d" else e for e in shifted.equations
+    ))  # fmt: skip
+    with pytest.raises(VerificationError):
+        verify_as_given(program, wrong)
