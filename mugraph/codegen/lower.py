@@ -678,9 +678,13 @@ class _Planner:
             for s in (sides, sides.swapped):
                 batch, m, k, n = (self.lanes_of(x, scope) for x in (s.batch, s.m, s.k, s.n))
                 chain = [(a, b) for x, y in ((batch, m), (m, k), (k, n)) for a in x for b in y]
-                if not any(reaches(b, a) for a, b in chain):
-                    for a, b in chain:
-                        after[a].add(b)
+                before = {a: set(b) for a, b in after.items()}
+                for a, b in chain:
+                    if reaches(b, a):
+                        after = before
+                        break
+                    after[a].add(b)
+                else:
                     break
         ordered: list[tuple[str, ...]] = []
         left = list(self.lanes)

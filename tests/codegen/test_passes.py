@@ -13,6 +13,7 @@ from mugraph.ir.axes import Dim
 from mugraph.ir.evaluate import FloatAlgebra, axis_sizes, outputs
 from mugraph.ir.graph import Accumulator, BlockGraph, KernelGraph, Pass, Store, Thread, ThreadGraph, equations_of
 from mugraph.ir.ops import Contract, CumSum, Elementwise, Kernel, Reduce
+from mugraph.ir.parser import parse_program
 from mugraph.ir.types import DType, tensor
 from mugraph.verify.equivalence import verify
 from tests.blocks import BLOCKS, B, contractions, kernel_graph, tiny_tiles
@@ -224,3 +225,30 @@ def test_accumulators_stay_accumulators():
     block = prepare(block_of(contractions()))
     names = [s.target.name for p in block.passes for s in p.body if isinstance(s, Accumulator)]
     assert names == ["two", "three", "one", "alone"]
+
+
+def test_two_products_that_want_opposite_orders_of_dimensions_are_lowered():
+    """c before d before a in one, so in the other a before e before c may only be c before e before a."""
+    graph = parse_program("""mugraph two
+  axes a = 32, c = 48, d = 16, e = 64
+  input x: f16[c, d]
+  input y: f16[d, a]
+  input p: f16[a, e]
+  input q: f16[e, c]
+  u: f16[c, a], v: f16[a, c] = kernel(x, y, p, q)
+    block
+      epilogue
+        load x_tile: f16[c, d] = x imap{}
+        load y_tile: f16[d, a] = y imap{}
+        load p_tile: f16[a, e] = p imap{}
+        load q_tile: f16[e, c] = q imap{}
+        u_tile: f32[c, a] = contract[d](x_tile, y_tile)
+        v_tile: f32[a, c] = contract[e](p_tile, q_tile)
+      store u_tile -> u omap{}
+      store v_tile -> v omap{}
+  output u
+  output v
+""")
+    assert isinstance(graph, KernelGraph)
+    (launch,) = plan_graph(graph).launches()
+    assert [lane for lane in launch.lanes if lane[0] in "cea"] == [("c",), ("e",), ("a",)]
