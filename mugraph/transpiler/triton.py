@@ -8,6 +8,7 @@ library call, `run(inputs..., out=None)`, and `SIGNATURES`, the table by which t
 
 from __future__ import annotations
 
+import keyword
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -97,6 +98,7 @@ def round_even(x):
     return tl.where(tl.abs(x) < 4194304.0, (x + 12582912.0) - 12582912.0, x)''',
 }
 RESERVED = {
+    *keyword.kwlist,
     *HELPERS,
     *OWN_NAMES,
     "tl",

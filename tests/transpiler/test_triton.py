@@ -136,9 +136,10 @@ def test_comments_name_every_step_of_the_mugraph():
         assert re.search(rf"# {name}: f\d+\[", source), name
 
 
-def test_names_that_clash_stay_apart(interpreter):
+@pytest.mark.parametrize("taken", [("out", "pid", "torch"), ("not", "or", "lambda")])
+def test_names_that_clash_stay_apart(interpreter, taken):
     graph = matvec(k_size=20, n_size=10)
-    names = {"X": "out", "W": "pid", "Y": "torch"}
+    names = dict(zip(("X", "W", "Y"), taken, strict=True))
     from dataclasses import replace
 
     def tensor(t):
@@ -157,11 +158,11 @@ def test_names_that_clash_stay_apart(interpreter):
             replace(
                 kernel,
                 targets=tuple(map(tensor, kernel.targets)),
-                args=("out", "pid"),
+                args=taken[:2],
                 op=replace(kernel.op, blocks=(block,)),
             ),
         ),
-        outputs=tuple(replace(o, value="torch") for o in graph.outputs),
+        outputs=tuple(replace(o, value=taken[2]) for o in graph.outputs),
     )
     check(interpreter, renamed, {"B": 3})
 
