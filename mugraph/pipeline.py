@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 from mugraph import __version__, settings
-from mugraph.codegen.accesses import accesses
 from mugraph.codegen.lower import lower
 from mugraph.codegen.stabilise import stabilise
 from mugraph.errors import (
@@ -560,7 +559,7 @@ def _checked(
             raise KeyboardInterrupt
         verified = proved(verified)
         certificate = verified.certificate
-        found = bounds_tier(verified, target)
+        found = bounds_tier(verified, target, source)
         if found is not None:
             certificate = certificate.with_bounds(found.claims, found.reason)
         numerics = numeric_tier(verified, target, source, seed)
@@ -614,12 +613,12 @@ def emit(verified: Verified, target: Target) -> str:
     return triton_code.emit(lower(verified))
 
 
-def bounds_tier(verified: Verified, target: Target) -> Bounds | None:
+def bounds_tier(verified: Verified, target: Target, source: str) -> Bounds | None:
     """What is known of the loads and stores of our kernels; None where there are none.  Raises VerificationError with a
     counterexample."""
     if target.kind == "torch" or not verified.graph.kernels():
         return None
-    return in_bounds(accesses(lower(verified)))
+    return in_bounds(source, verified.program)
 
 
 def numeric_tier(verified: Verified, target: Target, source: str, seed: int) -> NumericReport:

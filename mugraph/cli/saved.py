@@ -64,8 +64,8 @@ def recheck_saved(directory: Path, strict: bool = False, say: Callable[[str], No
     verified = recheck(certificate, result.program, result.graph)
     tests = sum(d.tests for d in certificate.draws)
     say(f"the graph computes the program: {tests} tests repeated")
-    _same_bounds(certificate, bounds_tier(verified, result.target))
     _same_files(result, verified, directory)
+    _same_bounds(certificate, bounds_tier(verified, result.target, result.source))
     say("the source and the derived files come out the same again")
     checks = [
         f"files: {len(result.files())} with the hashes of the manifest",

@@ -1,65 +1,28 @@
-"""The `bounds` tier: no load or store outside its tensor, no element written twice, none left out, for all sizes.
+"""The `bounds` tier: no load or store outside its tensor, no entry written twice, none left out, for all sizes.
 
-    outcome = in_bounds(accesses)          # Bounds, or VerificationError with sizes and a block
+    outcome = in_bounds(source, graph)      # Bounds, or VerificationError with sizes and a block
 
-An access is what a plan says of a load or store: per axis of the tensor an index `start + step * i`, where i runs
-over an axis of the kernel as its extent says (blocks of a grid, iterations of a loop, lanes of a tile, a mask).  Each
-claim is one query to z3 for a counterexample over integers.  A claim about one axis holds whatever the others are, so
-queries are small.  z3 is optional, and a query has a time limit; the outcome then says `unknown`.
+What is checked is the emitted text (`source.py` reads it).  Each claim is one query to z3 for a counterexample over
+integers.  An offset within a dimension is a sum of indices times coefficients, one for each axis that the dimension
+holds, and each index is held to its own range.  z3 is optional, a query has a time limit, and there is text that cannot
+be read: the outcome then says `unknown`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
-from itertools import combinations
-from typing import Any, Literal
+from itertools import combinations_with_replacement
+from typing import Any
 
-from mugraph.errors import VerificationError
-from mugraph.ir.axes import Dim, Monomial, Size
+from mugraph.errors import ShapeError, VerificationError
+from mugraph.ir.axes import MAX_SIZE, Size, dims_of, over, product, size_value, times
+from mugraph.ir.graph import Program
+from mugraph.verify.source import Access, Buffer, Reading, Unreadable, launches_of
 
 SECONDS = 2.0  # of one query
 NO_SOLVER = "z3 is not installed"
-
-
-@dataclass(frozen=True)
-class Cover:
-    """How an axis of the kernel is run over: `tile` entries at a time by blocks or iterations, in `lanes` lanes (None:
-    at least as many as the axis has entries).  `masked`: lanes beyond the tile and the axis are off.  `parts`: a loop
-    that is cut over the grid as well."""
-
-    axis: str
-    size: Size
-    role: Literal["grid", "loop", "whole"]
-    tile: int
-    lanes: int | None
-    masked: bool
-    parts: int = 1
-
-
-@dataclass(frozen=True)
-class Place:
-    """The index along one axis of a tensor, `start + step * cover` or the constant `start`.  `part`: the number of the
-    part of a split.  Where `low <= cover < low + length` fails, the access is off (a piece of a concatenation)."""
-
-    size: Size
-    cover: Cover | None
-    start: int = 0
-    step: int = 1
-    part: int = 0
-
-
-@dataclass(frozen=True)
-class Access:
-    """A load or store of `tensor`; `grid` are all covers on the grid of its launch."""
-
-    where: str
-    tensor: str
-    kind: Literal["read", "write", "partial", "atomic"]
-    places: tuple[Place, ...]
-    grid: tuple[Cover, ...]
-    limits: tuple[tuple[Cover, int, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -74,165 +37,217 @@ class Bounds:
         return "; ".join(dict.fromkeys(self.unknown))
 
 
-def in_bounds(accesses: Sequence[Access], seconds: float = SECONDS) -> Bounds:
-    """Raises VerificationError with a counterexample where a claim fails."""
+def in_bounds(source: str, graph: Program, seconds: float = SECONDS) -> Bounds:
+    """Raises VerificationError with a counterexample where a claim about an emitted file fails."""
     if find_spec("z3") is None:
         return Bounds(0, (NO_SOLVER,))
     import z3
 
+    try:
+        reading = launches_of(source, graph, z3)
+    except Unreadable as error:
+        return Bounds(0, (f"the source cannot be read: {error}",))
     proved, unknown = 0, []
-    written: dict[str, list[Access]] = {}
-    for access in dict.fromkeys(accesses):
-        if access.kind != "read":
-            written.setdefault(access.tensor, []).append(access)
-    groups = [([a], _Claims.of) for a in dict.fromkeys(accesses)] + [(g, _Claims.together) for g in written.values()]
-    for group, claims in groups:
-        access = group[0]
-        for claim, constraints, shown in claims(_Claims(z3), *group):
-            solver = z3.Solver()
-            solver.set("timeout", int(1000 * seconds))
-            solver.add(*constraints)
-            found = solver.check()
-            if found == z3.sat:
-                model = solver.model()
-                at = ", ".join(f"{n}={model.eval(x, model_completion=True)}" for n, x in shown.items())
-                raise VerificationError(f"{access.where}: {access.tensor} {claim} at {at}", op=access.kind)
-            if found == z3.unsat:
-                proved += 1
-            else:
-                unknown.append(f"{access.where}: not decided in {seconds:g} s")
+    for claim in _Claims(z3, reading).all():
+        if not claim.constraints:
+            unknown.append(f"{claim.where}: {claim.text}")
+            continue
+        solver = z3.Solver()
+        solver.set("timeout", int(1000 * seconds))
+        solver.add(*reading.sizes.holds, *claim.constraints)
+        found = solver.check()
+        if found == z3.sat:
+            model = solver.model()
+            unknowns = (*reading.sizes.known.values(), *claim.shown)
+            at = ", ".join(f"{x}={model.eval(x, model_completion=True)}" for x in unknowns)
+            raise VerificationError(f"{claim.where}: {claim.text} at {at}")
+        if found == z3.unsat:
+            proved += 1
+        else:
+            unknown.append(f"{claim.where}: not decided in {seconds:g} s")
     return Bounds(proved, tuple(unknown))
 
 
-Claim = tuple[str, list[Any], dict[str, Any]]
+@dataclass(frozen=True)
+class Claim:
+    """What would be wrong, and what holds where it is; without constraints, why there is no claim.  `shown`: what a
+    counterexample consists of."""
+
+    where: str
+    text: str
+    constraints: Sequence[Any] = ()
+    shown: Sequence[Any] = ()
+
+
+@dataclass(frozen=True)
+class Place:
+    """One index of a dimension, and its range."""
+
+    index: Any
+    count: Any
 
 
 class _Claims:
-    """Claims about one access, as constraints of which no solution may exist, with what a solution shows."""
+    def __init__(self, z3: Any, reading: Reading) -> None:
+        self.z3, self.reading, self.sizes = z3, reading, reading.sizes
 
-    def __init__(self, z3: Any) -> None:
-        self.z3 = z3
-        self.dims: dict[str, Any] = {}
-        self.ranges: list[Any] = []
+    def all(self) -> Iterator[Claim]:
+        stores: dict[Buffer, list[Access]] = {}
+        for launch in self.reading.launches:
+            written = {a.buffer for a in launch.accesses if a.kind != "read"}
+            for a in launch.accesses:
+                yield from self.inside(a)
+                if a.kind == "read" and a.buffer in written:
+                    yield Claim(a.where, f"{a.buffer.name} is read in the launch that writes it", [True])
+            for b in dict.fromkeys(a.buffer for a in launch.accesses if a.kind == "read" and a.buffer not in written):
+                if b.made == "empty":
+                    yield from self.everywhere(launch.name, b, stores.pop(b, []))
+                    b.made = "given"
+            for b in written:
+                mine = [a for a in launch.accesses if a.buffer is b and a.kind != "read"]
+                stores.setdefault(b, []).extend(mine)
+                for x, y in combinations_with_replacement(mine, 2):
+                    if "atomic" not in (x.kind, y.kind):
+                        yield self.twice(x, y)
+        for b in self.reading.results:
+            if b.made == "empty":
+                yield from self.everywhere("run", b, stores.get(b, []))
 
-    def of(self, access: Access) -> Iterable[Claim]:
-        for n, place in enumerate(access.places):
-            yield self.outside(access, n, place)
-        if access.kind in ("write", "partial"):
-            yield from self.races(access)
-        if access.kind != "read":
-            for n, place in enumerate(access.places):
-                if place.cover is not None:
-                    yield self.left_out(n, place.cover)
+    # -- places
 
-    def together(self, *stores: Access) -> Iterable[Claim]:
-        """Stores into one tensor: each element is an entry of one of them, and of no two."""
-        places = list(zip(*(s.places for s in stores), strict=True))
-        index = [self.z3.Int(f"entry {n}") for n in range(len(places))]
-        inside = [c for x, (place, *_) in zip(index, places, strict=True) for c in (x >= 0, x < self.size(place.size))]
-        shown = {str(x): x for x in index}
-        regions = [self.z3.And(*map(self.region, index, s.places)) for s in stores]
-        yield self.claim("is not written everywhere,", [*inside, *map(self.z3.Not, regions)], **shown)
-        for (a, one), (b, other) in combinations(zip(stores, regions, strict=True), 2):
-            if "atomic" not in (a.kind, b.kind):
-                yield self.claim("is written twice,", [*inside, one, other], **shown)
+    def places(self, a: Access) -> list[Place]:
+        """The indices of an access, those of a dimension in the order of their coefficients."""
+        found: list[Place] = []
+        for n, size in enumerate(a.buffer.shape):
+            terms = [t for t in a.terms if t.dim == n]
+            coefficients = {t.coefficient for t in terms}
+            whole = sum((t.index * self.sizes(t.coefficient) for t in terms), self.z3.IntVal(0))
+            if coefficients <= {1}:
+                found.append(Place(whole, self.sizes(size)))
+                continue
+            try:
+                found += self.factors(terms, coefficients, size)
+            except ShapeError:
+                found.append(Place(whole, self.sizes(size)))
+        return found
 
-    def region(self, x: Any, place: Place) -> Any:
-        """Whether an index is that of some entry."""
-        if place.part:
-            return x < place.part
-        if place.cover is None:
-            return x == place.start
-        first = x - place.start
-        return self.z3.And(first >= 0, first % place.step == 0, first < place.step * self.size(place.cover.size))
+    def factors(self, terms: Sequence[Any], coefficients: set[Size], size: Size) -> list[Place]:
+        """Σ index·c lies in its dimension, and determines each index, if the index of c is below c'/c, c' the next."""
+        inner = sorted(coefficients | {1}, key=lambda c: (len(dims_of(c)), c if isinstance(c, int) else 0, str(c)))
+        found = []
+        for c, above in zip(inner, [*inner[1:], size], strict=True):
+            index = sum((t.index for t in terms if t.coefficient == c), self.z3.IntVal(0))
+            found.append(Place(index, self.sizes(over(above, c))))
+        return found
 
-    def size(self, size: Size) -> Any:
-        match size:
-            case int():
-                return self.z3.IntVal(size)
-            case Dim(name, low, high):
-                if name not in self.dims:
-                    self.dims[name] = self.z3.Int(name)
-                    self.ranges += [self.dims[name] >= low, self.dims[name] <= high]
-                return self.dims[name]
-            case Monomial(coefficient, powers):
-                top, bottom = self.z3.IntVal(coefficient.numerator), self.z3.IntVal(coefficient.denominator)
-                for d, p in powers:
-                    for _ in range(abs(p)):
-                        top, bottom = (top * self.size(d), bottom) if p > 0 else (top, bottom * self.size(d))
-                whole = self.z3.Int(f"size {size}")
-                self.ranges += [whole * bottom == top, whole >= 1]
-                return whole
+    @staticmethod
+    def holds(a: Access) -> list[Any]:
+        return [*a.holds, *(x == y for x, y in a.linked)]
 
-    def run(self, c: Cover, tag: str = "") -> tuple[Any, Any, list[Any], Any, dict[str, Any]]:
-        """The entry that a lane sees, the number of the block or iteration, what holds of both, the lane's mask, and
-        what to show."""
-        size = self.size(c.size)
-        lane = self.z3.Int(f"lane of {c.axis}{tag}")
-        number = self.z3.Int(f"{'block' if c.role == 'grid' else 'iteration'} of {c.axis}{tag}")
-        lanes = size if c.lanes is None else self.z3.IntVal(c.lanes)
-        holds = [lane >= 0, number >= 0, lane < lanes if c.lanes is not None else lane >= 0]
-        entry = lane if c.role == "whole" else number * c.tile + lane
-        if c.role == "whole":
-            holds.append(number == 0)
+    # -- claims
+
+    def inside(self, a: Access) -> Iterator[Claim]:
+        for place in self.places(a):
+            outside = self.z3.Or(place.index < 0, place.index >= place.count)
+            text = f"{a.kind} of {a.buffer.name} is out of bounds: index {place.index} of {place.count}"
+            yield Claim(a.where, text, [*self.holds(a), outside], a.digits)
+        for t in a.terms:
+            reach = product([*a.buffer.shape[t.dim + 1 :], *([t.coefficient] if a.buffer.shape else [])])
+            if not t.wide and self.largest(times(reach, a.buffer.shape[t.dim])) > MAX_SIZE and not self.near(t, reach):
+                yield Claim(a.where, f"an offset in {a.buffer.name} may exceed 31 bits", [True])
+
+    def near(self, t: Any, reach: Size) -> bool:
+        return bool(self.z3.is_int_value(t.index)) and t.index.as_long() * self.largest(reach) <= MAX_SIZE
+
+    def largest(self, size: Size) -> int:
+        bounds = {d.name: d.max for d in dims_of(size)}
+        return size_value(size, bounds)
+
+    def twice(self, x: Access, y: Access) -> Claim:
+        """Two blocks, iterations or lanes that write one entry."""
+        other = [(d, self.z3.Int(f"another {d}")) for d in self.unknowns(y)]
+        mine, theirs = self.places(x), self.places(y)
+        same = [p.index == self.z3.substitute(q.index, *other) for p, q in zip(mine, theirs, strict=True)]
+        differ = [d != self.z3.substitute(d, *other) for d in x.digits] if x is y else []
+        constraints = [*self.holds(x), *(self.z3.substitute(h, *other) for h in self.holds(y)), *same]
+        if differ or x is not y:
+            constraints += [self.z3.Or(differ)] if differ else []
         else:
-            holds.append(number * c.tile < size)  # as many blocks or iterations as have an entry
-        on = self.z3.BoolVal(True)
-        if c.masked or c.lanes is None:
-            on = self.z3.And(entry < size, lane < c.tile) if c.role != "whole" else entry < size
-        if c.role == "loop" and c.masked:  # full tiles run without a mask
-            on = self.z3.And(lane < c.tile, self.z3.Or((number + 1) * c.tile <= size, entry < size))
-        return entry, number, holds, on, {str(number): number, str(lane): lane}
+            constraints.append(self.z3.BoolVal(False))  # one block, one lane
+        return Claim(x.where, f"{x.buffer.name} is written twice", constraints, [*x.digits, *(o for _, o in other)])
 
-    def outside(self, access: Access, n: int, place: Place) -> Claim:
-        size = self.size(place.size)
-        if place.part:
-            part = self.z3.Int("part")
-            return self.claim(
-                f"is out of bounds in dimension {n}", [part >= 0, part < place.part, part >= size], part=part
-            )
-        if place.cover is None:
-            value = self.z3.IntVal(place.start)
-            return self.claim(f"is out of bounds in dimension {n}", [self.z3.Or(value < 0, value >= size)])
-        entry, _, holds, on, shown = self.run(place.cover)
-        value = place.start + place.step * entry
-        limits = [
-            self.z3.And(entry >= low, entry < low + length) for c, low, length in access.limits if c == place.cover
-        ]
-        outside = [*holds, on, *limits, self.z3.Or(value < 0, value >= size)]
-        return self.claim(
-            f"is out of bounds in dimension {n}, at index {place.start} + {place.step}·entry,", outside, **shown
-        )
+    def unknowns(self, a: Access) -> list[Any]:
+        """All unknowns but sizes."""
+        sizes = {str(s) for s in self.sizes.known.values()}
+        found: dict[str, Any] = {}
+        todo, seen = [*self.holds(a), *(t.index for t in a.terms)], set()
+        while todo:
+            e = todo.pop()
+            if e.get_id() in seen:
+                continue
+            seen.add(e.get_id())
+            if self.z3.is_const(e) and e.decl().kind() == self.z3.Z3_OP_UNINTERPRETED and str(e) not in sizes:
+                found[str(e)] = e
+            todo += e.children()
+        return list(found.values())
 
-    def races(self, access: Access) -> Iterable[Claim]:
-        """Two blocks write one element: along some axis of the grid they differ, and each index is the same."""
-        for c in access.grid:
-            own = [p for p in access.places if p.cover == c]
-            a, b = self.run(c, ""), self.run(c, " of another")
-            same = [p.start + p.step * a[0] == p.start + p.step * b[0] for p in own]
-            constraints = [*a[2], *b[2], a[3], b[3], a[1] != b[1], *same]
-            yield self.claim("is written twice,", constraints, **a[4], **b[4])
-        loops = {p.cover for p in access.places if p.cover is not None and p.cover.role == "loop"}
-        for c in sorted(loops, key=lambda c: c.axis):
-            a, b = self.run(c, ""), self.run(c, " of another")
-            yield self.claim(
-                "is written twice,", [*a[2], *b[2], a[3], b[3], a[1] != b[1], a[0] == b[0]], **a[4], **b[4]
-            )
+    def everywhere(self, where: str, b: Buffer, stores: Sequence[Access]) -> Iterator[Claim]:
+        """An entry that no store writes.  For each store, the digits that would write it are those of the entry."""
+        if not stores:
+            yield Claim(where, f"{b.name or 'a tensor'} is never written", [True])
+            return
+        all_places = [self.places(s) for s in stores]
+        counts = [[str(p.count) for p in places] for places in all_places]
+        if any(c != counts[0] for c in counts):
+            yield Claim(where, f"{b.name} is written in several ways")
+            return
+        entry = [self.z3.Int(f"entry {n}") for n in range(len(counts[0]))]
+        constraints = [c for x, p in zip(entry, all_places[0], strict=True) for c in (x >= 0, x < p.count)]
+        for s, places in zip(stores, all_places, strict=True):
+            found = self.solved(s, places, entry)
+            if found is None:
+                yield Claim(where, f"which entries of {b.name} are written is not known")
+                return
+            hits = [*self.holds(s), *(p.index == x for p, x in zip(places, entry, strict=True))]
+            constraints.append(self.z3.Not(self.z3.substitute(self.z3.And(*hits), *found)))
+        yield Claim(where, f"{b.name} is not written everywhere", constraints, entry)
 
-    def left_out(self, n: int, c: Cover) -> Claim:
-        """An entry of the axis that the block and the lane that should write it do not."""
-        x = self.z3.Int("entry")
-        entry, number, holds, on, shown = self.run(c)
-        at = x if c.role == "whole" else x - number * c.tile
-        lane = shown[next(k for k in shown if k.startswith("lane"))]
-        chosen = [number == 0] if c.role == "whole" else [number * c.tile <= x, x < (number + 1) * c.tile]
-        inside = [x >= 0, x < self.size(c.size), *chosen, lane == at]
-        fails = self.z3.Not(self.z3.And(*holds, on, entry == x))
-        return self.claim(f"is not written everywhere in dimension {n}", [*inside, fails], entry=x, **shown)
+    def solved(self, a: Access, places: Sequence[Place], entry: Sequence[Any]) -> list[tuple[Any, Any]] | None:
+        """Values of the digits at which the access is that of an entry, if there are any; None if not found."""
+        z3 = self.z3
+        free = {str(d): d for d in self.unknowns(a)}
+        found: dict[str, tuple[Any, Any]] = {}
+        for place, x in zip(places, entry, strict=True):
+            mine = [d for d in self.unknowns_of(place.index) if str(d) in free]
+            zero = [(d, z3.IntVal(0)) for d in mine]
+            start = z3.simplify(z3.substitute(place.index, *zero)) if mine else place.index
+            steps = []
+            for d in mine:
+                others = [(o, v) for o, v in zero if o is not d]
+                one = z3.substitute(place.index, *others, (d, z3.IntVal(1)))
+                step = z3.simplify(one - start, som=True)
+                if not z3.is_int_value(step) or step.as_long() < 1 or str(d) in found:
+                    return None
+                steps.append((step.as_long(), d))
+            steps.sort(key=lambda s: s[0])
+            for n, (step, d) in enumerate(steps):
+                value = (x - start) / step
+                if n + 1 < len(steps):
+                    value = value % (steps[n + 1][0] // step)
+                found[str(d)] = d, value
+        links = list(a.linked)
+        changed = True
+        while changed:
+            changed = False
+            for p, q in links:
+                for one, other in ((p, q), (q, p)):
+                    given = all(str(d) in found for d in self.unknowns_of(other) if str(d) in free)
+                    if given and z3.is_const(one) and str(one) in free and str(one) not in found:
+                        found[str(one)] = one, z3.substitute(other, *found.values())
+                        changed = True
+        for name, d in free.items():
+            found.setdefault(name, (d, z3.IntVal(0)))
+        return list(found.values())
 
-    def claim(self, text: str, constraints: list[Any], **shown: Any) -> Claim:
-        return text, [*self.ranges, *constraints], {**self.dims, **shown}
-
-
-def shown(sizes: Mapping[str, int]) -> str:
-    return ", ".join(f"{a}={s}" for a, s in sorted(sizes.items()))
+    def unknowns_of(self, e: Any) -> list[Any]:
+        return self.unknowns(Access("", "", Buffer("", ()), (), (e,), (), ()))

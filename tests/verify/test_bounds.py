@@ -1,141 +1,199 @@
-"""Loads and stores lie in their tensors, write every element, and none twice; a planted error is shown with sizes."""
+"""Loads and stores of emitted text lie in their tensors, write every entry, and none twice; an error planted in the
+text is shown with sizes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from benchmarks.programs import CLASSIC, PROGRAMS
-from mugraph.codegen.accesses import accesses
-from mugraph.codegen.lower import lower
+from mugraph.codegen.lower import Options, lower, plan_graph
 from mugraph.errors import VerificationError
-from mugraph.ir.axes import Dim
-from mugraph.ir.graph import KernelGraph
+from mugraph.ir.graph import KernelGraph, Program
 from mugraph.ir.parser import parse_program
+from mugraph.ir.resize import resized
+from mugraph.pipeline import emit, finished
+from mugraph.search.driver import search
+from mugraph.search.space import SearchSpace
+from mugraph.transpiler import triton
+from mugraph.transpiler.target import parse_target
 from mugraph.verify import bounds
-from mugraph.verify.bounds import NO_SOLVER, Access, Cover, Place, in_bounds
-from mugraph.verify.equivalence import verify
+from mugraph.verify.bounds import NO_SOLVER, Bounds, in_bounds
+from mugraph.verify.equivalence import Verified, verify
 from tests import graphs
+from tests.blocks import BLOCKS, split_matmul
 
 WINNERS = Path(__file__).parents[1] / "corpora/winners"
-B = Dim("B", 1, 4096)
+H100 = parse_target("cuda:90")
 
 pytest.importorskip("z3", reason="z3-solver is not installed")
 
 
-def of_graph(name: str) -> tuple[Access, ...]:
+def source_of(name: str) -> tuple[str, Program]:
+    """A schedule by hand as a source."""
     program, fused = graphs.ALL[name]
-    return accesses(lower(verify(program(), fused())))
+    return triton.emit(lower(verify(program(), fused()))), program()
+
+
+def winner(name: str) -> tuple[str, Program]:
+    """What is chosen for a program, as a source."""
+    graph = parse_program((WINNERS / f"{name}.txt").read_text())
+    assert isinstance(graph, KernelGraph)
+    return emit(verify(PROGRAMS[name], graph), H100), PROGRAMS[name]
+
+
+def holds(found: Bounds, least: int = 5) -> None:
+    assert found.unknown == ()
+    assert found.claims >= least
 
 
 @pytest.mark.parametrize("name", graphs.ALL)
 def test_schedules_by_hand_are_in_bounds(name: str):
-    found = in_bounds(of_graph(name))
-    assert found.claims >= 8
-    assert found.unknown == ()
+    holds(in_bounds(*source_of(name)), 8)
 
 
 @pytest.mark.parametrize("name", CLASSIC)
 def test_what_is_chosen_for_the_classic_programs_is_in_bounds(name: str):
-    graph = parse_program((WINNERS / f"{name}.txt").read_text())
-    assert isinstance(graph, KernelGraph)
-    found = in_bounds(accesses(lower(verify(PROGRAMS[name], graph))))
-    assert found.claims >= 8
-    assert found.unknown == ()
+    holds(in_bounds(*winner(name)), 8)
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+@pytest.mark.parametrize("dot", ["auto", "never"])
+def test_every_form_of_block_is_in_bounds(name: str, dot: str):
+    graph = BLOCKS[name]()
+    holds(in_bounds(triton.emit(plan_graph(graph, Options(dot=dot))), graph), 3)
+
+
+@pytest.mark.parametrize("parts", [1, 3, 7])
+def test_any_number_of_parts_is_in_bounds(parts: int):
+    graph = split_matmul(parts=parts)
+    holds(in_bounds(triton.emit(plan_graph(graph)), graph))
+
+
+def test_kernels_that_share_a_launch_are_in_bounds():
+    program = PROGRAMS["prenorm_attention"]
+    found = search(program, accept=lambda g: verify(program, finished(g)), space=SearchSpace(sizes=()))
+    assert isinstance(found.accepted, Verified)
+    source = emit(found.accepted, H100)
+    assert "if pid < blocks_0:" in source
+    holds(in_bounds(source, program), 40)
 
 
 # -- planted errors
 
-Change = Callable[[Cover], Cover]
-CHANGES: dict[str, Change] = {
-    "mask dropped": lambda c: replace(c, masked=False),
-    "tile larger than its lanes": lambda c: replace(c, lanes=max((c.lanes or 2) // 2, 1)),
-}
+OUTSIDE, TWICE, MISSING = "is out of bounds", "is written twice", "is not written everywhere"
+STORE = "tl.store(Y_at, y.to(tl.float16), mask=in_b[:, None])"
+LOAD = "x = tl.load(x_at + k0 * X_k, mask=in_b[:, None], other=0.0)"
+LANES, BLOCKS_N = "i_n = n_block * 64 + tl.arange(0, 64)", "triton.cdiv(size_B, 16) * 96"
+EDITS = [
+    ("rmsnorm_linear", LOAD, "x = tl.load(x_at + k0 * X_k)", OUTSIDE),
+    ("rmsnorm_linear", STORE, "tl.store(Y_at, y.to(tl.float16))", OUTSIDE),
+    ("rmsnorm_linear", "in_b = i_b < size_b", "in_b = i_b <= size_b", OUTSIDE),
+    ("rmsnorm_linear", "in_b = i_b < size_b", "in_b = i_b + 1 < size_b", MISSING),
+    ("rmsnorm_linear", "range(0, size_k, 128)", "range(0, size_k + 1, 128)", OUTSIDE),
+    ("rmsnorm_linear", LANES, "i_n = n_block * 64 + tl.arange(0, 128)", OUTSIDE),
+    ("rmsnorm_linear", LANES, "i_n = n_block * 32 + tl.arange(0, 64)", TWICE),
+    ("rmsnorm_linear", LANES, "i_n = n_block * 64 + tl.arange(0, 32)", MISSING),
+    ("rmsnorm_linear", BLOCKS_N, "triton.cdiv(size_B, 16) * 95", MISSING),
+    ("rmsnorm_linear", BLOCKS_N, "triton.cdiv(size_B, 16) * 97", OUTSIDE),
+    ("rmsnorm_linear", "Y + i_b[:, None] * Y_b + i_n[None, :] * Y_n", "Y + i_n[None, :] * Y_n", TWICE),
+    ("rmsnorm_linear", "i_b[:, None] * Y_b + i_n[None, :] * Y_n", "i_b[:, None] * Y_n + i_n[None, :] * Y_b", OUTSIDE),
+    ("rmsnorm_linear", "i_b[:, None] * Y_b", "i_b[:, None] * X_b", "an address of Y moves by a stride of X"),
+    ("rmsnorm_linear", "*W.stride(), *Y.stride()", "*Y.stride(), *W.stride()", "moves by a stride of"),
+    ("rmsnorm_linear", "torch.empty((size_B, 6144)", "torch.empty((size_B, 6143)", OUTSIDE),
+    ("gqa", "i_g = at_gb // 2", "i_g = at_gb % 8", TWICE),
+    ("gqa", "s0 * K_s", "s0 * K_d", OUTSIDE),
+    ("gqa", "float16), mask=in_b[:, None])", "float16), mask=in_b[:, None] & (i_g < 7)[:, None])", MISSING),
+]
 
 
-def changed(found: tuple[Access, ...], change: Change, axis: str) -> tuple[Access, ...]:
-    def on(c: Cover) -> Cover:
-        return change(c) if c.axis == axis else c
-
-    return tuple(
-        replace(
-            a,
-            places=tuple(replace(p, cover=on(p.cover)) if p.cover else p for p in a.places),
-            grid=tuple(map(on, a.grid)),
-        )
-        for a in found
-    )
+@pytest.mark.parametrize(("name", "old", "new", "why"), EDITS)
+def test_an_error_in_the_text_is_shown(name: str, old: str, new: str, why: str):
+    source, program = source_of(name)
+    assert source.count(old) == 1
+    with pytest.raises(VerificationError, match=why):
+        in_bounds(source.replace(old, new), program)
 
 
 def test_a_dropped_mask_is_shown_with_the_size_and_the_block():
-    with pytest.raises(VerificationError, match=r"out of bounds in dimension 0.* at B=\d+, block of b=\d+") as refused:
-        in_bounds(changed(of_graph("rmsnorm_linear"), CHANGES["mask dropped"], "b"))
-    assert refused.value.op in ("read", "write")
+    source, program = source_of("rmsnorm_linear")
+    with pytest.raises(
+        VerificationError, match=r"rmsnorm_linear: write of Y is out of bounds.* at B=\d+, block \d+=\d+"
+    ):
+        in_bounds(source.replace("y.to(tl.float16), mask=in_b[:, None]", "y.to(tl.float16)"), program)
 
 
-def test_entries_that_no_lane_holds_are_not_written():
-    with pytest.raises(VerificationError, match="is not written everywhere"):
-        in_bounds(changed(of_graph("rmsnorm_linear"), CHANGES["tile larger than its lanes"], "n"))
+def split() -> tuple[str, Program]:
+    graph = split_matmul(parts=3)
+    return triton.emit(plan_graph(graph)), graph
 
 
-def writes(found: tuple[Access, ...]) -> Iterator[Access]:
-    yield from (a for a in found if a.kind == "write")
+def test_parts_that_share_their_place_are_a_race():
+    source, program = split()
+    (line,) = [x for x in source.splitlines() if "part * acc_parts" in x and "_at" in x]
+    with pytest.raises(VerificationError, match="acc_parts is written twice"):
+        in_bounds(source.replace(line, line.rsplit(" + part * ", 1)[0]), program)
 
 
-def test_a_store_that_lacks_a_grid_axis_is_a_race():
-    (store,) = writes(of_graph("rmsnorm_linear"))
-    fewer = replace(store, places=tuple(p for p in store.places if p.cover is None or p.cover.axis != "b"))
-    with pytest.raises(VerificationError, match=r"is written twice.*block of b of another=\d"):
-        in_bounds([fewer])
+def test_a_launch_that_is_left_out_leaves_its_results_out():
+    source, program = split()
+    calls = [n for n, x in enumerate(source.splitlines()) if "[(" in x]
+    lines = source.splitlines()
+    without_second = "\n".join(lines[: calls[1]] + [x for x in lines[calls[1] :] if "return" in x][:1])
+    with pytest.raises(VerificationError, match="is never written"):
+        in_bounds(without_second, program)
+    without_first = "\n".join(lines[: calls[0]] + lines[calls[1] :])
+    with pytest.raises(VerificationError, match="acc_parts is never written"):
+        in_bounds(without_first, program)
 
 
-def test_overlapping_tiles_are_a_race():
-    """32 lanes without a mask for tiles of 16."""
-    cover = Cover("b", 64, "grid", 16, 32, False)
-    with pytest.raises(VerificationError, match="is written twice"):
-        in_bounds([Access("k: store", "y", "write", (Place(80, cover),), (cover,))])
-
-
-def test_an_index_off_by_one():
-    cover = Cover("b", B, "grid", 16, 16, True)
-    right = Access("k: load", "x", "read", (Place(B, cover),), (cover,))
-    assert in_bounds([right]).claims == 1
-    with pytest.raises(VerificationError, match="out of bounds"):
-        in_bounds([replace(right, places=(Place(B, cover, start=1),))])
-
-
-def pieces(*starts: int, step: int = 1) -> list[Access]:
-    """Stores of 8 entries each into 16."""
-    cover = Cover("d", 8, "grid", 4, 4, True)
-    return [Access("k: store", "y", "write", (Place(16, cover, start, step),), (cover,)) for start in starts]
-
-
-def test_pieces_of_a_tensor_are_all_of_it():
-    assert in_bounds(pieces(0, 8)).claims == 8
-    assert in_bounds(pieces(0, 1, step=2)).claims == 8
-    with pytest.raises(VerificationError, match=r"is not written everywhere, at entry 0=(8|9|1\d)"):
-        in_bounds(pieces(0))
-    with pytest.raises(VerificationError, match="is not written everywhere"):
-        in_bounds(pieces(0, 0, step=2))
-    with pytest.raises(VerificationError, match="is written twice"):
-        in_bounds([*pieces(0, 8), *pieces(4)])
+def test_offsets_beyond_31_bits_must_be_64_bit():
+    large = resized(graphs.rmsnorm_linear_fused(), {"k": 2**20}, {})
+    source = triton.emit(plan_graph(large))
+    holds(in_bounds(source, large))
+    with pytest.raises(VerificationError, match="may exceed 31 bits"):
+        in_bounds(source.replace(".to(tl.int64)", ""), large)
 
 
 # -- what is not known
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "why"),
+    [
+        ("i_n[None, :] * Y_n", "tl.load(G)[None, :] * Y_n", "an offset that is no index times a stride"),
+        (
+            "tl.store(Y_at, y.to(tl.float16), mask=in_b[:, None])",
+            "tl.store(Y_at, y, mask=y > 0)",
+            "mask that was loaded",
+        ),
+        ("n_block = pid // tl.cdiv(size_b, 16)", "n_block = pid // 7", "block number divided by"),
+        ("k0 * X_k", "acc * X_k", "an offset that is no index times a stride"),
+        ("import torch\n", "import torch\nimport socket\n", "import socket"),
+    ],
+)
+def test_text_that_cannot_be_read_is_unknown(old: str, new: str, why: str):
+    source, program = source_of("rmsnorm_linear")
+    assert old in source
+    found = in_bounds(source.replace(old, new, 1), program)
+    assert found.claims == 0
+    assert why in found.reason
+
+
+def test_a_loop_that_moves_a_pointer_is_unknown():
+    source, program = source_of("rmsnorm_linear")
+    moving = source.replace("x = tl.load(x_at + k0 * X_k,", "x_at = x_at + 128 * X_k\n        x = tl.load(x_at,")
+    assert "later iterations" in in_bounds(moving, program).reason
+
+
 def test_without_a_solver_the_outcome_says_so(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(bounds, "find_spec", lambda name: None)
-    found = in_bounds(of_graph("lora"))
+    found = in_bounds(*source_of("lora"))
     assert (found.claims, found.reason) == (0, NO_SOLVER)
 
 
 def test_a_query_without_time_is_unknown():
-    cover = Cover("b", Dim("B", 1, 2**31 - 1) * Dim("C", 1, 2**31 - 1), "grid", 48, 64, True)
-    access = Access("k: store", "y", "write", (Place(cover.size, cover),), (cover,))
-    found = in_bounds([access], seconds=0.001)
-    assert found.unknown
-    assert "not decided" in found.reason
+    source, program = source_of("rmsnorm_linear")
+    cubes = source.replace("in_b = i_b < size_b", "in_b = i_b * i_b * i_b < size_b * size_b * size_b")
+    assert "not decided in 0.001 s" in in_bounds(cubes, program, seconds=0.001).reason

@@ -1,0 +1,849 @@
+"""What emitted Triton text does to memory, read by running it on symbols.
+
+    launches = launches_of(source, graph, z3)      # raises Unreadable where it has no rule for what the text does
+
+The text, which must be one that mugraph emitted, is executed as Python with stand-ins for torch and triton.  Sizes,
+program ids, lanes and iterations are unknown integers of z3; a stride is a token of its tensor, so an address is one
+index per dimension; whatever was loaded is opaque.  An `if` on an unknown is followed both ways.  The body of a loop
+runs twice for one unknown iteration, and must do the same to memory both times: what it does then does not depend on
+iterations before.
+
+A program id, like a lane, is a counter: `n % f` and `n // f` are its low digits and the rest, where f is a product of
+factors of its count.  So they are unknowns of their own with known ranges, and indices stay linear.
+"""
+
+from __future__ import annotations
+
+import builtins
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from inspect import signature
+from types import FunctionType, SimpleNamespace
+from typing import Any, Literal
+
+from mugraph.errors import ShapeError, VerificationError
+from mugraph.ir.axes import Dim, Monomial, Size, over, times
+from mugraph.ir.graph import Program
+
+
+class Unreadable(Exception):
+    """The text does what this module has no rule for."""
+
+
+@dataclass(eq=False)
+class Buffer:
+    """A tensor that kernels read or write.  `made`: where its entries come from; those of "empty" only from stores."""
+
+    name: str
+    shape: tuple[Size, ...]
+    made: Literal["given", "empty", "zeroed"] = "given"
+
+
+@dataclass(frozen=True)
+class Term:
+    """`index * coefficient` entries along a dimension; `wide`: the offset is computed in 64 bits."""
+
+    dim: int
+    index: Any
+    coefficient: Size
+    wide: bool
+
+
+@dataclass(frozen=True)
+class Access:
+    """A load, store or atomic addition.  `holds`: what is true where it happens, its mask included; `digits`: the
+    unknowns that tell apart who does it; `linked`: equations between these and others."""
+
+    where: str
+    kind: str
+    buffer: Buffer
+    terms: tuple[Term, ...]
+    holds: tuple[Any, ...]
+    digits: tuple[Any, ...]
+    linked: tuple[tuple[Any, Any], ...]
+
+    def key(self) -> tuple[object, ...]:
+        return self.kind, self.buffer, str(self.terms), str(self.holds)
+
+
+@dataclass(frozen=True)
+class Launch:
+    name: str
+    accesses: tuple[Access, ...]
+
+
+@dataclass
+class Reading:
+    """All launches in order, the tensors that come back, and what holds of the sizes."""
+
+    launches: list[Launch]
+    results: tuple[Buffer, ...]
+    sizes: Sizes
+
+
+def launches_of(source: str, graph: Program, z3: Any) -> Reading:
+    """Raises Unreadable, and VerificationError where a stride of one tensor moves in another."""
+    reader = _Reader(graph, z3)
+    try:
+        results = reader.run(source)
+    except (Unreadable, VerificationError):
+        raise
+    except Exception as error:  # the stand-ins lack something that the text asks for
+        raise Unreadable(f"{type(error).__name__}: {error}") from error
+    return Reading(reader.launches, results, reader.sizes)
+
+
+# -- sizes
+
+
+class Sizes:
+    """Sizes as integers of z3, with what is known of them."""
+
+    def __init__(self, z3: Any) -> None:
+        self.z3 = z3
+        self.known: dict[Size | str, Any] = {}
+        self.holds: list[Any] = []
+
+    def __call__(self, size: Size) -> Any:
+        if isinstance(size, int):
+            return self.z3.IntVal(size)
+        if size not in self.known:
+            self.known[size] = self.z3.Int(str(size))
+            match size:
+                case Dim(_, low, high):
+                    self.holds += [self.known[size] >= low, self.known[size] <= high]
+                case Monomial(coefficient, powers):
+                    top, bottom = self.z3.IntVal(coefficient.numerator), self.z3.IntVal(coefficient.denominator)
+                    for d, p in powers:
+                        for _ in range(abs(p)):
+                            top, bottom = (top * self(d), bottom) if p > 0 else (top, bottom * self(d))
+                    self.holds += [self.known[size] * bottom == top, self.known[size] >= 1]
+        return self.known[size]
+
+
+def _factors(z: Any, z3: Any) -> list[Any]:
+    if isinstance(z, int):
+        return [z]
+    if z3.is_int_value(z):
+        return [z.as_long()]
+    return [f for c in z.children() for f in _factors(c, z3)] if z3.is_mul(z) else [z]
+
+
+# -- counters
+
+
+class Counter:
+    """An unknown from 0 to a count - 1, in digits: the lowest first, each with its count."""
+
+    def __init__(self, reader: _Reader, kind: str, count: Any) -> None:
+        self.reader, self.kind = reader, kind
+        self.root = self  # counters in one place of a tile are one
+        factors = _factors(count, reader.z3)
+        static = math.prod(f for f in factors if isinstance(f, int))
+        counts = [*(f for f in factors if not isinstance(f, int)), *([static] if static > 1 else [])]
+        self.digits = [(c, self.unknown(c)) for c in counts]
+
+    def unknown(self, count: Any) -> Any:
+        return self.reader.unknown(self.kind, count)
+
+    def cut(self, start: int, factor: Any) -> int:
+        """The place behind the digits from `start` on whose counts make up the factor.  Digits that nothing has used
+        may change places: (n % f, n // f) is one to one, whichever digits f takes."""
+        at = start
+        for f in sorted(_factors(factor, self.reader.z3), key=lambda f: not isinstance(f, int)):  # static weights
+            at = self.cut_static(at, f) if isinstance(f, int) else self.cut_symbolic(at, f)
+        return at
+
+    def cut_static(self, at: int, n: int) -> int:
+        while n > 1:
+            found = next(
+                (i for i in range(at, len(self.digits)) if isinstance(c := self.digits[i][0], int) and c > 1
+                 and (c % n == 0 or n % c == 0)), None
+            )  # fmt: skip
+            if found is None:
+                raise Unreadable(f"{self.kind} number divided by {n}")
+            count, digit = self.digits.pop(found)
+            if count > n:
+                low, high = (n, self.unknown(n)), (count // n, self.unknown(count // n))
+                self.reader.linked.append((digit, low[1] + n * high[1]))
+                self.reader.digits.remove(str(digit))
+                self.digits[at:at] = [low, high]
+                return at + 1
+            self.digits.insert(at, (count, digit))
+            at, n = at + 1, n // count
+        return at
+
+    def cut_symbolic(self, at: int, factor: Any) -> int:
+        for i in range(at, len(self.digits)):
+            if not isinstance(self.digits[i][0], int) and self.digits[i][0].eq(factor):
+                self.digits.insert(at, self.digits.pop(i))
+                return at + 1
+        raise Unreadable(f"{self.kind} number divided by {factor}")
+
+    def value(self, start: int, end: int | None) -> Any:
+        found: list[Any] = []
+        weight: Any = 1
+        for count, digit in self.digits[start:end]:
+            found.append(digit * weight if found else digit)
+            weight = weight * count
+        return sum(found[1:], found[0]) if found else 0
+
+
+View = tuple[Counter, int, int | None]
+
+
+# -- values
+
+
+class Opaque:
+    """What was loaded, or computed from it; also a dtype.  Whatever is done to it gives such a value."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self
+
+    def __call__(self, *args: Any, **named: Any) -> Opaque:
+        return self
+
+    def __bool__(self) -> bool:
+        raise Unreadable("a branch on what was loaded")
+
+    def _same(self, *_: Any) -> Opaque:
+        return self
+
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = _same
+    __floordiv__ = __rfloordiv__ = __mod__ = __rmod__ = __pow__ = __rpow__ = _same
+    __and__ = __rand__ = __or__ = __ror__ = __xor__ = __rxor__ = __lshift__ = __rshift__ = _same
+    __lt__ = __le__ = __gt__ = __ge__ = __eq__ = __ne__ = _same  # type: ignore[assignment]
+    __neg__ = __invert__ = __getitem__ = _same
+    __hash__ = object.__hash__
+
+
+OPAQUE = Opaque()
+
+
+class Wide(Opaque):
+    """The dtype of 64-bit integers."""
+
+
+Lanes = tuple[Counter | None, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Truth:
+    """A comparison.  `z` is None where what was loaded takes part in it."""
+
+    reader: _Reader
+    z: Any
+    lanes: Lanes = ()
+
+    def _with(self, other: Any, how: Callable[[Any, Any], Any]) -> Truth:
+        if isinstance(other, bool):
+            other = Truth(self.reader, self.reader.z3.BoolVal(other))
+        if not isinstance(other, Truth):
+            return Truth(self.reader, None, self.lanes)
+        lanes = self.reader.together(self.lanes, other.lanes)
+        return Truth(self.reader, None if self.z is None or other.z is None else how(self.z, other.z), lanes)
+
+    def __and__(self, other: Any) -> Truth:
+        return self._with(other, self.reader.z3.And)
+
+    def __or__(self, other: Any) -> Truth:
+        return self._with(other, self.reader.z3.Or)
+
+    __rand__, __ror__ = __and__, __or__
+
+    def __invert__(self) -> Truth:
+        return Truth(self.reader, None if self.z is None else self.reader.z3.Not(self.z), self.lanes)
+
+    def __getitem__(self, places: Any) -> Truth:
+        return Truth(self.reader, self.z, _spread(self.lanes, places))
+
+    def __bool__(self) -> bool:
+        if self.lanes or self.z is None:
+            raise Unreadable("a branch on more than a number")
+        return self.reader.decide(self.z)
+
+    def to(self, *_: Any) -> Opaque:
+        return OPAQUE
+
+    __mul__ = __rmul__ = __add__ = __radd__ = to
+
+
+def _spread(lanes: Lanes, places: Any) -> Lanes:
+    """The lanes behind an index of `:` and None."""
+    places = places if isinstance(places, tuple) else (places,)
+    rest = iter(lanes)
+    found = tuple(None if p is None else next(rest) for p in places if p is None or p == slice(None))
+    if len(found) != len(places):
+        raise Unreadable("an index of a tile")
+    return (*found, *rest)
+
+
+@dataclass(frozen=True, eq=False)
+class Int:
+    """An integer or a tile of them.  `view`: the digits of a counter that it is; `size`: the size of a tensor that it
+    is."""
+
+    reader: _Reader
+    z: Any
+    lanes: Lanes = ()
+    view: View | None = None
+    size: Size | None = None
+    wide: bool = False
+
+    def _with(self, other: Any, how: Callable[[Any, Any], Any], size: Size | None = None) -> Any:
+        other = self.reader.lifted(other)
+        if not isinstance(other, Int):
+            return NotImplemented if isinstance(other, (Stride, Pointer, ProgramId)) else OPAQUE
+        lanes = self.reader.together(self.lanes, other.lanes)
+        return Int(self.reader, how(self.z, other.z), lanes, None, size, self.wide or other.wide)
+
+    def __add__(self, other: Any) -> Any:
+        return self if isinstance(other, int) and other == 0 else self._with(other, lambda a, b: a + b)
+
+    def __radd__(self, other: Any) -> Any:
+        return self._with(other, lambda a, b: b + a)
+
+    def __sub__(self, other: Any) -> Any:
+        return self._with(other, lambda a, b: a - b)
+
+    def __rsub__(self, other: Any) -> Any:
+        return self._with(other, lambda a, b: b - a)
+
+    def __mul__(self, other: Any) -> Any:
+        other = self.reader.lifted(other)
+        known = isinstance(other, Int) and self.size is not None and other.size is not None
+        return self._with(other, lambda a, b: a * b, times(self.size, other.size) if known else None)  # type: ignore[arg-type]
+
+    __rmul__ = __mul__
+
+    def __neg__(self) -> Any:
+        return 0 - self
+
+    def __floordiv__(self, other: Any) -> Any:
+        other = self.reader.lifted(other)
+        if self.view is not None:
+            counter, start, end = self.view
+            if end is None:
+                return self.reader.viewed(counter, counter.cut(start, self.reader.scalar(other)), None, self.lanes)
+        if isinstance(other, Int) and self.size is not None and other.size is not None:
+            try:
+                return self.reader.sized(over(self.size, other.size))
+            except ShapeError:
+                pass
+        return self._with(other, lambda a, b: a / b)
+
+    def __mod__(self, other: Any) -> Any:
+        if self.view is not None:
+            counter, start, end = self.view
+            if end is None:
+                return self.reader.viewed(counter, start, counter.cut(start, self.reader.scalar(other)), self.lanes)
+        return self._with(other, lambda a, b: a % b)
+
+    def __rfloordiv__(self, other: Any) -> Any:
+        return self.reader.lifted(other) // self
+
+    def __rmod__(self, other: Any) -> Any:
+        return self.reader.lifted(other) % self
+
+    def __truediv__(self, other: Any) -> Any:
+        return OPAQUE
+
+    __rtruediv__ = __rpow__ = __truediv__
+
+    def __pow__(self, other: Any) -> Any:
+        return self * self ** (other - 1) if isinstance(other, int) and other > 1 else self if other == 1 else OPAQUE
+
+    def _compared(self, other: Any, how: Callable[[Any, Any], Any]) -> Any:
+        found = self._with(other, how)
+        return Truth(self.reader, found.z, found.lanes) if isinstance(found, Int) else found
+
+    def __lt__(self, other: Any) -> Any:
+        return self._compared(other, lambda a, b: a < b)
+
+    def __le__(self, other: Any) -> Any:
+        return self._compared(other, lambda a, b: a <= b)
+
+    def __gt__(self, other: Any) -> Any:
+        return self._compared(other, lambda a, b: a > b)
+
+    def __ge__(self, other: Any) -> Any:
+        return self._compared(other, lambda a, b: a >= b)
+
+    def __eq__(self, other: Any) -> Any:
+        return self._compared(other, lambda a, b: a == b)
+
+    def __ne__(self, other: Any) -> Any:
+        return self._compared(other, lambda a, b: a != b)
+
+    __hash__ = object.__hash__
+
+    def __getitem__(self, places: Any) -> Int:
+        return Int(self.reader, self.z, _spread(self.lanes, places), None, None, self.wide)
+
+    def to(self, dtype: Any) -> Any:
+        return Int(self.reader, self.z, self.lanes, None, None, True) if isinstance(dtype, Wide) else OPAQUE
+
+    def __bool__(self) -> bool:
+        raise Unreadable("a branch on a number")
+
+
+@dataclass(frozen=True)
+class Stride:
+    """The stride of a dimension of a tensor, times a coefficient."""
+
+    buffer: Buffer
+    dim: int
+    coefficient: Size = 1
+
+    def __mul__(self, other: Any) -> Any:
+        size = other if isinstance(other, int) else other.size if isinstance(other, Int) and not other.lanes else None
+        if size is not None:
+            return Stride(self.buffer, self.dim, times(self.coefficient, size))
+        return Moved(other, self) if isinstance(other, (int, Int, ProgramId)) else OPAQUE
+
+    def __rmul__(self, other: Any) -> Any:
+        return Moved(other, self) if isinstance(other, (int, Int, ProgramId)) else OPAQUE
+
+
+@dataclass(frozen=True)
+class Moved:
+    """An index times a stride."""
+
+    index: int | Int | ProgramId
+    stride: Stride
+
+    def __mul__(self, other: Any) -> Moved:
+        found = self.stride * other
+        if not isinstance(found, Stride):
+            raise Unreadable("a product of indices")
+        return Moved(self.index, found)
+
+
+@dataclass(frozen=True)
+class Pointer:
+    reader: _Reader
+    buffer: Buffer
+    terms: tuple[Term, ...] = ()
+    lanes: Lanes = ()
+
+    def __add__(self, other: Any) -> Pointer:
+        if not isinstance(other, Moved):
+            raise Unreadable("an offset that is no index times a stride")
+        s, index = other.stride, self.reader.lifted(other.index)
+        if s.buffer is not self.buffer:
+            raise VerificationError(
+                f"{self.reader.where}: an address of {self.buffer.name} moves by a stride of {s.buffer.name}"
+            )
+        lanes = self.reader.together(self.lanes, index.lanes)
+        return Pointer(self.reader, self.buffer, (*self.terms, Term(s.dim, index.z, s.coefficient, index.wide)), lanes)
+
+
+class Tensor:
+    """A tensor in `run`."""
+
+    def __init__(self, reader: _Reader, buffer: Buffer) -> None:
+        self.reader, self.buffer = reader, buffer
+        self.device = self.dtype = OPAQUE
+        self.shape = tuple(map(reader.sized, buffer.shape))
+        self.strides = tuple(Stride(buffer, n) for n in range(len(buffer.shape)))
+
+    def stride(self, n: int | None = None) -> Any:
+        return self.strides if n is None else self.strides[n]
+
+    def zero_(self) -> Tensor:
+        self.buffer.made = "zeroed"
+        return self
+
+
+# -- program ids
+
+
+class Linear:
+    """A sum of unknown numbers of blocks and a static one."""
+
+    def __init__(self, value: Any, z3: Any) -> None:
+        self.static, self.parts = 0, {}  # type: int, dict[str, tuple[Any, int]]
+        terms = [value]
+        while terms:
+            t = terms.pop()
+            if not isinstance(t, int) and z3.is_add(t):
+                terms += t.children()
+            elif isinstance(t, int) or z3.is_int_value(t):
+                self.static += t if isinstance(t, int) else t.as_long()
+            else:
+                self.parts[t.sexpr()] = t, self.parts.get(t.sexpr(), (t, 0))[1] + 1
+
+    def minus(self, other: Linear) -> Linear | None:
+        """None where it may be negative."""
+        found = Linear(self.static - other.static, None)
+        for k in {**self.parts, **other.parts}:
+            n = self.parts.get(k, (0, 0))[1] - other.parts.get(k, (0, 0))[1]
+            if n < 0:
+                return None
+            if n:
+                found.parts[k] = self.parts[k][0], n
+        return found if found.static >= 0 else None
+
+    def single(self) -> Any:
+        """The count, where it is one number of blocks."""
+        if not self.parts:
+            return self.static
+        ((t, n), *more) = self.parts.values()
+        if more or n > 1 or self.static:
+            raise Unreadable("blocks of several kernels taken as those of one")
+        return t
+
+    @property
+    def empty(self) -> bool:
+        return not self.parts and not self.static
+
+
+class ProgramId:
+    """Which block this is: of those in a range, that a branch narrows to the blocks of one kernel."""
+
+    def __init__(self, reader: _Reader, count: Any) -> None:
+        self.reader = reader
+        self.base: Any = 0
+        self.low, self.high = Linear(0, reader.z3), Linear(count, reader.z3)
+        self.number: Int | None = None
+
+    def __lt__(self, other: Any) -> Any:
+        if not isinstance(other, (int, Int)):
+            return OPAQUE
+        at = Linear(self.reader.scalar(other), self.reader.z3)
+        if self.number is not None or at.minus(self.low) is None or self.high.minus(at) is None:
+            return (self - 0) < other  # no border of kernels
+        if self.reader.decide(None):
+            self.high = at
+            return True
+        self.base, self.low = other, at
+        return False
+
+    def __sub__(self, other: Any) -> Int:
+        at = Linear(self.reader.scalar(other), self.reader.z3).minus(self.low)
+        if at is None or not at.empty:
+            raise Unreadable("a program id less what is no border of kernels")
+        if self.number is None:
+            rest = self.high.minus(self.low)
+            assert rest is not None
+            self.number = self.reader.viewed(Counter(self.reader, "block", rest.single()), 0, None)
+        return self.number
+
+    def to(self, dtype: Any) -> Any:
+        return (self - 0).to(dtype)
+
+
+def _as_number(name: str) -> Callable[..., Any]:
+    return lambda self, *others: getattr(self - 0, name)(*others)
+
+
+for _name in ("add", "rsub", "mul", "floordiv", "mod", "truediv", "pow", "radd", "rmul", "rtruediv", "le", "gt", "ge"):
+    setattr(ProgramId, f"__{_name}__", _as_number(f"__{_name}__"))
+
+
+# -- running
+
+
+class Jit:
+    """A kernel, or a function that kernels call."""
+
+    def __init__(self, reader: _Reader, fn: Callable[..., Any]) -> None:
+        self.reader, self.fn = reader, fn
+
+    def __call__(self, *args: Any, **named: Any) -> Any:
+        return self.fn(*args, **named)
+
+    def __getitem__(self, grid: tuple[Any, ...]) -> Callable[..., None]:
+        def launch(*args: Any, num_warps: int = 4, num_stages: int = 1, **named: Any) -> None:
+            self.reader.launch(self.fn, grid, args, named)
+
+        return launch
+
+
+IMPORTS = ("collections.abc", "threading", "typing", "weakref")
+TORCH_FUNCTION = re.compile(r"\w+_torch_\d+")
+
+
+class _Reader:
+    """The stand-ins, and what one run of a kernel has done so far."""
+
+    def __init__(self, graph: Program, z3: Any) -> None:
+        self.graph, self.z3 = graph, z3
+        self.sizes = Sizes(z3)
+        self.launches: list[Launch] = []
+        self.where = "run"
+        self.names = 0
+        self.begin([], 1)
+
+    def begin(self, decisions: list[bool], count: Any) -> None:
+        self.decisions, self.decided = decisions, 0
+        self.holds: list[Any] = []
+        self.linked: list[tuple[Any, Any]] = []
+        self.unknowns: dict[str, Any] = {}
+        self.digits: list[str] = []
+        self.accesses: list[Access] = []
+        self.made: list[Any] = []  # lanes and loops, in the order of the text
+        self.next = 0
+        self.program = ProgramId(self, count)
+
+    def run(self, source: str) -> tuple[Buffer, ...]:
+        space: dict[str, Any] = {"__builtins__": self.builtins(), "__name__": "emitted"}
+        exec(compile(source, "<emitted>", "exec"), space)
+        for name, found in list(space.items()):
+            if isinstance(found, FunctionType) and TORCH_FUNCTION.fullmatch(name):
+                space[name] = self.torch_function(found)
+        if "keep" in space:  # what is kept is what is computed
+            space["keep"] = space["ahead"]
+        inputs = [Tensor(self, Buffer(i.name, i.tensor.shape)) for i in self.graph.inputs]
+        found = space["run"](*inputs)
+        return tuple(t.buffer for t in (found if isinstance(found, tuple) else (found,)))
+
+    def launch(self, fn: Callable[..., Any], grid: tuple[Any, ...], args: Sequence[Any], named: dict[str, Any]) -> None:
+        (count,) = grid
+        bound = signature(fn).bind(*args, **named)
+        for name, value in bound.arguments.items():
+            if isinstance(value, Tensor):
+                value.buffer.name = value.buffer.name or name
+                bound.arguments[name] = Pointer(self, value.buffer)
+        found: list[Access] = []
+        decisions: list[bool] = []
+        self.where = fn.__name__
+        while True:
+            self.begin(decisions, self.scalar(count))
+            fn(*bound.args, **bound.kwargs)
+            found += self.accesses
+            while decisions and not decisions[-1]:
+                decisions.pop()
+            if not decisions:
+                break
+            decisions[-1] = False
+        self.launches.append(Launch(fn.__name__, tuple(found)))
+
+    # -- values
+
+    def unknown(self, kind: str, count: Any) -> Any:
+        self.names += 1
+        found = self.z3.Int(f"{kind} {self.names}")
+        self.holds += [found >= 0] + ([found < count] if count is not None else [])
+        self.unknowns[str(found)] = found
+        self.digits.append(str(found))
+        return found
+
+    def lifted(self, value: Any) -> Any:
+        if isinstance(value, int) and not isinstance(value, bool):
+            return Int(self, self.z3.IntVal(value), size=value if value > 0 else None)
+        return value - 0 if isinstance(value, ProgramId) else value
+
+    def scalar(self, value: Any) -> Any:
+        """As an integer of z3, or a static one."""
+        if isinstance(value, int):
+            return value
+        if not isinstance(value, Int) or value.lanes:
+            raise Unreadable(f"{type(value).__name__} where a number is expected")
+        return value.z.as_long() if self.z3.is_int_value(value.z) else value.z
+
+    def sized(self, size: Size) -> Any:
+        return size if isinstance(size, int) else Int(self, self.sizes(size), size=size)
+
+    def viewed(self, counter: Counter, start: int, end: int | None, lanes: Lanes = ()) -> Int:
+        value = counter.value(start, end)
+        return Int(self, self.z3.IntVal(value) if isinstance(value, int) else value, lanes, (counter, start, end))
+
+    def together(self, a: Lanes, b: Lanes) -> Lanes:
+        """The lanes of a tile made of two.  What is in one place is one lane."""
+        if not a or not b:
+            return a or b
+        if len(a) != len(b):
+            raise Unreadable("tiles of different ranks")
+        for x, y in zip(a, b, strict=True):
+            if x and y and x.root is not y.root:
+                self.linked.append((y.value(0, None), x.value(0, None)))
+                for c in self.made:
+                    if isinstance(c, Counter) and c is not y and c.root is y.root:
+                        c.root = x.root
+                y.root = x.root
+        found = tuple(x or y for x, y in zip(a, b, strict=True))
+        roots = [id(x.root) for x in found if x]
+        if len(set(roots)) < len(roots):
+            raise Unreadable("one range of lanes along two dimensions of a tile")
+        return found
+
+    def decide(self, condition: Any) -> bool:
+        if self.decided == len(self.decisions):
+            self.decisions.append(True)
+        found = self.decisions[self.decided]
+        self.decided += 1
+        if condition is not None:
+            self.holds.append(condition if found else self.z3.Not(condition))
+        return found
+
+    def again(self, make: Callable[[], Any]) -> Any:
+        """What the text makes here; the same when a loop runs again."""
+        if self.next == len(self.made):
+            self.made.append(make())
+        self.next += 1
+        return self.made[self.next - 1]
+
+    # -- the language
+
+    def arange(self, low: int, high: Any) -> Int:
+        if low != 0:
+            raise Unreadable("a range of lanes that does not begin at 0")
+        found = self.again(lambda: Counter(self, "lane", self.scalar(high)))
+        return self.viewed(found, 0, None, (found,))
+
+    def loop(self, *limits: Any, **_: Any) -> Iterator[Any]:
+        low, high, step = (0, *limits, 1) if len(limits) == 1 else (*limits, 1)[:3]
+        if not isinstance(step, int) or step < 1:
+            raise Unreadable("a loop whose step is no positive number")
+        kept, first = len(self.holds), len(self.accesses)
+        number = self.again(lambda: self.unknown("iteration", None))
+        at = self.lifted(low) + Int(self, number * step)
+        self.digits += [] if str(number) in self.digits else [str(number)]
+        self.holds += [number >= 0, at.z < self.scalar(high)]
+        begun = self.next
+        yield at
+        before = self.accesses[first:]
+        del self.accesses[first:]
+        self.next = begun
+        yield at
+        if [a.key() for a in before] != [a.key() for a in self.accesses[first:]]:
+            raise Unreadable("a loop whose later iterations do other things to memory")
+        del self.holds[kept:]
+        self.digits.remove(str(number))
+
+    def access(self, kind: str, pointer: Any, mask: Any = None) -> Opaque:
+        if not isinstance(pointer, Pointer):
+            raise Unreadable(f"a {kind} at what is no address")
+        lanes, on = pointer.lanes, []
+        if isinstance(mask, Truth) and mask.z is not None:
+            lanes, on = self.together(lanes, mask.lanes), [mask.z]
+        elif mask is not None and kind != "read":  # one that is loaded from does no harm
+            raise Unreadable("a store with a mask that was loaded")
+        _ = self.program - self.program.base  # which block it is
+        roots = {id(c.root) for c in lanes if c}
+        mine = {str(d) for c in self.made if isinstance(c, Counter) and id(c.root) in roots for _, d in c.digits}
+        digits = tuple(self.unknowns[d] for d in self.digits if not d.startswith("lane") or d in mine)
+        holds = (*self.holds, *on)
+        found = Access(self.where, kind, pointer.buffer, pointer.terms, holds, digits, tuple(self.linked))
+        self.accesses.append(found)
+        return OPAQUE
+
+    def load(self, pointer: Any, mask: Any = None, other: Any = None, **_: Any) -> Opaque:
+        return self.access("read", pointer, mask)
+
+    def store(self, pointer: Any, value: Any, mask: Any = None, **_: Any) -> Opaque:
+        return self.access("write", pointer, mask)
+
+    def atomic_add(self, pointer: Any, value: Any, mask: Any = None, **_: Any) -> Opaque:
+        return self.access("atomic", pointer, mask)
+
+    def cdiv(self, a: Any, b: Any) -> Any:
+        if isinstance(a, int) and isinstance(b, int):
+            return -(-a // b)
+        if not isinstance(b, int):
+            raise Unreadable("a division by an unknown number")
+        return Int(self, (self.lifted(a).z + (b - 1)) / b)
+
+    def next_power_of_2(self, least: Any) -> Any:
+        if isinstance(least, int):
+            return 1 << (least - 1).bit_length()
+        name = f"power of 2 from {least.z}"
+        if name not in self.sizes.known:
+            found = self.sizes.known[name] = self.z3.Int(name)
+            self.sizes.holds += [found >= least.z, found < 2 * least.z]
+        return Int(self, self.sizes.known[name])
+
+    def extreme(self, largest: bool, a: Any, b: Any, *more: Any) -> Any:
+        if all(isinstance(x, (int, float)) for x in (a, b, *more)):
+            return (builtins.max if largest else builtins.min)(a, b, *more)
+        x, y = self.lifted(a), self.lifted(b)
+        if more or not (isinstance(x, Int) and isinstance(y, Int)):
+            return OPAQUE
+        lanes = self.together(x.lanes, y.lanes)
+        return Int(self, self.z3.If((x.z >= y.z) if largest else (x.z <= y.z), x.z, y.z), lanes)
+
+    def where_(self, condition: Any, a: Any, b: Any) -> Any:
+        known = isinstance(condition, Truth) and condition.z is not None
+        if known and all(isinstance(x, (int, Int)) for x in (a, b)):
+            x, y = self.lifted(a), self.lifted(b)
+            lanes = self.together(condition.lanes, self.together(x.lanes, y.lanes))
+            return Int(self, self.z3.If(condition.z, x.z, y.z), lanes)
+        return OPAQUE
+
+    def cast(self, value: Any, dtype: Any) -> Any:
+        value = self.lifted(value)
+        return value.to(dtype) if isinstance(value, Int) else OPAQUE
+
+    def program_id(self, axis: int) -> ProgramId:
+        if axis != 0:
+            raise Unreadable("a grid of several dimensions")
+        return self.program
+
+    def empty(self, shape: Sequence[Any], **_: Any) -> Tensor:
+        sizes = tuple(s if isinstance(s, int) else s.size for s in shape)
+        if None in sizes:
+            raise Unreadable("a tensor whose sizes are no products of known ones")
+        return Tensor(self, Buffer("", sizes, "empty"))
+
+    def torch_function(self, fn: FunctionType) -> Callable[..., Any]:
+        """A function of torch alone: what it gives has the shapes that its first line says."""
+        dims = {d.name: d for d in self.graph.dims()}
+        text = (fn.__doc__ or "").rpartition("->")[2]
+        shapes = [
+            tuple(_size(s, dims) for s in inner.split(", ") if s) for inner in re.findall(r"\w+: \w+\[(.*?)\]", text)
+        ]
+
+        def called(*args: Any) -> Any:
+            found = tuple(Tensor(self, Buffer("", s)) for s in shapes)
+            return found if len(found) > 1 else found[0]
+
+        return called
+
+    def builtins(self) -> dict[str, Any]:
+        language = _Stand(
+            jit=self.jit, program_id=self.program_id, arange=self.arange, range=self.loop, static_range=self.loop,
+            load=self.load, store=self.store, atomic_add=self.atomic_add, cdiv=self.cdiv, where=self.where_,
+            maximum=lambda a, b: self.extreme(True, a, b), minimum=lambda a, b: self.extreme(False, a, b),
+            cast=self.cast, constexpr=lambda x: x, int64=Wide(),
+        )  # fmt: skip
+        triton = _Stand(
+            jit=self.jit, cdiv=self.cdiv, next_power_of_2=self.next_power_of_2, JITFunction=Jit, language=language
+        )
+        modules = {"torch": _Stand(empty=self.empty), "triton": triton, "triton.language": triton}
+
+        def imported(name: str, *args: Any) -> Any:
+            if name not in IMPORTS and name not in modules:
+                raise Unreadable(f"import {name}")
+            return modules.get(name) or builtins.__import__(name, *args)
+
+        def extreme(largest: bool) -> Callable[..., Any]:
+            return lambda *values: self.extreme(largest, *values)
+
+        return vars(builtins) | {
+            "__import__": imported, "range": self.loop, "max": extreme(True), "min": extreme(False)
+        }  # fmt: skip
+
+    def jit(self, fn: Any = None, **_: Any) -> Any:
+        return Jit(self, fn) if fn is not None else lambda fn: Jit(self, fn)
+
+
+class _Stand(SimpleNamespace):
+    """A module: what is not listed gives what is opaque."""
+
+    def __getattr__(self, name: str) -> Any:
+        return OPAQUE
+
+
+def _size(text: str, dims: Mapping[str, Dim]) -> Size:
+    found: Size = 1
+    for factor in text.split("*"):
+        name, _, power = factor.partition("^")
+        for _ in range(int(power or 1)):
+            found = times(found, dims[name] if name in dims else int(name))
+    return found
