@@ -1,10 +1,14 @@
 """How good the verifier is: wrong pairs that it accepts, right pairs that it refuses, and what a check costs.
 
     python -m benchmarks.verify [--every N] [--json]
+    python -m benchmarks.verify --tiers [--json]
 
 The pairs are those of tests/corpora: `wrong` has one planted error each, `equal` are the same programs in other words.
 Beside the verifier stand two published rules on the same pairs, at the same sizes: values in Z_p x Z_q with small
 primes, exponentials as powers of one root of unity, a single test.
+
+`--tiers`: for each program, what is chosen for it, tested, proved for all sizes, and the emitted text checked for
+bounds.  `tested_ms` is of one draw of sizes; `total_ms` of all three tiers, without the search and the lowering.
 """
 
 from __future__ import annotations
@@ -18,23 +22,30 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
-from benchmarks.environment import environment
+from benchmarks.environment import Row, document, environment, print_document, print_table
+from benchmarks.programs import FAMILIES
 from mugraph.errors import MugraphError
 from mugraph.ir import fields
 from mugraph.ir.check import check
 from mugraph.ir.evaluate import ArrayAlgebra, Named, aligned, outputs, union_axes
 from mugraph.ir.fields import U
 from mugraph.ir.ops import Cast, Iota, MaskedExp, PureOp, Select, Slice
-from mugraph.verify.equivalence import verify
+from mugraph.pipeline import bounds_tier, emit, finished
+from mugraph.search.driver import search
+from mugraph.search.space import SearchSpace
+from mugraph.transpiler.target import parse_target
+from mugraph.verify.equivalence import proved, verify
 from mugraph.verify.prove import prove
 from mugraph.verify.sizes import draws
 from tests.corpora.equal import equal
 from tests.corpora.pairs import Pair
 from tests.corpora.wrong import wrong
+
+T = TypeVar("T")
 
 
 class SmallFields(ArrayAlgebra):
@@ -230,6 +241,42 @@ def measured(every: int = 1, tell: Callable[[str], None] = lambda _: None) -> di
     return found
 
 
+def tiers(tell: Callable[[str], None] = lambda _: None, names: Sequence[str] = tuple(FAMILIES)) -> list[Row]:
+    """A row for each variant of each of these programs; times in milliseconds, of one process."""
+    rows = []
+    target = parse_target("cuda:90")
+    for name in names:
+        for variant, program in FAMILIES[name].variants.items():
+            tell(f"{name} {variant}")
+            found = search(program, accept=lambda g, p=program: verify(p, finished(g)), space=SearchSpace(sizes=()))
+            tested, first = timed(lambda p=program, g=found.graph: verify(p, finished(g)))
+            proof, second = timed(lambda v=tested: proved(v))
+            source = emit(tested, target)
+            bounds, third = timed(lambda v=tested, s=source: bounds_tier(v, target, s))
+            rows.append(
+                {
+                    "program": name,
+                    "variant": variant,
+                    "delta_log2": tested.certificate.delta_log2,
+                    "draws": len(tested.certificate.draws),
+                    "tested_ms": first / len(tested.certificate.draws),
+                    "proof": proof.certificate.proof or "proved",
+                    "proved_ms": second,
+                    "claims": bounds.claims if bounds else 0,
+                    "unknown": bounds.reason if bounds else "no kernels of its own",
+                    "bounds_ms": third,
+                    "total_ms": first + second + third,
+                }
+            )
+    return rows
+
+
+def timed(f: Callable[[], T]) -> tuple[T, float]:
+    started = time.perf_counter()
+    found = f()
+    return found, 1e3 * (time.perf_counter() - started)
+
+
 def table(found: Mapping[str, Any]) -> str:
     n = found["pairs"]
     head = f"{n['wrong']} wrong pairs, {n['equal']} equal pairs"
@@ -248,9 +295,24 @@ def table(found: Mapping[str, Any]) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--every", type=int, default=1, metavar="N", help="each N-th pair only")
+    parser.add_argument("--tiers", action="store_true", help="what each tier costs, by program")
     parser.add_argument("--json", action="store_true", help="one JSON document")
     options = parser.parse_args(arguments)
-    found = measured(options.every, lambda text: print(text, file=sys.stderr, flush=True))
+
+    def tell(text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+    if options.tiers:
+        rows = tiers(tell)
+        if options.json:
+            print_document(document("tiers", rows))
+        else:
+            print_table("what is chosen, by tier", rows, list(rows[0]))
+            for name in ("tested_ms", "total_ms"):
+                values = [r[name] for r in rows]
+                print(f"{name}: median {statistics.median(values):.1f}, longest {max(values):.1f}")
+        return 0
+    found = measured(options.every, tell)
     if options.json:
         print(json.dumps({"schema_version": 1, "environment": environment(), **found}, indent=1))
     else:

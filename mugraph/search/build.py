@@ -53,6 +53,8 @@ from mugraph.search.values import Number
 
 COMBINE_TILE = 4096  # elements of a partial result, all parts together, in one block of the combine
 
+MATERIALISED = "materialised"  # what values in memory are called that are none of the program's
+
 
 class Unbuildable(Exception):
     """A derivation that the block graph cannot hold; the plan is passed over, with the reason in the report."""
@@ -519,7 +521,7 @@ def build(context: Context, plan: Sequence[Choice], roots: Mapping[int, Sequence
         run_boundaries()
         targets: dict[int, Sequence[str]] = {}
         for root in choice.roots:
-            unnamed = f"materialised{n}" if len(choice.roots) == 1 else f"materialised{n}_{len(targets)}"
+            unnamed = f"{MATERIALISED}{n}" if len(choice.roots) == 1 else f"{MATERIALISED}{n}_{len(targets)}"
             targets[root] = roots.get(root) or [context.names.get(root, unnamed)]
             context.names[root] = targets[root][0]
             if root not in roots:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
+import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -13,7 +14,8 @@ from threading import Lock
 from mugraph.errors import GraphError, ShapeError, VerificationError
 from mugraph.ir.axes import representative
 from mugraph.ir.graph import KernelGraph, Program
-from mugraph.search.build import baseline
+from mugraph.ir.types import DType
+from mugraph.search.build import MATERIALISED, baseline
 from mugraph.search.canonical import canonical, ordered
 from mugraph.search.cost import Device, device
 from mugraph.search.library import equations_seconds, seconds_of_each
@@ -233,7 +235,9 @@ def _whole(
         notes.append(UNBEATEN)
     notes += _kept(best.graph)
     ranges = _ranges(structures)
+    notes += _narrow(program, best.graph)
     report = report_of(task, space, solved, watch, best, ranges, notes, enumeration)
+    report = replace(report, notes=(*report.notes, *_cancelling(report)))
     return Found(best.graph, best.accepted, report, ranges)
 
 
@@ -332,6 +336,23 @@ def _kept(graph: KernelGraph) -> list[str]:
     ]
 
 
+def _narrow(program: Program, graph: KernelGraph) -> list[str]:
+    """What the user should know of values in f16 that the program does not have."""
+    made = [t.name for e in graph.equations for t in e.targets if t.dtype is DType.f16]
+    found = [n for n in made if n.startswith(MATERIALISED) and n not in program.tensors()]
+    if not found:
+        return []
+    return [f"{', '.join(found)}: in memory in f16, though no value of the program; may overflow or vanish there"]
+
+
+def _cancelling(report: SearchReport) -> list[str]:
+    """What the user should know of differences that are multiplied out."""
+    steps = (s.formula for k in report.kernels for s in k.steps if s.law == "distribute")
+    found = [f for f in dict.fromkeys(steps) if " - " in ARGUMENTS.sub("", f)]
+    return [f"{f} is multiplied out: digits are lost where the difference is far smaller than its terms" for f in found]
+
+
+ARGUMENTS = re.compile(r"\w+\([^()]*\)")  # of functions, in a formula
 UNSEARCHED = "nothing was searched, as the space allows no kernels: the program runs as library calls"
 NARROW = "found under the default budgets; the wider ones gave nothing as cheap"
 

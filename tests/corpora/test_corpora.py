@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from benchmarks.verify import RULES, main, measured
+from benchmarks.verify import RULES, main, measured, tiers
 from tests.corpora.equal import LAWS, equal, equal_by_every_law
 from tests.corpora.pairs import Pair, accepted, judged, sources
 from tests.corpora.wrong import MUTATIONS, wrong, wrong_of_every_kind
@@ -67,3 +67,13 @@ def test_published_rules_are_measured_beside(capsys: pytest.CaptureFixture[str])
     assert found["mugraph"]["accepted_wrong"] == found["mugraph"]["refused_equal"] == 0
     for rule in RULES:
         assert found[rule.name]["refused_equal"] <= found["pairs"]["equal"]
+
+
+def test_the_cost_of_each_tier_is_measured():
+    rows = tiers(names=["lora"])
+    assert {r["proof"] for r in rows} == {"proved"}
+    for r in rows:
+        assert r["delta_log2"] <= -40
+        assert r["claims"] >= 8
+        assert r["unknown"] == ""
+        assert 0 < r["tested_ms"] < r["total_ms"]

@@ -2,12 +2,14 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 
 import mugraph as mg
+from benchmarks.programs import PROGRAMS
 from mugraph.dsl.tensor import Tensor
 from mugraph.dsl.trace import TensorSpec, constant, f16, f32, trace
 from mugraph.ir.axes import Dim
@@ -269,3 +271,20 @@ def follows(p: Program) -> None:
         torch.testing.assert_close(results, expected, rtol=5e-3, atol=5e-3, equal_nan=True)
         for t in args[1:]:
             t.mul_(0.5)
+
+
+def notes(name: str, **changes: Any) -> str:
+    found = search(PROGRAMS[name], accept=lambda graph: graph, space=ONE_SIZE.but(**changes))
+    return "\n".join(found.report.notes)
+
+
+def test_what_is_kept_in_f16_beside_the_program_is_said() -> None:
+    assert "materialised0: in memory in f16, though no value of the program" in notes("two_weights")
+    assert "f16" not in notes("two_weights", ahead=False)
+    assert "f16" not in notes("rope_attention")
+
+
+def test_differences_that_are_multiplied_out_are_said() -> None:
+    assert "Σk (X - Σk X / |k|)·(X - Σk X / |k|) is multiplied out" in notes("layernorm")
+    assert "multiplied out" not in notes("rmsnorm")
+    assert "multiplied out" not in notes("softmax")
