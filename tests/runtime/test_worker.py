@@ -48,6 +48,16 @@ def test_a_crash_is_told_with_its_last_words_and_a_new_worker_starts():
         assert worker.run(DOUBLE, {"X": torch.ones(1)})[0].tolist() == [2.0]
 
 
+def test_a_worker_that_dies_before_it_reads_is_a_worker_error(monkeypatch):
+    with Worker() as worker:
+        process = worker._started()
+        process.kill()
+        process.wait()
+        monkeypatch.setattr(worker, "_started", lambda: process)  # killed between the look and the request
+        with pytest.raises(WorkerError, match="died with status -9"):
+            worker.ask("job", {}, 60.0)
+
+
 def test_a_hang_ends_at_the_limit(interpreter):
     interpreter.timeout = 1.0
     began = time.monotonic()
