@@ -271,6 +271,7 @@ def _in_segments(
     """The search of a large program: for each size the segments that cost least together, joined, and accepted as a
     whole.  Where they are refused, the program runs as library calls."""
     canonical_space(space, canonical(program), program)  # refuses unknown names
+    same = canonical(ordered(program)).program  # whatever the order of operands
     tensors = program.tensors()
     dtype = tensors[program.outputs[0].value].dtype
     whole = line(program, {a.name: representative(a.size, space.symbolic) for a in program.axes().values()})
@@ -285,7 +286,7 @@ def _in_segments(
         own = space.but(symbolic=size, sizes=(), states=states)
         solved.append(partitioned(whole, own, on, solve, each, watch.over))
         watch.lap("segments")
-        base_seconds = equations_seconds(program.equations, program, size, dtype, on)
+        base_seconds = equations_seconds(same.equations, same, size, dtype, on)
         chosen.append(_joined(program, size, solved[-1], base_seconds, accept, space, on))
         watch.lap("verification")
     ranges = _ranges([c.structure for c in chosen])

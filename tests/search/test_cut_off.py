@@ -190,10 +190,8 @@ def test_a_ctrl_c_in_the_search_skips_the_checks_after_it(
     assert any("interrupted before" in n for n in data["notes"])
 
 
-@pytest.mark.parametrize("delay", [0.05, 0.8, *(pytest.param(d, marks=pytest.mark.full) for d in range(2, 12))])
-def test_ctrl_c_ends_the_search_of_a_large_program_soon(
-    delay: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def interrupted_after(delay: float, cache: Cache, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Sends Ctrl-C so many seconds into the search of a large program; False where that ended before."""
     sent = list[float]()
 
     def interrupt() -> None:
@@ -204,17 +202,39 @@ def test_ctrl_c_ends_the_search_of_a_large_program_soon(
 
     def search(*args: Any, **options: Any) -> Any:  # from its start on, Ctrl-C is caught
         timer.start()
-        return real(*args, **options)
+        try:
+            return real(*args, **options)
+        finally:
+            timer.cancel()
+            timer.join()
 
-    monkeypatch.setattr(pipeline, "search", search)
-    program, cache = mlps(15), Cache(tmp_path)
-    result = pipeline.optimize(program, target="cuda:90", cache=cache)
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "search", search)
+        result = pipeline.optimize(mlps(15), target="cuda:90", cache=cache)
     ended = time.perf_counter()
-    timer.join()
+    if not sent:
+        return False
     assert ended - sent[0] < 6  # a second or two, on a busy machine
     assert result.interrupted
     assert "tested" in result.certificate.tiers
     assert cache.ls() == []
+    return True
+
+
+@pytest.mark.parametrize("delay", [0.05, 0.8])
+def test_ctrl_c_ends_the_search_of_a_large_program_soon(
+    delay: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert interrupted_after(delay, Cache(tmp_path), monkeypatch)
+
+
+@pytest.mark.full
+def test_ctrl_c_ends_the_search_soon_whenever_it_comes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From half a second on, by steps of half a second, until the search ends before."""
+    delays = itertools.takewhile(
+        lambda d: interrupted_after(d, Cache(tmp_path / str(d)), monkeypatch), itertools.count(0.5, 0.5)
+    )
+    assert len(list(delays)) > 1
 
 
 @pytest.mark.parametrize("phase", ["closure", "kernels", "verification", "caching", "saving"])
