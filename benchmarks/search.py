@@ -41,7 +41,9 @@ from mugraph.search.closure import Closure, Edge
 from mugraph.search.cost import device
 from mugraph.search.driver import Found, search
 from mugraph.search.enumerate import Enumerator, alphabet_of
+from mugraph.search.extract import Problem
 from mugraph.search.laws import Meaning, meaning
+from mugraph.search.library import Added, Attention, operands
 from mugraph.search.partition import Choice, partition
 from mugraph.search.setup import closure_of, fingerprinter, problem_of, rewritten, targets_of
 from mugraph.search.space import SearchSpace
@@ -177,18 +179,22 @@ def ablation(program: Program, limit: int, repeats: int) -> list[Row]:
     problem = problem_of(here.program, closure, seeds, space, device())
     groups, wanted = targets_of(here, known, seeds)
     plans, _ = partition(problem, space, groups, lambda: False)
-    plan = sorted({*wanted, *(classes_of(plans[0]) if plans else ())})
+    plan = sorted({*wanted, *(classes_of(plans[0], problem) if plans else ())})
     return [
         ablation_row(program.name, name, here.program, known, closure, plan, set(wanted), limit, repeats)
         for name in ABSTRACTIONS
     ]
 
 
-def classes_of(plan: Sequence[Choice]) -> set[int]:
+def classes_of(plan: Sequence[Choice], problem: Problem) -> set[int]:
     """Every class that the plan computes or loads."""
     found: set[int] = set()
     for c in plan:
-        found |= {*c.roots, *c.how.children} if isinstance(c.how, Edge) else {s.entry[0] for s in c.how.steps}
+        match c.how:
+            case Edge() | Added() | Attention():
+                found |= {*c.roots, *operands(problem, c.how)}
+            case _:
+                found |= {s.entry[0] for d in c.derivations for s in d.steps}
     return found
 
 

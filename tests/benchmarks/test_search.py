@@ -55,6 +55,12 @@ def test_the_ablation_has_a_row_for_each_abstraction(capsys: pytest.CaptureFixtu
     assert off["pruned"] == 0 < closure["pruned"]
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_there_is_an_ablation_of_each_program(name: str) -> None:
+    rows = search.ablation(PROGRAMS[name], limit=1, repeats=1)
+    assert [r["met"] <= r["wanted"] for r in rows] == [True] * 3
+
+
 def test_the_ablation_without_json_is_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert search.main(["--ablation", "--program", "softmax", "--limit", "100"]) == 0
     assert "to_plan" in capsys.readouterr().out
