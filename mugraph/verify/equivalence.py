@@ -25,6 +25,8 @@ from mugraph.ir.printer import canonical_text
 from mugraph.ir.types import Input, Output
 from mugraph.verify.certificate import NOT_ATTEMPTED, Certificate, DrawRecord, Tier, graph_hash, versions
 from mugraph.verify.formal import EVALUATED, EXP_CUT, FormalAlgebra, TooManyTerms, Value
+from mugraph.verify.lawful import LawfulAlgebra
+from mugraph.verify.laws import LAWS
 from mugraph.verify.normal import Work
 from mugraph.verify.prove import prove
 from mugraph.verify.sizes import Draw, cut_sizes, draws, literal_sizes
@@ -40,6 +42,7 @@ RANDOM_FUNCTIONS = (
     "sqrt, sigmoid, gelu, tanh, log, abs, ... and max stand for random functions: of them only congruence is used, "
     "that log(v·exp(m)) = log(v) + m and log(1/v) = -log(v), and that max is commutative, associative and idempotent"
 )
+REGISTERED = "functions of which no more than that is used do not tell that they are equal; these laws are used too: "
 DRAWN_SIZES = "established at the sizes drawn; other sizes follow where the graph treats sizes alike"
 LEAST_SIZES = "formal sums get too long at sizes that tell all axes apart: some axes have the same size"
 DRAWN_INDICES = "gather and scatter are tested at the indices drawn"
@@ -90,7 +93,7 @@ def verify(
     first = cut if cut and _fits(program, graph, cut) else {}
     both = first | literal
     choices = [first, both] if both != first and _fits(program, graph, both) else [first]
-    certificate = _tested_at(program, graph, delta, seed, choices)
+    certificate = _tested_in_turn(program, graph, delta, seed, choices)
     return Verified(program, graph, certificate, _TOKEN)
 
 
@@ -206,28 +209,34 @@ def _items(sizes: Mapping[str, int]) -> tuple[tuple[str, int], ...]:
     return tuple(sorted(sizes.items()))
 
 
-def _tested_at(
+def _tested_in_turn(
     program: Program, graph: KernelGraph, delta: float, seed: int, choices: Sequence[Mapping[str, int]]
 ) -> Certificate:
-    """With the first of these fixed sizes at which the two agree."""
-    *others, last = choices
-    for fixed in others:
+    """With the first of these fixed sizes at which the two agree; where there is none, again with the registered laws.
+    Each attempt might accept a wrong graph, so their bounds add up."""
+    attempts = [(fixed, lawful) for lawful in (False, True) for fixed in choices]
+    for tried, (fixed, lawful) in enumerate(attempts, 1):
         try:
-            return _tested(program, graph, delta, seed, fixed)
+            found = _tested(program, graph, delta / len(attempts), seed, fixed, lawful)
         except VerificationError:
+            if tried == len(attempts):
+                raise
             continue
-    return _tested(program, graph, delta, seed, last)
+        return replace(found, delta_log2=found.delta_log2 + math.log2(tried), delta_requested_log2=math.log2(delta))
+    raise AssertionError("there is an attempt")
 
 
-def _tested(program: Program, graph: KernelGraph, delta: float, seed: int, fixed: Mapping[str, int]) -> Certificate:
+def _tested(
+    program: Program, graph: KernelGraph, delta: float, seed: int, fixed: Mapping[str, int], lawful: bool
+) -> Certificate:
     """At sizes that tell axes apart; where formal sums get too long, at the least sizes with tails; where they still
     do, with `exp` as an arbitrary function."""
     for small in (False, True):
         try:
-            return _tests(program, graph, delta, seed, fixed, small=small)
+            return _tests(program, graph, delta, seed, fixed, lawful, small=small)
         except TooManyTerms:
             continue
-    return _tests(program, graph, delta, seed, fixed, cut_exp=True)
+    return _tests(program, graph, delta, seed, fixed, lawful, cut_exp=True)
 
 
 def _tests(
@@ -236,12 +245,14 @@ def _tests(
     delta: float,
     seed: int,
     fixed: Mapping[str, int],
+    lawful: bool,
     cut_exp: bool = False,
     small: bool = False,
 ) -> Certificate:
     """Tests every draw of sizes until its bound is small enough."""
     records, cuts, assumptions = [], set[str](), set[str]()
     chosen = draws(program, graph, DRAWS, fixed, small)
+    made = LawfulAlgebra if lawful else FormalAlgebra
     for number, draw in enumerate(chosen):
         bound, keys = 1.0, list[str]()
         while bound > delta / len(chosen) or len(keys) < FEWEST_TESTS:
@@ -250,7 +261,7 @@ def _tests(
                     f"{MOST_TESTS} tests bound the error by 2^{math.log2(bound):.1f} only",
                     remedy="ask for a larger delta",
                 )
-            algebra, key, error = _test(program, graph, draw, f"{seed}/{number}/{len(keys)}", cut_exp)
+            algebra, key, error = _test(program, graph, draw, f"{seed}/{number}/{len(keys)}", made, cut_exp)
             if error >= 1 and not cut_exp:
                 raise TooManyTerms  # of too high a degree: no number of tests would say anything
             keys.append(key)
@@ -259,6 +270,8 @@ def _tests(
             assumptions |= algebra.assumptions
         records.append(_record(draw, keys, bound))
     stated = [REALS, RANDOM_FUNCTIONS, DRAWN_SIZES, *sorted(assumptions & {EVALUATED})]
+    if lawful:
+        stated.append(REGISTERED + "; ".join(str(law) for law in LAWS))
     if any(isinstance(e.op, Gather | Scatter) for e in program.equations):
         stated.append(DRAWN_INDICES)
     if small:
@@ -288,12 +301,12 @@ def _record(draw: Draw, keys: Sequence[str], bound: float) -> DrawRecord:
 
 
 def _test(
-    program: Program, graph: KernelGraph, draw: Draw, key: str, cut_exp: bool
+    program: Program, graph: KernelGraph, draw: Draw, key: str, made: type[FormalAlgebra], cut_exp: bool
 ) -> tuple[FormalAlgebra, str, float]:
     """One comparison on fresh random inputs: the algebra used, the key of the inputs, and the error bound."""
     for attempt in range(RESAMPLES):
         fresh = f"{key}/{attempt}"
-        algebra = FormalAlgebra(draw.sizes, draw.tiles, draw.parts, key=fresh, starts=draw.starts, cut_exp=cut_exp)
+        algebra = made(draw.sizes, draw.tiles, draw.parts, key=fresh, starts=draw.starts, cut_exp=cut_exp)
         inputs = {i.name: algebra.random(tuple(a.name for a in i.tensor.axes), i.name) for i in program.inputs}
         wanted = _run(program, inputs, algebra)
         given = _run_graph(graph, inputs, algebra)

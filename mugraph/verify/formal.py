@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import reduce
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -129,14 +129,22 @@ OPAQUE = Bound(1, 0)
 
 @dataclass(frozen=True)
 class Value(Named):
-    """A plain or formal value with its bounds.  `order` is "max" or "min" where the set of elements is kept."""
+    """A plain or formal value with its bounds.  `order` is "max" or "min" where the set of elements is kept; `facts`
+    and `sign` are what the registered laws need (`verify.lawful`): 1 is never negative, -1 never positive."""
 
     bound: Bound = Bound()
     order: str | None = None
+    facts: tuple[Fact, ...] = ()
+    sign: int = 0
 
     def map(self, f: Any, axes: tuple[str, ...] | None = None) -> Value:
         parts = tuple([None if p is None else f(p) for p in self.parts])
-        return Value(self.axes if axes is None else axes, parts, self.bound, self.order)
+        facts = tuple([fact.map(f) for fact in self.facts])
+        return Value(self.axes if axes is None else axes, parts, self.bound, self.order, facts, self.sign)
+
+    @property
+    def nonneg(self) -> bool:
+        return self.sign > 0
 
     @property
     def formal(self) -> bool:
@@ -163,6 +171,24 @@ class Value(Named):
     @property
     def denominator(self) -> Sum | None:
         return None if self.parts[_DC] is None else (self.words(_DC), self.words(_DE))
+
+
+@dataclass(frozen=True)
+class Fact:
+    """What is known of a value v, by values of the same shape whose names of axes do not matter:
+
+    factor (c):           v is a multiple of c >= 0
+    root (r, y):          v is a multiple of r >= 0, and r·r = y
+    relu (r, y):          the same, but y / r is no inverse of r
+    log (x, l):           v is a sum with the term l = log x, x >= 0
+    minus log (x, l):     v is a sum with the term -l
+    """
+
+    kind: Literal["factor", "root", "relu", "log", "minus log"]
+    of: tuple[Value, ...]
+
+    def map(self, f: Any) -> Fact:
+        return Fact(self.kind, tuple([v.map(f) for v in self.of]))
 
 
 def plain(axes: tuple[str, ...], p: Words, q: Words, bound: Bound) -> Value:
@@ -837,10 +863,14 @@ class FormalAlgebra(ArrayAlgebra):
     ) -> None:
         if target not in results:
             shape = tuple(self.sizes[a] for a in v.axes)
-            empty = self.identity(_value(v).order or "sum")
-            results[target] = empty.map(lambda p: np.broadcast_to(p, shape + p.shape).copy(), v.axes)
+            results[target] = self.blank(_value(v), shape)
             written[target] = np.zeros(shape, dtype=np.int64)
         super().place(target, v, at, results, written, atomic)
+
+    def blank(self, v: Value, shape: tuple[int, ...]) -> Value:
+        """What a result of this shape starts from, whose elements are like those of v."""
+        empty = self.identity(v.order or "sum")
+        return empty.map(lambda p: np.broadcast_to(p, shape + p.shape).copy(), v.axes)
 
     def write(self, whole: Named, index: Any, v: Named, target: str, results: dict[str, Named]) -> None:
         old, new = _alike([_value(whole), _value(v)])

@@ -316,21 +316,6 @@ class Forms:
         self.laws.add(EXPONENTS)
         return self.term(self.product({self.node("exp", (factors,)): c for factors, c in a.parts}))
 
-    def logarithm(self, a: Node) -> Node:
-        if len(a.parts) != 1:
-            return self.call("log", (), [a])
-        ((factors, c),) = a.parts
-        exponents = [(x.parts[0], p) for x, p in factors.parts if x.kind == "exp"]
-        own = self.node("product", tuple(f for f in factors.parts if f[0].kind != "exp"))
-        if exponents:
-            self.laws.add(LOGARITHM)
-        result, rest = self.gathered(exponents), self.term(own, c)
-        if rest is self.one:
-            return result
-        if c == 1 and all(p < 0 for _, p in own.parts):
-            return self.minus(result, self.call("log", (), [self.inverse(rest)]))
-        return self.plus(result, self.call("log", (), [rest]))
-
     def call(self, fn: str, attrs: tuple[Any, ...], args: Sequence[Node]) -> Node:
         self.laws.add(CONGRUENCE)
         return self.atom("call", fn, attrs, tuple(args))
@@ -342,15 +327,9 @@ class Forms:
             return atom if p == 1 and atom.kind == kind else None
         return None
 
-    def extreme(self, kind: str, args: Iterable[Node]) -> Node:
-        self.laws.add(SEMILATTICE)
-        found: dict[Node, None] = {}
-        for a in args:
-            inner = self.alone(a)
-            found.update(dict.fromkeys(inner.parts[2] if inner is not None and inner.parts[0] == kind else (a,)))
-        if len(found) == 1:
-            return next(iter(found))
-        return self.call(kind, (), sorted(found, key=lambda a: a.serial))
+    def called(self, fn: str, attrs: tuple[Any, ...], args: Sequence[Node]) -> Node:
+        """A function of arguments in normal form."""
+        return self.call(fn, attrs, args)
 
     # -- sums ----------------------------------------------------------------------------------------------------
 
@@ -384,7 +363,7 @@ class Forms:
                 for _ in range(int(p)):
                     names = {b: self.fresh() for b, _ in atom.parts[0]}
                     open_.update((names[b], size) for b, size in atom.parts[0])
-                    ((body, k),) = self.with_(self.term(atom.parts[1]), names).parts  # one term: names change alone
+                    body, k = self.renamed_term(atom.parts[1], names)
                     waiting += body.parts
                     c *= k
             else:
@@ -459,7 +438,7 @@ class Forms:
         found: list[tuple[Node, Number]] = []
         for order in self.orders(factors.parts, bound):
             names = dict(zip(order, bound_names(height, len(order)), strict=True))
-            ((body, c),) = self.with_(self.term(factors), names).parts
+            body, c = self.renamed_term(factors, names)
             # c is not 1 where a denominator has another leading term under these names
             found.append((self.node("sum", (tuple((names[v], bound[v]) for v in order), body)), c))
         chosen, c = min(found, key=serial_of)
@@ -515,7 +494,7 @@ class Forms:
         if value.kind == "sum":
             own = {v: self.coloured("bound", str(size)) for v, size in value.parts[0]}
             found = self.coloured("sum", self.colour(value.parts[1], {**colours, **own}, {}), *sorted(own.values()))
-        elif value.kind in ("product", "terms") or (value.kind == "call" and value.parts[0] in ("max", "min")):
+        elif value.kind in ("product", "terms") or (value.kind == "call" and value.parts[0] == "max"):
             members = value.parts[2] if value.kind == "call" else value.parts
             found = self.coloured(value.kind, *sorted(self.colour(x, colours, done) for x in members))
         else:
@@ -602,6 +581,14 @@ class Forms:
 
     # -- substitution --------------------------------------------------------------------------------------------
 
+    def renamed_term(self, factors: Node, names: Mapping[str, str]) -> tuple[Node, Number]:
+        """A product with variables under other names, which leaves it one."""
+        found = self.with_(self.term(factors), names).parts
+        if len(found) != 1:
+            raise Undecided("a term is another one under other names of its indices")
+        body, c = found[0]
+        return body, c
+
     def with_(self, a: Node, names: Mapping[str, Index]) -> Node:
         """A value with variables replaced by indices."""
         return self.rewritten(a, Rewriting({v: i for v, i in names.items() if v != i}))
@@ -676,11 +663,7 @@ class Forms:
                 return self.rewritten(a, how)
             case "call", (fn, attrs, args):
                 found = [self.rewritten(x, how) for x in args]
-                if fn in ("max", "min"):
-                    return self.extreme(fn, found)
-                if fn == "log":
-                    return self.logarithm(found[0])
-                return self.call(fn, tuple(how.names.get(x, x) if isinstance(x, str) else x for x in attrs), found)
+                return self.called(fn, tuple(how.names.get(x, x) if isinstance(x, str) else x for x in attrs), found)
             case "lambda", (height, sizes, body):
                 names, inner = self.apart(bound_names(height, len(sizes)), how)
                 return self.bound(self.rewritten(body, inner), dict(zip(names, sizes, strict=True)))

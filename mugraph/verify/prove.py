@@ -50,17 +50,15 @@ from mugraph.ir.ops import (
     Transpose,
 )
 from mugraph.ir.types import Tensor
+from mugraph.verify.functions import Functions
 from mugraph.verify.normal import (
     INDICES,
     PIECES,
-    SEMILATTICE,
-    Forms,
     Index,
     Node,
     Span,
     Undecided,
     Work,
-    bound_names,
 )
 
 TILES = "the tiles of a looped axis partition it: an accumulator is the sum, maximum or minimum over the whole axis"
@@ -112,7 +110,7 @@ class _Value:
     form: Node
 
 
-class _Reader(Forms):
+class _Reader(Functions):
     """Reads programs and μGraphs as normal forms."""
 
     # -- graphs --------------------------------------------------------------------------------------------------
@@ -273,6 +271,27 @@ class _Reader(Forms):
         return self.total(form, {f"${a.name}": a.size for a in axes})
 
     def apply(self, op: Op, args: Sequence[_Value], targets: Sequence[Tensor]) -> _Value:
+        v = self.applied(op, args, targets)
+        if self.makes_nonneg(op, [a.form for a in args]):
+            self.known.add(v.form)  # which its terms may not show: (x - y)^2
+        return v
+
+    def makes_nonneg(self, op: Op, args: Sequence[Node]) -> bool:
+        """Whether the result is not negative, by what the operator is and what its operands are."""
+        match op:
+            case Elementwise("square") | Contract() | Elementwise("mul") if len(set(args)) == 1:
+                return True
+            case Elementwise("pow", attrs):
+                return Fraction(dict(attrs)["exponent"]) % 2 == 0
+            case Elementwise("max"):
+                return any(map(self.nonneg, args))
+            case Elementwise("add" | "mul" | "div" | "reciprocal" | "min") | Contract() | Reduce():
+                return all(map(self.nonneg, args))
+            case Select():
+                return all(map(self.nonneg, args[1:]))
+        return False
+
+    def applied(self, op: Op, args: Sequence[_Value], targets: Sequence[Tensor]) -> _Value:
         axes = tuple({a.name: a for v in args for a in v.axes}.values())
         forms = [v.form for v in args]
         match op:
@@ -293,7 +312,8 @@ class _Reader(Forms):
                 count = product(a.size for a in axes if a.name in over)
                 return _Value(v.axes, self.times(v.form, self.inverse(self.size_of_product(count, axes, over))))
             case Reduce(kind, over):
-                return self.largest(kind, axes, forms[0], over)
+                gone = {f"${a.name}": a.size for a in axes if a.name in over}
+                return _Value(tuple(a for a in axes if a.name not in over), self.extreme_over(kind, forms[0], gone))
             case Compare(relation):
                 return _Value(axes, self.call("compare", (("relation", relation),), forms))
             case Select():
@@ -338,25 +358,6 @@ class _Reader(Forms):
         gone = [a for a in axes if a.name in over]
         return _Value(tuple(a for a in axes if a.name not in over), self.closed(form, gone))
 
-    def largest(self, kind: str, axes: tuple[Axis, ...], form: Node, over: Sequence[str]) -> _Value:
-        gone = {f"${a.name}": a.size for a in axes if a.name in over}
-        self.laws.add(SEMILATTICE)
-        kept = tuple(a for a in axes if a.name not in over)
-        inner = self.alone(form)
-        if inner is not None and inner.parts[0] == f"{kind} over":  # of a maximum
-            within = self.alone(inner.parts[2][0], "lambda")
-            assert within is not None
-            height, sizes, body = within.parts
-            names = {v: self.fresh() for v in bound_names(height, len(sizes))}
-            gone |= {names[v]: size for v, size in zip(names, sizes, strict=True)}
-            form = self.with_(body, names)
-        return _Value(kept, self.over(kind, form, gone))
-
-    def over(self, kind: str, form: Node, gone: Mapping[str, Size]) -> Node:
-        if found := self.cut(form, gone):
-            return self.extreme(kind, [self.over(kind, v, sizes) for v, sizes in self.pieces(form, gone, *found)])
-        return self.call(f"{kind} over", (), [self.bound(form, gone)])
-
     def concatenated(self, args: Sequence[_Value], parts: Sequence[str], out: Axis) -> _Value:
         """Σ over the pieces of what is in each, where the index is in it."""
         self.laws.add(PIECES)
@@ -390,7 +391,11 @@ class _Reader(Forms):
             case "square":
                 return self.times(x, x)
             case "rsqrt":
-                return self.inverse(self.call("sqrt", (), [x]))
+                return self.inverse(self.root(x))
+            case "sqrt":
+                return self.root(x)
+            case "abs":
+                return self.absolute(x)
             case "exp":
                 return self.exponential(x)
             case "log":

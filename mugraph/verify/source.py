@@ -140,6 +140,9 @@ class Counter:
     def __init__(self, reader: _Reader, kind: str, count: Any) -> None:
         self.reader, self.kind = reader, kind
         self.root = self  # counters in one place of a tile are one
+        self.splits: list[int] = []  # places at which a digit became two
+        self.moves: list[tuple[int, int]] = []  # where digits came to stand, and from where
+        self.reads: list[View] = []  # what was used as a number
         factors = _factors(count, reader.z3)
         static = math.prod(f for f in factors if isinstance(f, int))
         counts = [*(f for f in factors if not isinstance(f, int)), *([static] if static > 1 else [])]
@@ -148,10 +151,15 @@ class Counter:
     def unknown(self, count: Any) -> Any:
         return self.reader.unknown(self.kind, count)
 
-    def cut(self, start: int, factor: Any) -> int:
-        """The place behind the digits from `start` on whose counts make up the factor.  Digits that nothing has used
-        may change places: (n % f, n // f) is one to one, whichever digits f takes."""
-        at = start
+    def view(self, start: int, end: int | None) -> View:
+        return View(self, start, end, len(self.splits), len(self.moves))
+
+    def cut(self, view: View, factor: Any) -> int:
+        """The place behind the digits from the start of a view on whose counts make up the factor.  Digits of which
+        nothing used the number may change places: (n % f, n // f) is one to one, whichever digits f takes."""
+        at = view.start
+        if any(p < at for p in (*self.splits[view.splits :], *(p for p, _ in self.moves[view.moves :]))):
+            raise Unreadable(f"digits of a {self.kind} number, after those before them changed")
         for f in sorted(_factors(factor, self.reader.z3), key=lambda f: not isinstance(f, int)):  # static weights
             at = self.cut_static(at, f) if isinstance(f, int) else self.cut_symbolic(at, f)
         return at
@@ -164,23 +172,38 @@ class Counter:
             )  # fmt: skip
             if found is None:
                 raise Unreadable(f"{self.kind} number divided by {n}")
-            count, digit = self.digits.pop(found)
+            self.move(found, at)
+            count, digit = self.digits[at]
             if count > n:
                 low, high = (n, self.unknown(n)), (count // n, self.unknown(count // n))
                 self.reader.linked.append((digit, low[1] + n * high[1]))
                 self.reader.digits.remove(str(digit))
-                self.digits[at:at] = [low, high]
+                self.digits[at : at + 1] = [low, high]
+                self.splits.append(at)
                 return at + 1
-            self.digits.insert(at, (count, digit))
             at, n = at + 1, n // count
         return at
 
     def cut_symbolic(self, at: int, factor: Any) -> int:
         for i in range(at, len(self.digits)):
             if not isinstance(self.digits[i][0], int) and self.digits[i][0].eq(factor):
-                self.digits.insert(at, self.digits.pop(i))
+                self.move(i, at)
                 return at + 1
         raise Unreadable(f"{self.kind} number divided by {factor}")
+
+    def move(self, i: int, at: int) -> None:
+        if i == at:
+            return
+        if any(v.changed_by(at, i) for v in self.reads):
+            raise Unreadable(f"a {self.kind} number is used as it is and in digits that change places")
+        self.moves.append((at, i))
+        self.digits.insert(at, self.digits.pop(i))
+
+    def read(self, view: View) -> None:
+        """The number that a view is, is used: its digits stay where they are."""
+        if any(view.changed_by(at, i) for at, i in self.moves[view.moves :]):
+            raise Unreadable(f"a {self.kind} number is used as it is and in digits that changed places")
+        self.reads.append(view)
 
     def value(self, start: int, end: int | None) -> Any:
         found: list[Any] = []
@@ -191,7 +214,19 @@ class Counter:
         return sum(found[1:], found[0]) if found else 0
 
 
-View = tuple[Counter, int, int | None]
+@dataclass(frozen=True)
+class View:
+    """The digits of a counter from a place to another, or to the last; and how many of its changes came before."""
+
+    counter: Counter
+    start: int
+    end: int | None
+    splits: int
+    moves: int
+
+    def changed_by(self, at: int, i: int) -> bool:
+        """Whether the number that these digits are changes where digit i comes to stand at a place before it."""
+        return i >= self.start and (self.end is None or at < self.end + len(self.counter.splits) - self.splits)
 
 
 # -- values
@@ -289,11 +324,17 @@ class Int:
     is."""
 
     reader: _Reader
-    z: Any
+    number: Any
     lanes: Lanes = ()
     view: View | None = None
     size: Size | None = None
     wide: bool = False
+
+    @property
+    def z(self) -> Any:
+        if self.view is not None:
+            self.view.counter.read(self.view)
+        return self.number
 
     def _with(self, other: Any, how: Callable[[Any, Any], Any], size: Size | None = None) -> Any:
         other = self.reader.lifted(other)
@@ -326,10 +367,9 @@ class Int:
 
     def __floordiv__(self, other: Any) -> Any:
         other = self.reader.lifted(other)
-        if self.view is not None:
-            counter, start, end = self.view
-            if end is None:
-                return self.reader.viewed(counter, counter.cut(start, self.reader.scalar(other)), None, self.lanes)
+        if self.view is not None and self.view.end is None:
+            counter = self.view.counter
+            return self.reader.viewed(counter, counter.cut(self.view, self.reader.scalar(other)), None, self.lanes)
         if isinstance(other, Int) and self.size is not None and other.size is not None:
             try:
                 return self.reader.sized(over(self.size, other.size))
@@ -338,10 +378,9 @@ class Int:
         return self._with(other, lambda a, b: a / b)
 
     def __mod__(self, other: Any) -> Any:
-        if self.view is not None:
-            counter, start, end = self.view
-            if end is None:
-                return self.reader.viewed(counter, start, counter.cut(start, self.reader.scalar(other)), self.lanes)
+        if self.view is not None and self.view.end is None:
+            counter, end = self.view.counter, self.view.counter.cut(self.view, self.reader.scalar(other))
+            return self.reader.viewed(counter, self.view.start, end, self.lanes)
         return self._with(other, lambda a, b: a % b)
 
     def __rfloordiv__(self, other: Any) -> Any:
@@ -652,7 +691,7 @@ class _Reader:
 
     def viewed(self, counter: Counter, start: int, end: int | None, lanes: Lanes = ()) -> Int:
         value = counter.value(start, end)
-        return Int(self, self.z3.IntVal(value) if isinstance(value, int) else value, lanes, (counter, start, end))
+        return Int(self, self.z3.IntVal(value) if isinstance(value, int) else value, lanes, counter.view(start, end))
 
     def together(self, a: Lanes, b: Lanes) -> Lanes:
         """The lanes of a tile made of two.  What is in one place is one lane."""
@@ -662,6 +701,8 @@ class _Reader:
             raise Unreadable("tiles of different ranks")
         for x, y in zip(a, b, strict=True):
             if x and y and x.root is not y.root:
+                for c in (x, y):
+                    c.read(c.view(0, None))
                 self.linked.append((y.value(0, None), x.value(0, None)))
                 for c in self.made:
                     if isinstance(c, Counter) and c is not y and c.root is y.root:

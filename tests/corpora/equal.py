@@ -23,6 +23,7 @@ from mugraph.ir.parser import parse_program
 from mugraph.ir.types import DType
 from tests import graphs
 from tests.corpora.pairs import Pair, Spec, rebuilt, sources
+from tests.verify.law_pairs import HOLDS
 from tests.verify.mirage_files import SMALL
 from tests.verify.mutants import SHIFTS, systematic
 from tests.verify.variants import EQUAL, pair
@@ -273,6 +274,28 @@ def regrouped(p: Program, e: Equation, new: Names, r: random.Random) -> Iterator
             yield [Spec(n, Contract(e.op.axes), (right, b)), Spec("", Contract(inner.op.axes), (left, n))]
 
 
+def registered(p: Program, e: Equation, new: Names, r: random.Random) -> Iterator[list[Spec]]:
+    """The registered laws of functions (`verify.laws`)."""
+    c, x, m, n = (new() for _ in range(4))
+    number = Spec(c, Const(Fraction(r.choice((2, 5)), 3)), ())
+    match e.op:
+        case Reduce("max" | "min"):
+            yield [number, fn(x, "mul", e.args[0], c), Spec(m, e.op, (x,)), fn("", "div", m, c)]
+            yield [number, fn(x, "add", c, e.args[0]), Spec(m, e.op, (x,)), fn("", "sub", m, c)]
+        case Elementwise("max" | "min" as kind):
+            other = {"max": "min", "min": "max"}[kind]
+            yield [fn(x, "neg", e.args[0]), fn(m, "neg", e.args[1]), fn(n, other, x, m), fn("", "neg", n)]
+        case Elementwise("relu" | "abs" as kind):
+            yield [number, fn(x, "mul", c, e.args[0]), fn(m, kind, x), fn("", "div", m, c)]
+        case Elementwise("rsqrt"):  # of sums of squares, in these programs
+            yield [fn(m, "rsqrt", e.args[0]), fn(x, "square", m), fn(n, "sqrt", e.args[0]), fn("", "mul", n, x)]
+        case Elementwise("div"):
+            top = maker(p, e.args[0])
+            bottom = maker(p, e.args[1])
+            if top and bottom and top.op == Elementwise("exp") and bottom.args == e.args[:1]:
+                yield [fn(m, "log", e.args[1]), fn(n, "sub", top.args[0], m), fn("", "exp", n)]
+
+
 LAWS: tuple[Law, ...] = (
     commuted,
     associated,
@@ -286,6 +309,7 @@ LAWS: tuple[Law, ...] = (
     cut_reduction,
     cut_and_joined,
     regrouped,
+    registered,
 )
 
 
@@ -347,7 +371,7 @@ def equal_by_every_law(every: int) -> tuple[Pair, ...]:
 def written() -> list[Pair]:
     """Pairs that are not made from seeds."""
     found: list[Pair] = []
-    for name, steps in EQUAL.items():
+    for name, steps in (EQUAL | {name: steps for name, (_, steps) in HOLDS.items()}).items():
         found.append(Pair(name, "law", *pair(*steps), "tests.verify.variants", 0))
     for name, (make, fused) in graphs.ALL.items():
         found.append(Pair(f"schedule: {name}", "schedule", make(), fused(), "tests.graphs", 0))

@@ -181,6 +181,27 @@ def test_text_that_cannot_be_read_is_unknown(old: str, new: str, why: str):
     assert why in found.reason
 
 
+B_BLOCK, N_BLOCK = "b_block = pid % tl.cdiv(size_b, 16)", "n_block = pid // tl.cdiv(size_b, 16)"
+DIGITS = [  # of a block number that is 96 times as many as there are blocks of rows
+    ("b_block = pid // 96", "n_block = pid % 96", ""),
+    ("n_block = pid % 96", "b_block = pid // 96", ""),
+    ("b_block = pid // 96", "n_block = pid % 96 + 0 * pid", "digits that changed places"),
+    ("other = pid + 1", "b_block = pid // 96; n_block = pid % 96", "digits that change places"),
+    ("b_block = pid // 96; other = pid % tl.cdiv(size_b, 16)", "n_block = pid % 96", "digits that changed places"),
+    ("b_block = pid // 96; other = pid // tl.cdiv(size_b, 16)", "n_block = other % 96", "digits that changed places"),
+]
+
+
+@pytest.mark.parametrize(("first", "second", "why"), DIGITS)
+def test_digits_change_places_where_nothing_uses_the_number(first: str, second: str, why: str):
+    source, program = source_of("rmsnorm_linear")
+    assert B_BLOCK in source
+    assert N_BLOCK in source
+    found = in_bounds(source.replace(B_BLOCK, first).replace(N_BLOCK, second), program)
+    assert why in found.reason
+    assert (found.claims == 0) == bool(why)
+
+
 def test_a_loop_that_moves_a_pointer_is_unknown():
     source, program = source_of("rmsnorm_linear")
     moving = source.replace("x = tl.load(x_at + k0 * X_k,", "x_at = x_at + 128 * X_k\n        x = tl.load(x_at,")

@@ -178,6 +178,12 @@ EQUAL: dict[str, Pair] = {
         [*logsumexp(("t", largest("k"), "X"))[:-1], ("h", "add", "g", "t"), ("e", "exp", "h"), ("q", "exp", "X"),
          ("r", total("k"), "q"), ("s", "add", "r", "e"), ("o", "log", "s")],
     ),
+    "quotient-of-a-multiple": (
+        [X, Y, Z],
+        [("p", "mul", "X", "Y"), ("q", "mul", "Z", "X"), ("s", "add", "p", "q"), ("t", "add", "Y", "Z"),
+         ("o", "div", "s", "t")],
+        [("r", "add", "X", "Y"), ("o", "sub", "r", "Y")],
+    ),
     "root-reciprocal": (
         [X],
         [("s", "rsqrt", "X"), ("o", "mul", "X", "s")],
@@ -298,6 +304,12 @@ UNEQUAL: dict[str, Pair] = {
         [X],
         [("c", const(1)), ("s", "add", "X", "c"), ("o", total("k"), "s")],
         [("c", const(5)), ("s", total("k"), "X"), ("o", "add", "s", "c")],
+    ),
+    "quotient-of-no-multiple": (
+        [X, Y, Z],
+        [("p", "mul", "X", "Y"), ("q", "mul", "Z", "Z"), ("s", "add", "p", "q"), ("t", "add", "Y", "Z"),
+         ("o", "div", "s", "t")],
+        [("r", "add", "X", "Y"), ("o", "sub", "r", "Y")],
     ),
     "other-half": ([X], [half("o", 0)], [half("o", 32)]),
     "halves-in-another-order": (
