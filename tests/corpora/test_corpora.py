@@ -6,7 +6,10 @@ import json
 
 import pytest
 
-from benchmarks.verify import RULES, main, measured, tiers
+import benchmarks.verify
+from benchmarks.environment import Row
+from benchmarks.verify import main, measured, tiers
+from mugraph.verify.equivalence import verify
 from tests.corpora.equal import LAWS, equal, equal_by_every_law
 from tests.corpora.pairs import Pair, accepted, judged, sources
 from tests.corpora.wrong import MUTATIONS, wrong, wrong_of_every_kind
@@ -55,18 +58,36 @@ def test_equal_pairs_are_equal_in_float64():
 
 
 @pytest.mark.full
-def test_all_pairs(capsys: pytest.CaptureFixture[str]):
-    found = measured()
-    assert found["mugraph"]["names"] == {"wrong": [], "equal": []}
-    assert found["mugraph"]["largest_delta_log2"] <= -40
+def test_all_pairs():
+    wrongs, equals = ours(measured())
+    assert wrongs["accepted"] == equals["refused"] == 0
+    assert wrongs["proved_all_sizes"] == 0
+    assert equals["delta_max"] <= 2.0**-40
 
 
-def test_published_rules_are_measured_beside(capsys: pytest.CaptureFixture[str]):
+def ours(rows: list[Row]) -> list[Row]:
+    return [r for r in rows if r["rule"] == "mugraph"]
+
+
+def test_rules_with_small_primes_are_measured_beside(capsys: pytest.CaptureFixture[str]):
     assert main(["--every", "400", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["mugraph"]["accepted_wrong"] == found["mugraph"]["refused_equal"] == 0
-    for rule in RULES:
-        assert found[rule.name]["refused_equal"] <= found["pairs"]["equal"]
+    assert found["benchmark"] == "verify"
+    assert [(r["corpus"], r["rule"]) for r in found["rows"]] == [
+        (corpus, rule) for corpus in ("mutants", "equivalents") for rule in ("mugraph", "published", "released")
+    ]
+    assert all(r["accepted"] + r["refused"] == r["pairs"] for r in found["rows"])
+    wrongs, equals = ours(found["rows"])
+    assert wrongs["accepted"] == equals["refused"] == wrongs["proved_all_sizes"] == 0
+    assert equals["unknown"] + equals["proved_all_sizes"] == equals["pairs"]
+
+
+def test_a_verifier_that_accepts_everything_is_shown(monkeypatch: pytest.MonkeyPatch, capsys):
+    pair = equal(400)[0]
+    right = verify(pair.program, pair.graph)
+    monkeypatch.setattr(benchmarks.verify, "verify", lambda *_: right)
+    assert main(["--every", "400"]) == 1
+    assert "accepted: " in capsys.readouterr().err
 
 
 def test_the_cost_of_each_tier_is_measured():
