@@ -17,7 +17,8 @@ SHARED_LIMITS = {80: 166_912, 90: 232_448, 100: 232_448}
 @dataclass(frozen=True)
 class Resources:
     """What one kernel needs on `sm_<arch>`: registers per thread, shared memory per block and stack per thread in
-    bytes; counts of instructions: spills, global loads of 16 bytes and of less, matrix multiplies."""
+    bytes; counts of instructions: spills in loops and outside, global loads of 16 bytes and of less, matrix
+    multiplies."""
 
     kernel: str
     arch: int
@@ -25,6 +26,7 @@ class Resources:
     shared_bytes: int
     stack_bytes: int
     spills: int
+    spills_outside: int
     wide_loads: int
     narrow_loads: int
     matrix_ops: int

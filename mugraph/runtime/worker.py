@@ -17,6 +17,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from mugraph.runtime.sass import read_code
+
 HEADER = struct.Struct("<Q")
 _MODULES: dict[str, ModuleType] = {}
 _FILES = tempfile.TemporaryDirectory(prefix="mugraph-")
@@ -87,7 +89,7 @@ def compile_kernels(source: str, arch: int, options: dict[str, Any]) -> list[dic
                 "kernel": name,
                 "shared_bytes": compiled.metadata.shared,
                 **read_usage(tools, binary),
-                **read_code(tools, binary),
+                **read_code(disassembled(tools, binary)),
             }
         )
     return found
@@ -101,19 +103,8 @@ def read_usage(tools: Path, binary: Path) -> dict[str, int]:
     return {"registers": usage["REG"], "stack_bytes": usage["STACK"]}
 
 
-def read_code(tools: Path, binary: Path) -> dict[str, int]:
-    """Counts of opcodes: spills (local memory), global loads of 16 bytes and of less, matrix instructions."""
-    text = subprocess.run([tools / "nvdisasm", "-c", binary], capture_output=True, text=True, check=True).stdout
-    codes = re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\d+ )?([A-Z][\w.]*)", text, re.MULTILINE)
-    loads = [c for c in codes if c.startswith(("LDG.", "LDGSTS", "UTMALDG"))]
-    wide = [c for c in loads if ".128" in c or c.startswith("UTMALDG")]
-    matrix = ("HMMA", "IMMA", "QMMA", "DMMA", "HGMMA", "IGMMA", "QGMMA", "UTCHMMA", "UTCQMMA", "UTCIMMA")
-    return {
-        "spills": sum(c.startswith(("LDL", "STL")) for c in codes),
-        "wide_loads": len(wide),
-        "narrow_loads": len(loads) - len(wide),
-        "matrix_ops": sum(c.startswith(matrix) for c in codes),
-    }
+def disassembled(tools: Path, binary: Path) -> str:
+    return subprocess.run([tools / "nvdisasm", "-c", binary], capture_output=True, text=True, check=True).stdout
 
 
 def job(run: str, request: dict[str, Any]) -> Any:
