@@ -26,6 +26,7 @@ from mugraph.pipeline import emit, finished
 from mugraph.runtime.cache import Cache
 from mugraph.runtime.compile import SHARED_LIMITS, Compiler
 from mugraph.runtime.engine import Job, completed, engine_of
+from mugraph.search.cost import device
 from mugraph.search.driver import search
 from mugraph.search.space import SearchSpace
 from mugraph.transpiler.target import parse_target
@@ -56,7 +57,8 @@ def resources_of(program: Program, arch: int, compiler: Compiler) -> Row:
     found: Row = dict.fromkeys(COLUMNS[3:])
     try:
         target = parse_target(f"cuda:{arch}")
-        chosen = search(program, accept=lambda g: verify(program, finished(g)), space=SearchSpace(sizes=()))
+        space, on = SearchSpace(sizes=()), device(str(arch))
+        chosen = search(program, accept=lambda g: verify(program, finished(g)), space=space, on=on)
         if not chosen.graph.kernels():
             return found | {"kernels": 0, "ok": True, "error": None}
         kernels = compiler.resources(emit(verify(program, finished(chosen.graph)), target), arch)
