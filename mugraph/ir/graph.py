@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Literal, Self
 
-from mugraph.errors import Location
+from mugraph.errors import GraphError, Location
 from mugraph.ir.axes import Axis, Dim, Size, dims_of
 from mugraph.ir.ops import Broadcast, Contract, Kernel, Op, Reduce, Rename, Reshape, Slice, Transpose
 from mugraph.ir.types import Input, Output, Storage, Tensor
@@ -32,6 +32,10 @@ class Equation:
     op: Op
     args: tuple[str, ...]
     where: Location | None = field(default=None, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if not self.targets:
+            raise GraphError("an equation has no result", where=self.where)
 
     @property
     def target(self) -> Tensor:

@@ -45,10 +45,11 @@ def in_bounds(source: str, graph: Program, seconds: float = SECONDS) -> Bounds:
 
     try:
         reading = launches_of(source, graph, z3)
+        claims = list(_Claims(z3, reading).all())
     except Unreadable as error:
         return Bounds(0, (f"the source cannot be read: {error}",))
     proved, unknown = 0, []
-    for claim in _Claims(z3, reading).all():
+    for claim in claims:
         if not claim.constraints:
             unknown.append(f"{claim.where}: {claim.text}")
             continue
@@ -99,7 +100,9 @@ class _Claims:
                 yield from self.inside(a)
                 if a.kind == "read" and a.buffer in written:
                     yield Claim(a.where, f"{a.buffer.name} is read in the launch that writes it", [True])
-            for b in dict.fromkeys(a.buffer for a in launch.accesses if a.kind == "read" and a.buffer not in written):
+            reads = [a.buffer for a in launch.accesses if a.kind == "read" and a.buffer not in written]
+            adds = [a.buffer for a in launch.accesses if a.kind == "atomic"]  # to what is there
+            for b in dict.fromkeys([*reads, *adds]):
                 if b.made == "empty":
                     yield from self.everywhere(launch.name, b, stores.pop(b, []))
                     b.made = "given"
@@ -107,7 +110,7 @@ class _Claims:
                 mine = [a for a in launch.accesses if a.buffer is b and a.kind != "read"]
                 stores.setdefault(b, []).extend(mine)
                 for x, y in combinations_with_replacement(mine, 2):
-                    if "atomic" not in (x.kind, y.kind):
+                    if (x.kind, y.kind) != ("atomic", "atomic"):
                         yield self.twice(x, y)
         for b in self.reading.results:
             if b.made == "empty":

@@ -12,7 +12,7 @@ import json
 import math
 import platform
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy
 
@@ -109,6 +109,18 @@ class NumericReport:
     def reasons(self) -> str:
         """Why comparisons do not count, each reason once."""
         return "; ".join(dict.fromkeys(r.note for r in self.rows if not r.counted and r.note))
+
+    def better_than(self, other: NumericReport) -> bool:
+        """Whether it makes other comparisons than another run of the same check, or claims much smaller errors."""
+        if self.target != other.target or len(self.rows) != len(other.rows):
+            return True
+        for mine, its in zip(self.rows, other.rows, strict=True):
+            same = [getattr(mine, f) == getattr(its, f) for f in ("output", "dtype", "bindings", "draw", "counted")]
+            if not all(same) or not (math.isclose(mine.tolerance, its.tolerance, rel_tol=0.01) or not its.counted):
+                return True
+            if its.counted and its.ratio > 0.01 and (mine.error < its.error / 4 or mine.ratio < its.ratio / 4):
+                return True
+        return False
 
     @property
     def not_compared(self) -> tuple[str, ...]:
@@ -256,7 +268,9 @@ def _read(text: str) -> Certificate:
         data["draws"] = [DrawRecord(**_decoded(d, DrawRecord)) for d in data["draws"]]
         tables = []
         for table in data["numerics"]:
-            table["rows"] = [NumericRow(**_decoded(r, NumericRow)) for r in table["rows"]]
+            table["rows"] = rows = [NumericRow(**_decoded(r, NumericRow)) for r in table["rows"]]
+            if any(r.counted and not (r.error >= 0 and r.ratio >= 0 and r.tolerance >= 0) for r in rows):
+                raise ValueError("a comparison that counts has no error or no tolerance")
             tables.append(NumericReport(**_decoded(table, NumericReport)))
         data["numerics"] = tables
         return Certificate(**_decoded(data, Certificate))
@@ -276,6 +290,10 @@ def _decoded(data: dict[str, Any], cls: type[Any]) -> dict[str, Any]:
             value = float(value)
         if kind in _PRIMITIVE and not isinstance(value, _PRIMITIVE[kind]):
             raise ValueError(f"{name} is {value!r}, not {kind}")
+        if kind == "How" and value not in get_args(How):
+            raise ValueError(f"{name} is {value!r}, not one of {', '.join(get_args(How))}")
+        if kind == "Pairs" and not all(isinstance(p, tuple) and list(map(type, p)) == [str, int] for p in value):
+            raise ValueError(f"{name} is {value!r}, not a list of names and numbers")
         if (kind.startswith("tuple") or kind == "Pairs") and not isinstance(value, tuple):
             raise ValueError(f"{name} is {value!r}, not a list")
         result[name] = value

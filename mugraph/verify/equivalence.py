@@ -38,6 +38,7 @@ RESAMPLES = 8  # draws of inputs before "divides by zero" is taken for a propert
 MOST_ELEMENTS = 2**22  # of a tensor at true sizes
 
 REALS = "values are real numbers: casts between floating types are the identity, rounding is left to the numerics tier"
+DEFINED = "nothing is claimed of inputs for which a denominator is 0, or a root or logarithm has no real value"
 RANDOM_FUNCTIONS = (
     "sqrt, sigmoid, gelu, tanh, log, abs, ... and max stand for random functions: of them only congruence is used, "
     "that log(v·exp(m)) = log(v) + m and log(1/v) = -log(v), and that max is commutative, associative and idempotent"
@@ -269,7 +270,7 @@ def _tests(
             cuts |= algebra.cuts
             assumptions |= algebra.assumptions
         records.append(_record(draw, keys, bound))
-    stated = [REALS, RANDOM_FUNCTIONS, DRAWN_SIZES, *sorted(assumptions & {EVALUATED})]
+    stated = [REALS, DEFINED, RANDOM_FUNCTIONS, DRAWN_SIZES, *sorted(assumptions & {EVALUATED})]
     if lawful:
         stated.append(REGISTERED + "; ".join(str(law) for law in LAWS))
     if any(isinstance(e.op, Gather | Scatter) for e in program.equations):

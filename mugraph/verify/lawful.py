@@ -38,8 +38,8 @@ class LawfulAlgebra(FormalAlgebra):
     def _factors(self, v: Value, like: Value | None = None) -> list[Fact]:
         """Factors of v that are not negative, itself if nothing else is known of it, in the shape of `like`."""
         found = [f for f in v.facts if f.kind not in ("log", "minus log")]
-        if not found and v.nonneg and not v.formal:
-            found = [Fact("factor", (v,))]
+        if not found and v.sign and not v.formal:
+            found = [Fact("factor", (v if v.nonneg else super()._negated(v),))]
         return found if like is None else [self._shaped(f, like) for f in found]
 
     def _shaped(self, f: Fact, like: Value) -> Fact:
@@ -112,14 +112,22 @@ class LawfulAlgebra(FormalAlgebra):
             r, s = pair
             square = replace(r.of[1], axes=v.axes)
             twice = super()._times(*(replace(f.of[0], axes=v.axes) for f in pair))
-            v = super()._times(v, super()._times(square, super()._inverse(twice)))
-            facts = [f for f in facts if f is not r and f is not s] + self._factors(square)
+            v = super()._times(v, super()._times(square, self._undone(twice)))
+            gone = (s,) if r.kind == "relu" else pair  # relu(x)·relu(x) = x·relu(x)
+            facts = [f for f in facts if all(f is not g for g in gone)] + self._factors(square)
         return self._known(v, facts, 1 if squared else a.sign * b.sign)
 
     def _pair(self, facts: Sequence[Fact]) -> tuple[Fact, Fact] | None:
         """Two of the factors that are equal."""
         pairs = ((f, g) for i, f in enumerate(facts) for g in facts[i + 1 :])
         return next((pair for pair in pairs if self._equal(pair[0].of[0], pair[1].of[0])), None)
+
+    def _undone(self, a: Value) -> Value:
+        """1/a for what a value is a multiple of: where a is 0, so is the value, and it does not matter what this is."""
+        if a.formal:
+            return super()._inverse(a)
+        p, q = (fields.inverse(a.words(i), m) for i, m in ((_P, P), (_Q, Q)))
+        return plain(a.axes, p, q, a.bound.inverted())
 
     def _inverse(self, a: Value) -> Value:
         """1/a.  The inverse of a root is that root over its square."""
@@ -177,11 +185,9 @@ class LawfulAlgebra(FormalAlgebra):
         match key:
             case "sqrt":
                 return self._root(x)
-            case "abs" if x.nonneg:
-                return x
-            case "abs" if not x.formal:
-                return self._absolute(x)
-        return replace(super()._opaque(key, *args), sign=int(key in ("abs", "sigmoid")))
+            case "abs":
+                return self._absolute(x) if x.sign == 0 else x if x.nonneg else self._negated(x)
+        return replace(super()._opaque(key, *args), sign=int(key == "sigmoid"))
 
     def _root(self, x: Value) -> Value:
         """sqrt(x), of equal factors c·c the factor c."""
@@ -195,16 +201,16 @@ class LawfulAlgebra(FormalAlgebra):
             facts = [f for f in facts if all(f is not g for g in pair)]
             out.append(pair[0])
         factor = self._factor(out, x)
-        inside = super()._times(x, super()._inverse(super()._times(factor, factor))) if out else x
+        inside = super()._times(x, self._undone(super()._times(factor, factor))) if out else x
         if self._equal(inside, one):
             return self._known(factor, out, sign=1)
         return self._with_root(inside, factor, out)
 
     def _absolute(self, x: Value) -> Value:
         """|x| as the root of x·x, of factors that are not negative the factor."""
-        out = self._factors(x)
+        out = [] if x.formal else self._factors(x)
         factor = self._factor(out, x)
-        inside = super()._times(x, super()._inverse(factor))
+        inside = super()._times(x, self._undone(factor)) if out else x
         return self._with_root(super()._times(inside, inside), factor, out)
 
     def _with_root(self, square: Value, factor: Value, out: Sequence[Fact]) -> Value:
@@ -285,7 +291,7 @@ class LawfulAlgebra(FormalAlgebra):
         if order == "min" or found.formal or not (self._is_zero(a) or self._is_zero(b)):
             return found
         # relu(x)·relu(x) = x·relu(x), for x without the factors
-        under = super()._inverse(self._factor(shared, found))
+        under = self._undone(self._factor(shared, found))
         x = super()._times(b if self._is_zero(a) else a, under)
         r = super()._times(found, under)
         return self._known(found, [Fact("relu", (r, super()._times(x, r))), *shared], 1)
@@ -298,7 +304,7 @@ class LawfulAlgebra(FormalAlgebra):
         if not factors or extreme.formal:
             return replace(extreme, sign=sign)
         c = self._factor(factors, extreme)
-        under = super()._inverse(c)
+        under = self._undone(c)
         members = extreme.words(_SET)
         p, q = (members % U(m) * under.words(i)[..., None] % U(m) for i, m in ((_P, P), (_Q, Q)))
         divided = np.where(members == _NOTHING, members, exponent_of(p, q))

@@ -279,8 +279,10 @@ class _Reader(Functions):
     def makes_nonneg(self, op: Op, args: Sequence[Node]) -> bool:
         """Whether the result is not negative, by what the operator is and what its operands are."""
         match op:
-            case Elementwise("square") | Contract() | Elementwise("mul") if len(set(args)) == 1:
+            case Elementwise("square"):
                 return True
+            case Contract() | Elementwise("mul") if len(set(args)) == 1 and len(args) % 2 == 0:
+                return True  # an even power
             case Elementwise("pow", attrs):
                 return Fraction(dict(attrs)["exponent"]) % 2 == 0
             case Elementwise("max"):
@@ -408,6 +410,8 @@ class _Reader(Functions):
                 return self.extreme("max", [x, self.zero])
             case "pow" if Fraction(dict(attrs)["exponent"]).denominator == 1:
                 return self.power(x, int(Fraction(dict(attrs)["exponent"])))
+            case "pow" if abs(Fraction(dict(attrs)["exponent"])) == Fraction(1, 2):
+                return self.root(x) if Fraction(dict(attrs)["exponent"]) > 0 else self.inverse(self.root(x))
         return self.call(fn, tuple((k, str(v)) for k, v in attrs), args)
 
     def reshaped(self, v: _Value, after: tuple[Axis, ...]) -> _Value:

@@ -15,6 +15,7 @@ factors of its count.  So they are unknowns of their own with known ranges, and 
 from __future__ import annotations
 
 import builtins
+import itertools
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,6 +27,7 @@ from typing import Any, Literal
 from mugraph.errors import ShapeError, VerificationError
 from mugraph.ir.axes import Dim, Monomial, Size, over, times
 from mugraph.ir.graph import Program
+from mugraph.ir.types import DType
 
 
 class Unreadable(Exception):
@@ -34,11 +36,14 @@ class Unreadable(Exception):
 
 @dataclass(eq=False)
 class Buffer:
-    """A tensor that kernels read or write.  `made`: where its entries come from; those of "empty" only from stores."""
+    """A tensor that kernels read or write.  `made`: where its entries come from; those of "empty" only from stores,
+    those of "copied" from `source`.  `dtype`: its name in torch, where the text says it."""
 
     name: str
     shape: tuple[Size, ...]
-    made: Literal["given", "empty", "zeroed"] = "given"
+    made: Literal["given", "empty", "zeroed", "copied"] = "given"
+    dtype: str | None = None
+    source: Buffer | None = None
 
 
 @dataclass(frozen=True)
@@ -76,7 +81,8 @@ class Launch:
 
 @dataclass
 class Reading:
-    """All launches in order, the tensors that come back, and what holds of the sizes."""
+    """All launches in order, the tensors that come back, and what holds of the sizes.  With `out=` given, `run` does
+    the same to other tensors, which come back."""
 
     launches: list[Launch]
     results: tuple[Buffer, ...]
@@ -84,15 +90,46 @@ class Reading:
 
 
 def launches_of(source: str, graph: Program, z3: Any) -> Reading:
-    """Raises Unreadable, and VerificationError where a stride of one tensor moves in another."""
-    reader = _Reader(graph, z3)
-    try:
-        results = reader.run(source)
-    except (Unreadable, VerificationError):
-        raise
-    except Exception as error:  # the stand-ins lack something that the text asks for
-        raise Unreadable(f"{type(error).__name__}: {error}") from error
-    return Reading(reader.launches, results, reader.sizes)
+    """Raises Unreadable, and VerificationError where a stride of one tensor moves in another, or `run` does not give
+    what the graph gives."""
+    readers = []
+    for has_out in (False, True):
+        reader = _Reader(graph, z3)
+        try:
+            reader.run(source, has_out)
+        except (Unreadable, VerificationError):
+            raise
+        except Exception as error:  # the stand-ins lack something that the text asks for
+            raise Unreadable(f"{type(error).__name__}: {error}") from error
+        readers.append(reader)
+    first, second = readers
+    first.results_fit()
+    _same_but_for_results(first, second)
+    return Reading(first.launches, first.results, first.sizes)
+
+
+def _same_but_for_results(first: _Reader, second: _Reader) -> None:
+    """Raises VerificationError where `run` with `out=` does anything else, or does not give what is in `out`."""
+    alike: dict[Buffer, Buffer] = dict(zip(first.inputs, second.inputs, strict=True))
+    for mine, given, back in zip(first.results, second.given, second.results, strict=True):
+        if back is not given:
+            raise VerificationError("run: with out= given, another tensor comes back")
+        kept = given.source if given.made == "copied" else given
+        if kept is None or alike.setdefault(mine, kept) is not kept:
+            raise VerificationError("run: with out= given, results are mixed up")
+    launches = [[(x.name, a) for x in reader.launches for a in x.accesses] for reader in (first, second)]
+    if len(launches[0]) != len(launches[1]):
+        raise VerificationError("run: with out= given, other kernels are launched")
+    for (name, x), (other, y) in zip(*launches, strict=True):
+        same = (name, x.kind, str(x.terms), str(x.holds)) == (other, y.kind, str(y.terms), str(y.holds))
+        if not same or alike.setdefault(x.buffer, y.buffer) is not y.buffer or not _alike(x.buffer, y.buffer):
+            raise VerificationError(f"{name}: with out= given, it does not do the same to {x.buffer.name}")
+    if len(set(alike.values())) < len(alike):
+        raise VerificationError("run: with out= given, two tensors are one")
+
+
+def _alike(x: Buffer, y: Buffer) -> bool:
+    return x.shape == y.shape and x.made == y.made
 
 
 # -- sizes
@@ -145,6 +182,8 @@ class Counter:
         self.reads: list[View] = []  # what was used as a number
         factors = _factors(count, reader.z3)
         static = math.prod(f for f in factors if isinstance(f, int))
+        if static < 1:
+            raise Unreadable(f"no {kind} at all")
         counts = [*(f for f in factors if not isinstance(f, int)), *([static] if static > 1 else [])]
         self.digits = [(c, self.unknown(c)) for c in counts]
 
@@ -262,6 +301,13 @@ OPAQUE = Opaque()
 
 class Wide(Opaque):
     """The dtype of 64-bit integers."""
+
+
+@dataclass(frozen=True, eq=False)
+class Named(Opaque):
+    """A dtype of torch."""
+
+    name: str
 
 
 Lanes = tuple[Counter | None, ...]
@@ -498,6 +544,12 @@ class Tensor:
         self.buffer.made = "zeroed"
         return self
 
+    def copy_(self, other: Any) -> Tensor:
+        if not isinstance(other, Tensor):
+            raise Unreadable("a tensor that is copied from what is none")
+        self.buffer.made, self.buffer.source = "copied", other.buffer
+        return self
+
 
 # -- program ids
 
@@ -604,6 +656,13 @@ class Jit:
         return launch
 
 
+TORCH = {
+    DType.f64: "float64", DType.f32: "float32", DType.bf16: "bfloat16", DType.f16: "float16",
+    DType.f8e4m3: "float8_e4m3fn", DType.f8e5m2: "float8_e5m2", DType.i64: "int64", DType.i32: "int32",
+    DType.i16: "int16", DType.i8: "int8", DType.u8: "uint8", DType.bool: "bool",
+}  # fmt: skip
+MOST_PATHS = 256  # through a kernel
+MOST_BRANCHES = 64  # on one path
 IMPORTS = ("collections.abc", "threading", "typing", "weakref")
 TORCH_FUNCTION = re.compile(r"\w+_torch_\d+")
 
@@ -630,7 +689,7 @@ class _Reader:
         self.next = 0
         self.program = ProgramId(self, count)
 
-    def run(self, source: str) -> tuple[Buffer, ...]:
+    def run(self, source: str, has_out: bool) -> None:
         space: dict[str, Any] = {"__builtins__": self.builtins(), "__name__": "emitted"}
         exec(compile(source, "<emitted>", "exec"), space)
         for name, found in list(space.items()):
@@ -639,8 +698,31 @@ class _Reader:
         if "keep" in space:  # what is kept is what is computed
             space["keep"] = space["ahead"]
         inputs = [Tensor(self, Buffer(i.name, i.tensor.shape)) for i in self.graph.inputs]
-        found = space["run"](*inputs)
-        return tuple(t.buffer for t in (found if isinstance(found, tuple) else (found,)))
+        tensors = self.graph.tensors()
+        given = [Tensor(self, Buffer("", tensors[o.value].shape, "empty")) for o in self.graph.outputs]
+        out = (given[0] if len(given) == 1 else tuple(given)) if has_out else None
+        found = space["run"](*inputs, out=out)
+        results = found if isinstance(found, tuple) else (found,)
+        self.inputs = [t.buffer for t in inputs]
+        self.given = [t.buffer for t in given]
+        self.results = tuple(t.buffer for t in results)
+        if len(self.results) != len(given):
+            raise VerificationError(f"run: {len(self.results)} tensors come back, not {len(given)}")
+
+    def results_fit(self) -> None:
+        """Raises VerificationError where what comes back is not of the shapes and types of the outputs, is an input,
+        or comes back twice."""
+        tensors = self.graph.tensors()
+        values = [o.value for o in self.graph.outputs]
+        names = [i.name for i in self.graph.inputs]
+        for value, b in zip(values, self.results, strict=True):
+            wanted = TORCH[tensors[value].dtype]
+            if b.shape != tensors[value].shape or b.dtype not in (None, wanted):
+                raise VerificationError(f"run: {value} comes back as {b.dtype or 'a tensor'} of {b.shape}")
+            if b in self.inputs and value not in names:
+                raise VerificationError(f"run: {value} comes back as an input")
+        if len(set(self.results)) < len(set(values)):
+            raise VerificationError("run: one tensor comes back for two outputs")
 
     def launch(self, fn: Callable[..., Any], grid: tuple[Any, ...], args: Sequence[Any], named: dict[str, Any]) -> None:
         (count,) = grid
@@ -652,7 +734,9 @@ class _Reader:
         found: list[Access] = []
         decisions: list[bool] = []
         self.where = fn.__name__
-        while True:
+        for path in itertools.count():
+            if path == MOST_PATHS:
+                raise Unreadable(f"more than {MOST_PATHS} paths through a kernel")
             self.begin(decisions, self.scalar(count))
             fn(*bound.args, **bound.kwargs)
             found += self.accesses
@@ -716,6 +800,8 @@ class _Reader:
 
     def decide(self, condition: Any) -> bool:
         if self.decided == len(self.decisions):
+            if self.decided == MOST_BRANCHES:
+                raise Unreadable(f"more than {MOST_BRANCHES} branches on one path")
             self.decisions.append(True)
         found = self.decisions[self.decided]
         self.decided += 1
@@ -826,11 +912,11 @@ class _Reader:
             raise Unreadable("a grid of several dimensions")
         return self.program
 
-    def empty(self, shape: Sequence[Any], **_: Any) -> Tensor:
+    def empty(self, shape: Sequence[Any], *, dtype: Any = None, **_: Any) -> Tensor:
         sizes = tuple(s if isinstance(s, int) else s.size for s in shape)
         if None in sizes:
             raise Unreadable("a tensor whose sizes are no products of known ones")
-        return Tensor(self, Buffer("", sizes, "empty"))
+        return Tensor(self, Buffer("", sizes, "empty", dtype.name if isinstance(dtype, Named) else None))
 
     def torch_function(self, fn: FunctionType) -> Callable[..., Any]:
         """A function of torch alone: what it gives has the shapes that its first line says."""
@@ -856,7 +942,8 @@ class _Reader:
         triton = _Stand(
             jit=self.jit, cdiv=self.cdiv, next_power_of_2=self.next_power_of_2, JITFunction=Jit, language=language
         )
-        modules = {"torch": _Stand(empty=self.empty), "triton": triton, "triton.language": triton}
+        torch = _Stand(empty=self.empty, **{name: Named(name) for name in TORCH.values()})
+        modules = {"torch": torch, "triton": triton, "triton.language": triton}
 
         def imported(name: str, *args: Any) -> Any:
             if name not in IMPORTS and name not in modules:

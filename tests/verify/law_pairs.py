@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from fractions import Fraction
 
-from mugraph.ir.ops import Elementwise
+from mugraph.ir.ops import Cast, Contract, Elementwise, Iota, Reduce
+from mugraph.ir.types import DType
 from mugraph.verify import laws
 from mugraph.verify.laws import Law
-from tests.verify.variants import Pair, Step, X, Y, Z, const, largest, logsumexp, softmax, total
+from tests.verify.variants import Pair, Step, X, Y, Z, const, k, largest, logsumexp, softmax, total
 
 C = ("c", const(Fraction(1, 3)))
+INDEX: list[Step] = [("i", Iota(k)), ("f", Cast(DType.f32), "i")]
+MINUS_D = ("d", const(Fraction(-1, 3)))
 MINUS = ("c", const(Fraction(-1, 3)))
 
 
@@ -59,6 +62,16 @@ HOLDS: dict[str, tuple[Law, Pair]] = {
               [("q", "square", "X"), ("t", total("k"), "q"), ("r", "rsqrt", "t"), ("m", largest("k"), "X"),
                ("o", "mul", "m", "r")]),
     ),
+    "an index leaves relu": (
+        laws.SCALE,
+        ([X], [*INDEX, ("z", "mul", "X", "f"), ("o", "relu", "z")],
+              [*INDEX, ("r", "relu", "X"), ("o", "mul", "r", "f")]),
+    ),
+    "a negative scale of a minimum": (
+        laws.MIN,
+        ([X], [C, MINUS_D, ("z", "mul", "X", "c"), ("m", Reduce("min", ("k",)), "z"), ("o", "mul", "m", "d")],
+              [C, MINUS_D, ("z", "mul", "X", "d"), ("m", largest("k"), "z"), ("o", "mul", "m", "c")]),
+    ),
     "a minimum is a maximum of negatives": (
         laws.MIN,
         ([X, Y], [("o", "min", "X", "Y")],
@@ -107,6 +120,11 @@ HOLDS: dict[str, tuple[Law, Pair]] = {
         ([X, Y], [("r", "relu", "X"), ("p", "mul", "r", "Y"), ("o", "mul", "p", "r")],
                  [("r", "relu", "X"), ("p", "mul", "X", "Y"), ("o", "mul", "p", "r")]),
     ),
+    "relu cubed": (
+        laws.RELU_SQUARED,
+        ([X], [("r", "relu", "X"), ("p", "mul", "r", "r"), ("o", "mul", "p", "r")],
+              [("r", "relu", "X"), ("s", "square", "X"), ("o", "mul", "r", "s")]),
+    ),
     "a scaled relu squared": (
         laws.RELU_SQUARED,
         ([X], [C, ("z", "mul", "X", "c"), ("r", "relu", "z"), ("o", "mul", "r", "r")],
@@ -138,6 +156,10 @@ HOLDS: dict[str, tuple[Law, Pair]] = {
     "an absolute value of what is not negative": (
         laws.ABS,
         ([X], [("s", "exp", "X"), ("q", "square", "X"), ("o", "abs", "q")], [("o", "square", "X")]),
+    ),
+    "an absolute value of what is not positive": (
+        laws.ABS,
+        ([X], [("e", "exp", "X"), ("n", "neg", "e"), ("o", "abs", "n")], [("e", "exp", "X"), ("o", "relu", "e")]),
     ),
     "absolute values of opposites": (laws.ABS, ([X], [("z", "neg", "X"), ("o", "abs", "z")],
                                                             [("o", "abs", "X")])),
@@ -258,6 +280,14 @@ BROKEN: dict[str, tuple[Law, Pair]] = {
     "a negative number leaves an absolute value": (
         laws.ABS,
         ([X], [MINUS, ("z", "mul", "X", "c"), ("o", "abs", "z")], [MINUS, ("a", "abs", "X"), ("o", "mul", "a", "c")]),
+    ),
+    "an absolute value of a sum": (
+        laws.ABS,
+        ([X], [("t", Contract(("k",)), "X"), ("o", "abs", "t")], [("o", Contract(("k",)), "X")]),
+    ),
+    "an absolute value of a sum of cubes": (
+        laws.ABS,
+        ([X], [("t", Contract(("k",)), "X", "X", "X"), ("o", "abs", "t")], [("o", Contract(("k",)), "X", "X", "X")]),
     ),
     "the negative of an absolute value": (
         laws.ABS,

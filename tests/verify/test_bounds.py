@@ -101,7 +101,15 @@ EDITS = [
     ("rmsnorm_linear", "i_b[:, None] * Y_b + i_n[None, :] * Y_n", "i_b[:, None] * Y_n + i_n[None, :] * Y_b", OUTSIDE),
     ("rmsnorm_linear", "i_b[:, None] * Y_b", "i_b[:, None] * X_b", "an address of Y moves by a stride of X"),
     ("rmsnorm_linear", "*W.stride(), *Y.stride()", "*Y.stride(), *W.stride()", "moves by a stride of"),
-    ("rmsnorm_linear", "torch.empty((size_B, 6144)", "torch.empty((size_B, 6143)", OUTSIDE),
+    ("rmsnorm_linear", "torch.empty((size_B, 6144)", "torch.empty((size_B, 6143)", "Y comes back as"),
+    ("rmsnorm_linear", "dtype=torch.float16", "dtype=torch.float32", "Y comes back as float32"),
+    ("rmsnorm_linear", "tl.store(Y_at", "tl.atomic_add(Y_at", "Y is never written"),
+    ("rmsnorm_linear", STORE, f"{STORE}\n    tl.atomic_add(Y_at, y, mask=in_b[:, None])", "Y is never written|twice"),
+    ("rmsnorm_linear", "    return Y\n", "    return X\n", "Y comes back as"),
+    ("rmsnorm_linear", "    return Y\n", "    return Y, Y\n", "2 tensors come back, not 1"),
+    ("rmsnorm_linear", "Y = out", "Y = X", "with out= given, another tensor comes back"),
+    ("rmsnorm_linear", "Y = out", "Y = torch.empty((1, 1))", "with out= given, another tensor comes back"),
+    ("rmsnorm_linear", "Y = out", "Y, X = out, out", "with out= given"),
     ("gqa", "i_g = at_gb // 2", "i_g = at_gb % 8", TWICE),
     ("gqa", "s0 * K_s", "s0 * K_d", OUTSIDE),
     ("gqa", "float16), mask=in_b[:, None])", "float16), mask=in_b[:, None] & (i_g < 7)[:, None])", MISSING),
@@ -114,6 +122,14 @@ def test_an_error_in_the_text_is_shown(name: str, old: str, new: str, why: str):
     assert source.count(old) == 1
     with pytest.raises(VerificationError, match=why):
         in_bounds(source.replace(old, new), program)
+
+
+def test_two_results_in_one_tensor_are_shown():
+    graph = BLOCKS["two_blocks"]()
+    source = triton.emit(plan_graph(graph))
+    assert "out[0]" in source
+    with pytest.raises(VerificationError, match="with out= given"):
+        in_bounds(source.replace("out[0]", "out[1]"), graph)
 
 
 def test_a_dropped_mask_is_shown_with_the_size_and_the_block():
@@ -171,6 +187,13 @@ def test_offsets_beyond_31_bits_must_be_64_bit():
         ("n_block = pid // tl.cdiv(size_b, 16)", "n_block = pid // 7", "block number divided by"),
         ("k0 * X_k", "acc * X_k", "an offset that is no index times a stride"),
         ("import torch\n", "import torch\nimport socket\n", "import socket"),
+        ("    return Y\n", "    return torch.empty_like(Y)\n", "a branch on what was loaded"),
+        ("(triton.cdiv(size_B, 16) * 96,)", "(0,)", "no block at all"),
+        (
+            "    tl.store(Y_at, y.to(tl.float16), mask=in_b[:, None])",
+            "    while pid > 3:\n        tl.store(Y_at, y.to(tl.float16), mask=in_b[:, None])",
+            "branches on one path",
+        ),
     ],
 )
 def test_text_that_cannot_be_read_is_unknown(old: str, new: str, why: str):

@@ -13,12 +13,14 @@ from typing import Any
 import pytest
 
 import mugraph as mg
+import mugraph.cli.saved
 from mugraph import pipeline
 from mugraph.cli.saved import recheck_saved
 from mugraph.errors import VerificationError
 from mugraph.ir.graph import KernelGraph
 from mugraph.ir.serialize import dumps, loads
 from mugraph.search.build import baseline
+from mugraph.verify.bounds import NO_SOLVER, Bounds
 from mugraph.verify.certificate import Certificate, graph_hash
 from mugraph.viz.mermaid import draw_mermaid
 from mugraph.viz.svg import draw_svg
@@ -200,3 +202,79 @@ def test_numerics_claimed_without_a_comparison_are_refused(saved: Path):
     file.write_text(replace(Certificate.from_json(file.read_text()), numerics=()).to_json())
     with_hashes(saved)
     assert "claims" in refused(saved)
+
+
+def with_certificate(place: Path, change: Change) -> Path:
+    file = place / "certificate.json"
+    file.write_text(change(Certificate.from_json(file.read_text())).to_json())
+    with_hashes(place)
+    return place
+
+
+def numerics_changed(**fields: Any) -> Change:
+    """The first row of the first table with other fields."""
+
+    def change(c: Certificate) -> Certificate:
+        table = c.numerics[0]
+        first = next(i for i, r in enumerate(table.rows) if r.counted and r.ratio > 0.01)
+        rows = [replace(r, **fields) if i == first else r for i, r in enumerate(table.rows)]
+        return replace(c, numerics=(replace(table, rows=tuple(rows)), *c.numerics[1:]))
+
+    return change
+
+
+def test_strict_repeats_the_numeric_check(saved: Path):
+    assert "numerics: repeated" in str(recheck_saved(saved, strict=True))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        numerics_changed(error=0.0, ratio=0.0),
+        numerics_changed(tolerance=1e9),
+        numerics_changed(draw="others"),
+        lambda c: replace(c, numerics=(replace(c.numerics[0], target="a device"),)),
+        lambda c: replace(c, numerics=(replace(c.numerics[0], rows=c.numerics[0].rows[1:]),)),
+        lambda c: replace(c, numerics=(replace(c.numerics[0], how="device"),)),
+    ],
+    ids=["no error", "a wide tolerance", "another draw", "another target", "a row less", "on a device"],
+)
+def test_better_numerics_than_come_out_again_are_refused_when_strict(saved: Path, change: Change):
+    with_certificate(saved, change)
+    with pytest.raises(VerificationError, match="on record"):
+        recheck_saved(saved, strict=True)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("error", "nan"), ("tolerance", -1.0), ("ratio", "nan"), ("bindings", [["b", "x"]]), ("how", "guessed")],
+)
+def test_numerics_that_are_none_are_no_certificate(saved: Path, field: str, value: Any):
+    file = saved / "certificate.json"
+    data = json.loads(file.read_text())
+    table = data["numerics"][0]
+    (table if field == "how" else next(r for r in table["rows"] if r["counted"]))[field] = value
+    file.write_text(json.dumps(data))
+    with_hashes(saved)
+    assert "not a certificate" in refused(saved)
+
+
+def test_claims_that_cannot_be_checked_here_are_not_repeated(saved: Path, monkeypatch: pytest.MonkeyPatch):
+    def change(c: Certificate) -> Certificate:
+        return replace(c, tiers=("tested", "proved", "bounds", "numerics"), claims=99999, bounds="")
+
+    with_certificate(saved, change)
+    monkeypatch.setattr(mugraph.cli.saved, "bounds_tier", lambda *_: Bounds(0, (NO_SOLVER,)))
+    found = recheck_saved(saved)
+    assert not any("hold again" in c for c in found.checks)
+    assert any("99999 claims on record, 0 checked here: z3 is not installed" in n for n in found.not_repeated)
+    with pytest.raises(VerificationError, match="0 checked here"):
+        recheck_saved(saved, strict=True)
+
+
+def test_an_equation_without_a_result_is_refused(saved: Path):
+    graph = json.loads((saved / "graph.json").read_text())
+    graph["value"]["equations"][0]["targets"] = []
+    (saved / "graph.json").write_text(json.dumps(graph))
+    with_hashes(saved)
+    assert "an equation has no result" in refused(saved)
