@@ -3,9 +3,9 @@
     python -m benchmarks.resources [--program NAME ...] [--dtype f16 bf16 f32] [--arch 80 90 100] [--json]
 
 Each row is a program in one element type on one architecture: the registers and the shared memory of its most
-demanding kernel, spills inside and outside loops, and whether matrix instructions and loads of 16 bytes occur.  `ok`:
-it compiles, fits the shared memory of a block, and spills in no loop.  Rows are kept as they come, so a run that was
-interrupted goes on where it stopped.
+demanding kernel, spills inside and outside loops, and whether matrix instructions and loads of 16 bytes occur; `tuned`
+says which parameters are not those that the lowering chose first.  `ok`: it compiles, fits the shared memory of a
+block, and spills in no loop.  Rows are kept as they come, so a run that was interrupted goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -19,23 +19,24 @@ from typing import Any
 
 from benchmarks.environment import Row, document, print_document, print_table
 from benchmarks.programs import FAMILIES
+from mugraph.codegen.lower import lower
 from mugraph.errors import CompileError, MugraphError
 from mugraph.ir.graph import Program
 from mugraph.ir.parser import parse_program
-from mugraph.pipeline import emit, finished
+from mugraph.pipeline import finished
 from mugraph.runtime.cache import Cache
 from mugraph.runtime.compile import SHARED_LIMITS, Compiler
 from mugraph.runtime.engine import Job, completed, engine_of
+from mugraph.runtime.tune import tuned
 from mugraph.search.cost import device
 from mugraph.search.driver import search
 from mugraph.search.space import SearchSpace
-from mugraph.transpiler.target import parse_target
 from mugraph.verify.equivalence import verify
 
 DTYPES = ("f16", "bf16", "f32")
 COLUMNS = (
     "program", "dtype", "arch", "kernels", "registers", "spills", "spills_outside", "shared_bytes", "tensor_core",
-    "wide_loads", "ok", "error",
+    "wide_loads", "ok", "error", "tuned",
 )  # fmt: skip
 
 
@@ -56,12 +57,12 @@ def resources_of(program: Program, arch: int, compiler: Compiler) -> Row:
     """The figures of what is chosen for a program on an architecture; None each where nothing is compiled."""
     found: Row = dict.fromkeys(COLUMNS[3:])
     try:
-        target = parse_target(f"cuda:{arch}")
         space, on = SearchSpace(sizes=()), device(str(arch))
         chosen = search(program, accept=lambda g: verify(program, finished(g)), space=space, on=on)
         if not chosen.graph.kernels():
             return found | {"kernels": 0, "ok": True, "error": None}
-        kernels = compiler.resources(emit(verify(program, finished(chosen.graph)), target), arch)
+        found_parameters = tuned(lower(verify(program, finished(chosen.graph))), arch, compiler)
+        kernels = found_parameters.resources
     except (CompileError, MugraphError) as error:
         return found | {"ok": False, "error": error.message.splitlines()[-1][:200]}
     shared = max(k.shared_bytes for k in kernels)
@@ -76,6 +77,7 @@ def resources_of(program: Program, arch: int, compiler: Compiler) -> Row:
         "wide_loads": sum(k.wide_loads for k in kernels),
         "ok": spills == 0 and shared <= SHARED_LIMITS[arch],
         "error": None if shared <= SHARED_LIMITS[arch] else "more shared memory than a block has",
+        "tuned": "; ".join(map(str, found_parameters.trace)) or None,
     }
 
 

@@ -27,6 +27,7 @@ from mugraph.codegen.plan import (
     Form,
     Index,
     Launch,
+    Parameters,
     Piece,
     Plan,
     Read,
@@ -769,8 +770,8 @@ class _Planner:
         self.order_lanes()
         scopes = tuple(self.scope(i) for i in range(len(self.raw)))
         split = (self.block.split.axis, self.block.split.parts) if self.block.split else None
-        launch = Launch(self.name, self.grid_order(), split, tuple(self.lanes), scopes, 4, 1)
-        return replace(launch, num_warps=self.num_warps(), num_stages=self.num_stages())
+        launch = Launch(self.name, self.grid_order(), split, tuple(self.lanes), scopes, Parameters(4, 1))
+        return replace(launch, parameters=Parameters(self.num_warps(), self.num_stages()))
 
     def scope(self, number: int) -> Scope:
         raw = self.raw[number]

@@ -12,8 +12,8 @@ a launch has its dimensions in the launch's canonical order, so tiles meet by in
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Literal, assert_never
 
 from mugraph.ir.axes import Axis
@@ -170,6 +170,25 @@ class Scope:
 
 
 @dataclass(frozen=True)
+class Parameters:
+    """How a kernel is compiled: warps of a block, stages of loops that load ahead, registers of a thread at most."""
+
+    num_warps: int
+    num_stages: int
+    maxnreg: int | None = None
+
+    def __str__(self) -> str:
+        most = "" if self.maxnreg is None else f", at most {self.maxnreg} registers"
+        return f"warps {self.num_warps}, stages {self.num_stages}{most}"
+
+    @property
+    def options(self) -> dict[str, int]:
+        """As options of Triton's compiler."""
+        found = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        return found if self.maxnreg is None else found | {"maxnreg": self.maxnreg}
+
+
+@dataclass(frozen=True)
 class Launch:
     """One kernel launch.  `grid` is in program-id order, fastest first; `split` is (axis, parts): the slowest."""
 
@@ -178,8 +197,7 @@ class Launch:
     split: tuple[str, int] | None
     lanes: tuple[tuple[str, ...], ...]
     scopes: tuple[Scope, ...]
-    num_warps: int
-    num_stages: int
+    parameters: Parameters
 
     def sources(self) -> tuple[str, ...]:
         """Buffers read, in order of first use."""
@@ -190,7 +208,7 @@ class Launch:
         return tuple(a for s in self.scopes for a in s.actions() if isinstance(a, Write))
 
     def __str__(self) -> str:
-        lines = [f"launch {self.name}  (warps {self.num_warps}, stages {self.num_stages})"]
+        lines = [f"launch {self.name}  ({self.parameters})"]
         lines.append(
             f"  program id: {', '.join(self.grid) or 'one block'}"
             + (f", {self.split[1]} parts of {self.split[0]}" if self.split else "")
@@ -211,6 +229,14 @@ class Beside:
 
     name: str
     launches: tuple[Launch, ...]
+
+    @property
+    def parameters(self) -> Parameters:
+        """Of the one kernel that they are: what the most demanding of them needs."""
+        each = [x.parameters for x in self.launches]
+        bounds = [p.maxnreg for p in each if p.maxnreg is not None]
+        warps, stages = (max(getattr(p, f) for p in each) for f in ("num_warps", "num_stages"))
+        return Parameters(warps, stages, min(bounds, default=None))
 
     def __str__(self) -> str:
         return "\n".join(
@@ -256,6 +282,20 @@ class Plan:
     def parameters(self) -> tuple[str, ...]:
         """What the caller gives."""
         return self.inputs[: len(self.inputs) - len(self.ahead.outputs)] if self.ahead else self.inputs
+
+    def with_parameters(self, chosen: Mapping[str, Parameters]) -> Plan:
+        """With other parameters of these launches, by name; one name for those that run as one."""
+
+        def changed(call: Launch | Beside | Torch) -> Launch | Beside | Torch:
+            match call:
+                case Launch(name) if name in chosen:
+                    return replace(call, parameters=chosen[name])
+                case Beside(name, launches) if name in chosen:
+                    return Beside(name, tuple(replace(x, parameters=chosen[name]) for x in launches))
+            return call
+
+        ahead = self.ahead.with_parameters(chosen) if self.ahead else None
+        return replace(self, calls=tuple(map(changed, self.calls)), ahead=ahead)
 
     def buffer(self, name: str) -> Buffer:
         return next(b for b in self.buffers if b.tensor.name == name)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -31,6 +31,11 @@ class Resources:
     narrow_loads: int
     matrix_ops: int
 
+    @property
+    def fits(self) -> bool:
+        """Whether a block has the shared memory that it needs."""
+        return self.shared_bytes <= SHARED_LIMITS[self.arch]
+
 
 class Compiler:
     """A worker process that compiles emitted files, many calls to one process."""
@@ -48,14 +53,17 @@ class Compiler:
     def close(self) -> None:
         self._worker.close()
 
-    def resources(self, source: str, arch: int, options: Mapping[str, Any] | None = None) -> list[Resources]:
-        """Each kernel of the file compiled for `sm_<arch>`; `options` (num_warps, num_stages, maxnreg) override the
-        file's.  Raises CompileError where Triton or ptxas refuses or takes longer than `timeout` seconds,
+    def resources(
+        self, source: str, arch: int, options: Mapping[str, Any] | None = None, only: Sequence[str] | None = None
+    ) -> list[Resources]:
+        """Each kernel of the file, or these alone, compiled for `sm_<arch>`; `options` (num_warps, num_stages, maxnreg)
+        override the file's.  Raises CompileError where Triton or ptxas refuses or takes longer than `timeout` seconds,
         UnknownTargetError for an architecture without a table entry."""
         if arch not in SHARED_LIMITS:
             known = ", ".join(map(str, SHARED_LIMITS))
             raise UnknownTargetError(f"there is no architecture sm_{arch}", remedy=f"known: {known}")
-        request = {"source": source, "arch": arch, "options": dict(options or {})}
+        names = None if only is None else list(only)
+        request = {"source": source, "arch": arch, "options": dict(options or {}), "only": names}
         try:
             found = self._worker.ask("compile", request, self.timeout)
         except WorkerError as error:

@@ -58,15 +58,18 @@ def interpret(source: str, inputs: list[Any]) -> list[Any]:
     return list(result) if isinstance(result, tuple) else [result]
 
 
-def compile_kernels(source: str, arch: int, options: dict[str, Any]) -> list[dict[str, Any]]:
-    """What ptxas gives each kernel of the file for `sm_<arch>`."""
+def compile_kernels(
+    source: str, arch: int, options: dict[str, Any], only: list[str] | None = None
+) -> list[dict[str, Any]]:
+    """What ptxas gives each kernel of the file, or some of them, for `sm_<arch>`."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     module = load(source)
     found = []
-    for name, (parameters, defaults) in module.SIGNATURES.items():
+    for name in module.SIGNATURES if only is None else only:
+        parameters, defaults = module.SIGNATURES[name]
         signature: dict[str, str] = {}
         constants: dict[str, Any] = {}
         facts: dict[tuple[int, ...], list[list[Any]]] = {}

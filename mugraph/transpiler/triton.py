@@ -8,6 +8,7 @@ library call, `run(inputs..., out=None)`, and `SIGNATURES`, the table by which t
 
 from __future__ import annotations
 
+import json
 import keyword
 import math
 import re
@@ -26,6 +27,7 @@ from mugraph.codegen.plan import (
     Extent,
     Index,
     Launch,
+    Parameters,
     Piece,
     Plan,
     Read,
@@ -143,6 +145,21 @@ def emit(plan: Plan) -> str:
         runs += divided_text("run", [_python(n) for n in plan.parameters], *_names_of(plan.ahead))
     parts = [_header(plan, texts), *texts, *runs, _signatures(kernels, groups)]
     return "\n\n\n".join(p for p in parts if p) + "\n"
+
+
+def function_name(call: Launch | Beside) -> str:
+    """The function of the emitted text that a launch calls."""
+    match call:
+        case Launch(name):
+            return _Namer()("kernel", name)
+        case Beside(name, launches):
+            return _Namer(set(RESERVED) | {function_name(x) for x in launches})("group", name)
+
+
+def launched(plan: Plan) -> dict[str, Launch | Beside]:
+    """The launch of the plan that each function is compiled for."""
+    parts = (plan.ahead, plan) if plan.ahead else (plan,)
+    return {function_name(c): c for part in parts for c in part.calls if not isinstance(c, Torch)}
 
 
 def _names_of(plan: Plan) -> tuple[list[str], list[str]]:
@@ -999,7 +1016,7 @@ class _Kernel:
             args.append(f"{name}=triton.next_power_of_2({text})")
         if self.widen:
             args.append(f"DOT=tl.bfloat16 if isinstance({self.fn}, triton.JITFunction) else tl.float32")
-        return [*args, f"num_warps={self.launch.num_warps}", f"num_stages={self.launch.num_stages}"]
+        return [*args, *_keywords(self.launch.parameters)]
 
     def bound(self) -> list[tuple[str, str, str]]:
         """Each parameter with its annotation and its argument in `run`, in order."""
@@ -1028,14 +1045,17 @@ class _Kernel:
         return found + ([("DOT", "tl.bfloat16")] if self.widen else [])
 
 
+def _keywords(parameters: Parameters) -> list[str]:
+    return [f"{name}={value}" for name, value in parameters.options.items()]
+
+
 class _Group:
     """Several launches as one: a kernel that calls the function of the launch which its program id belongs to."""
 
     def __init__(self, beside: Beside, kernels: Mapping[str, _Kernel]) -> None:
         self.kernels = [kernels[launch.name] for launch in beside.launches]
-        self.fn = _Namer(set(RESERVED) | {k.fn for k in self.kernels})("group", beside.name)
-        self.num_warps = max(launch.num_warps for launch in beside.launches)
-        self.num_stages = max(launch.num_stages for launch in beside.launches)
+        self.fn = function_name(beside)
+        self.compiled = beside.parameters
         self.parameters: dict[str, tuple[str, str, str]] = {}  # name -> annotation, argument, signature
         self.calls: list[list[str]] = []
         for k in self.kernels:
@@ -1076,7 +1096,7 @@ class _Group:
         lines = [f"    {n} = {k.grid()}" for n, k in zip(self.counts, self.kernels, strict=True)]
         args = [a for note, a, _ in self.parameters.values() if not note] + self.counts[:-1]
         args += [f"{n}={a}" for n, (note, a, _) in self.parameters.items() if note]
-        args += [f"num_warps={self.num_warps}", f"num_stages={self.num_stages}"]
+        args += _keywords(self.compiled)
         return lines + call_lines(f"{self.fn}[({self.grid()},)]", args, "", "    ")
 
     def signature(self) -> list[tuple[str, str]]:
@@ -1230,10 +1250,10 @@ def _signatures(kernels: Mapping[str, _Kernel], groups: Mapping[str, _Group]) ->
         "# How each kernel compiles ahead of time: types (`:16`: divisible by 16) or constants, and launch options."
     ]
     lines.append("SIGNATURES = {")
-    found = [(k.fn, k.signature(), k.launch.num_warps, k.launch.num_stages) for k in kernels.values() if not k.beside]
-    found += [(g.fn, g.signature(), g.num_warps, g.num_stages) for g in groups.values()]
-    for fn, parameters, warps, stages in found:
+    found = [(k.fn, k.signature(), k.launch.parameters) for k in kernels.values() if not k.beside]
+    found += [(g.fn, g.signature(), g.compiled) for g in groups.values()]
+    for fn, parameters, compiled in found:
         lines += [f'    "{fn}": (', "        {"]
         lines += [f'            "{name}": {text},' for name, text in parameters]
-        lines += ["        },", f'        {{"num_warps": {warps}, "num_stages": {stages}}},', "    ),"]
+        lines += ["        },", f"        {json.dumps(compiled.options)},", "    ),"]
     return "\n".join([*lines, "}"])

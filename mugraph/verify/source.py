@@ -650,7 +650,7 @@ class Jit:
         return self.fn(*args, **named)
 
     def __getitem__(self, grid: tuple[Any, ...]) -> Callable[..., None]:
-        def launch(*args: Any, num_warps: int = 4, num_stages: int = 1, **named: Any) -> None:
+        def launch(*args: Any, num_warps: int = 4, num_stages: int = 1, maxnreg: Any = None, **named: Any) -> None:
             self.reader.launch(self.fn, grid, args, named)
 
         return launch

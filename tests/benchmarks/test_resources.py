@@ -42,7 +42,7 @@ class Answers(Compiler):
         super().__init__()
         self.answer = answer
 
-    def resources(self, source, arch, options=None):
+    def resources(self, source, arch, options=None, only=None):
         if isinstance(self.answer, CompileError):
             raise self.answer
         return [self.answer]
