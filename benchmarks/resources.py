@@ -12,22 +12,22 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from benchmarks.environment import Row, document, print_document, print_table
 from benchmarks.programs import FAMILIES
-from mugraph.codegen.lower import lower
 from mugraph.errors import CompileError, MugraphError
 from mugraph.ir.graph import Program
 from mugraph.ir.parser import parse_program
+from mugraph.ir.resize import recast
+from mugraph.ir.types import DType
 from mugraph.pipeline import finished
 from mugraph.runtime.cache import Cache
 from mugraph.runtime.compile import SHARED_LIMITS, Compiler
 from mugraph.runtime.engine import Job, completed, engine_of
-from mugraph.runtime.tune import tuned
+from mugraph.runtime.tune import tuned_graph
 from mugraph.search.cost import device
 from mugraph.search.driver import search
 from mugraph.search.space import SearchSpace
@@ -42,7 +42,7 @@ COLUMNS = (
 
 def in_dtype(program: Program, dtype: str) -> Program:
     """The program with another type in place of f16."""
-    return parse_program(re.sub(r"\bf16\b", dtype, str(program)))
+    return recast(program, {DType.f16: DType(dtype)})
 
 
 def measure(request: Mapping[str, Any], stop: Callable[[], bool] = lambda: False) -> Row:
@@ -61,8 +61,8 @@ def resources_of(program: Program, arch: int, compiler: Compiler) -> Row:
         chosen = search(program, accept=lambda g: verify(program, finished(g)), space=space, on=on)
         if not chosen.graph.kernels():
             return found | {"kernels": 0, "ok": True, "error": None}
-        found_parameters = tuned(lower(verify(program, finished(chosen.graph))), arch, compiler)
-        kernels = found_parameters.resources
+        _, choices = tuned_graph(verify(program, finished(chosen.graph)), arch, compiler)
+        kernels = choices.resources
     except (CompileError, MugraphError) as error:
         return found | {"ok": False, "error": error.message.splitlines()[-1][:200]}
     shared = max(k.shared_bytes for k in kernels)
@@ -77,7 +77,7 @@ def resources_of(program: Program, arch: int, compiler: Compiler) -> Row:
         "wide_loads": sum(k.wide_loads for k in kernels),
         "ok": spills == 0 and shared <= SHARED_LIMITS[arch],
         "error": None if shared <= SHARED_LIMITS[arch] else "more shared memory than a block has",
-        "tuned": "; ".join(map(str, found_parameters.trace)) or None,
+        "tuned": "; ".join(map(str, choices.trace)) or None,
     }
 
 

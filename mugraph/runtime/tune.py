@@ -1,6 +1,7 @@
 """Chooses how kernels are compiled, by what the compiler makes of them; no GPU is needed.
 
     found = tuned(plan, 90)          # Tuned: the plan with its choices, a trace of these, what each kernel needs
+    verified, found = tuned_graph(verified, 90)          # may also cut tiles
 
 A *proposal* is other parameters of one kernel.  Registered rules make them, from the parameters that it has and what it
 then needs; the first that spills in no loop and fits the shared memory is taken, in the order of the rules: what is
@@ -16,15 +17,22 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
+from mugraph.codegen.lower import lower
 from mugraph.codegen.plan import Parameters, Plan
 from mugraph.errors import CompileError
+from mugraph.ir.graph import KernelGraph
+from mugraph.ir.ops import Kernel
+from mugraph.ir.resize import resized
 from mugraph.runtime.compile import SHARED_LIMITS, Compiler, Resources
 from mugraph.transpiler.triton import emit, launched
+from mugraph.verify.equivalence import Verified, verify
 
 Rule = Callable[[Parameters, Resources], Iterator[Parameters]]
 RULES: list[Rule] = []
 MOST_TRIED = 16  # proposals for one kernel
 MOST_WARPS, MOST_STAGES = 16, 6
+MOST_TILINGS = 4  # of one graph
+SMALLEST_TILE = 16  # of a loop: what a matrix multiply wants
 
 
 def rule(f: Rule) -> Rule:
@@ -82,6 +90,37 @@ def tuned(plan: Plan, arch: int, compiler: Compiler | None = None) -> Tuned:
         if badness(found) > (0, 0):
             notes.append(f"{function} spills {found.spills} times in loops, whatever was tried")
     return Tuned(plan.with_parameters(chosen), tuple(trace), tuple(resources), tried, tuple(notes))
+
+
+def tuned_graph(verified: Verified, arch: int, compiler: Compiler | None = None) -> tuple[Verified, Tuned]:
+    """`tuned`, and where a kernel still spills in a loop, with the greatest tile of a loop cut in half, a few times: a
+    μGraph with other tiles is verified like any other.  The trace has the tiles that were chosen, under "tiles"."""
+    if compiler is None:
+        with Compiler() as own:
+            return tuned_graph(verified, arch, own)
+    best = verified, tuned(lower(verified), arch, compiler)
+    tiles: dict[str, int] = {}
+    at = verified
+    for _ in range(MOST_TILINGS):
+        loops = loops_of(at.graph)
+        if not best[1].notes or not loops:
+            break
+        axis = max(loops, key=lambda a: loops[a])
+        tiles[axis] = loops[axis] // 2
+        c = verified.certificate
+        graph = resized(at.graph, {}, tiles)
+        at = verify(verified.program, graph, delta=2.0**c.delta_requested_log2, seed=c.seed, cuts=c.cuts)
+        found = tuned(lower(at), arch, compiler)
+        if sum(r.spills for r in found.resources) < sum(r.spills for r in best[1].resources):
+            cut = tuple(Choice("tiles", name, tile) for name, tile in tiles.items())
+            best = at, replace(found, trace=(*cut, *found.trace))
+    return best
+
+
+def loops_of(graph: KernelGraph) -> dict[str, int]:
+    """The loops of all kernels that can be cut further, with their tiles."""
+    blocks = [b for e in graph.kernels() if isinstance(e.op, Kernel) for b in e.op.blocks]
+    return {axis: tile for b in blocks for p in b.passes for axis, tile in p.loops if tile > SMALLEST_TILE}
 
 
 def best_for(
@@ -151,11 +190,17 @@ def changes(kernel: str, before: Parameters, after: Parameters) -> Iterator[Choi
             yield Choice(kernel, name, value)
 
 
+def retiled(graph: KernelGraph, trace: Trace) -> KernelGraph:
+    """The graph with the tiles of a trace."""
+    return resized(graph, {}, {c.name: c.value for c in trace if c.kernel == "tiles"})
+
+
 def replayed(plan: Plan, trace: Trace) -> Plan:
-    """The plan with the choices of a trace.  Raises ValueError where it names what the plan does not have."""
+    """The plan of a graph that has the tiles of a trace, with its other choices.  Raises ValueError where it names what
+    the plan does not have."""
     calls = {c.name: c for c in launched(plan).values()}
     chosen: dict[str, Parameters] = {}
-    for c in trace:
+    for c in (c for c in trace if c.kernel != "tiles"):
         if c.kernel not in calls or c.name not in ("num_warps", "num_stages", "maxnreg"):
             raise ValueError(f"{plan.name} has no {c.name} of {c.kernel}")
         chosen[c.kernel] = replace(chosen.get(c.kernel, calls[c.kernel].parameters), **{c.name: c.value})

@@ -16,9 +16,10 @@ from mugraph.ir.graph import KernelGraph
 from mugraph.ir.parser import parse_program
 from mugraph.runtime import tune
 from mugraph.runtime.compile import Compiler, Resources
-from mugraph.runtime.tune import Choice, replayed, rule, tuned
+from mugraph.runtime.tune import Choice, loops_of, replayed, retiled, rule, tuned, tuned_graph
 from mugraph.transpiler.triton import emit, launched
 from mugraph.verify.equivalence import verify
+from tests import graphs
 from tests.blocks import BLOCKS, split_matmul
 from tests.graphs import rmsnorm_linear_fused
 
@@ -154,3 +155,30 @@ def test_attention_compiles_without_spills_in_loops(arch: int):
         again = compiler.resources(emit(found.plan), arch)
     assert found.notes == ()
     assert [r.spills for r in again] == [r.spills for r in found.resources] == [0] * len(again)
+
+
+def test_tiles_are_cut_where_nothing_else_helps():
+    """A kernel that spills as long as its source has loops of more than 32."""
+    program, fused = graphs.ALL["rmsnorm_linear"]
+    before = verify(program(), fused())
+    assert loops_of(before.graph) == {"k": 128}
+
+    class BySource(Compiler):
+        def resources(self, source, arch, options=None, only=None):
+            return [replace(FINE, spills=0 if "range(0, size_k, 32)" in source else 7)]
+
+    after, found = tuned_graph(before, 90, BySource())
+    assert loops_of(after.graph) == {"k": 32}
+    assert found.trace == (Choice("tiles", "k", 32),)
+    assert found.notes == ()
+    again = verify(program(), retiled(before.graph, found.trace))
+    assert again.graph == after.graph
+    assert replayed(lower(again), found.trace) == found.plan
+
+
+def test_tiles_stay_where_cutting_them_does_not_help():
+    program, fused = graphs.ALL["rmsnorm_linear"]
+    before = verify(program(), fused())
+    after, found = tuned_graph(before, 90, Told(lambda kernel, o: replace(FINE, spills=7)))
+    assert after == before
+    assert found.notes
