@@ -66,6 +66,7 @@ def resources_of(program: Program, arch: int, compiler: Compiler) -> Row:
     except (CompileError, MugraphError) as error:
         return found | {"ok": False, "error": error.message.splitlines()[-1][:200]}
     shared = max(k.shared_bytes for k in kernels)
+    fits = all(k.fits for k in kernels)
     spills = sum(k.spills for k in kernels)
     return {
         "kernels": len(kernels),
@@ -75,8 +76,8 @@ def resources_of(program: Program, arch: int, compiler: Compiler) -> Row:
         "shared_bytes": shared,
         "tensor_core": any(k.matrix_ops for k in kernels),
         "wide_loads": sum(k.wide_loads for k in kernels),
-        "ok": spills == 0 and shared <= SHARED_LIMITS[arch],
-        "error": None if shared <= SHARED_LIMITS[arch] else "more shared memory than a block has",
+        "ok": spills == 0 and fits,
+        "error": None if fits else "more shared memory than a block has",
         "tuned": "; ".join(map(str, choices.trace)) or None,
     }
 

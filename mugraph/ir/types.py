@@ -48,6 +48,12 @@ _BITS = {
     DType.i64: 64, DType.i32: 32, DType.i16: 16, DType.i8: 8, DType.u8: 8, DType.i6: 6,
     DType.i4: 4, DType.u4: 4, DType.i2: 2, DType.u2: 2, DType.i1: 1, DType.bool: 8,
 }  # fmt: skip
+# The name of each type in PyTorch, which has no arithmetic below 8 bits.
+TORCH_NAMES = {
+    DType.f64: "float64", DType.f32: "float32", DType.bf16: "bfloat16", DType.f16: "float16",
+    DType.f8e4m3: "float8_e4m3fn", DType.f8e5m2: "float8_e5m2", DType.i64: "int64", DType.i32: "int32",
+    DType.i16: "int16", DType.i8: "int8", DType.u8: "uint8", DType.bool: "bool",
+}  # fmt: skip
 _FLOATS = (DType.f8e5m2, DType.f8e4m3, DType.f16, DType.bf16, DType.f32, DType.f64)
 _INTS = (
     DType.bool, DType.i1, DType.u2, DType.i2, DType.u4, DType.i4, DType.i6,

@@ -16,14 +16,9 @@ from mugraph.dsl import tensor as t
 from mugraph.dsl.record import Recorder
 from mugraph.dsl.tensor import SizeValue, Tensor
 from mugraph.errors import UnsupportedOpError
-from mugraph.ir.types import DType
+from mugraph.ir.types import TORCH_NAMES, DType
 
-TORCH_DTYPES = {
-    "torch.float64": DType.f64, "torch.float32": DType.f32, "torch.bfloat16": DType.bf16, "torch.float16": DType.f16,
-    "torch.float8_e4m3fn": DType.f8e4m3, "torch.float8_e5m2": DType.f8e5m2, "torch.int64": DType.i64,
-    "torch.int32": DType.i32, "torch.int16": DType.i16, "torch.int8": DType.i8, "torch.uint8": DType.u8,
-    "torch.bool": DType.bool,
-}  # fmt: skip
+TORCH_DTYPES = {f"torch.{name}": dtype for dtype, name in TORCH_NAMES.items()}
 
 Meaning = Callable[..., Any]
 ATEN: dict[str, Meaning] = {}

@@ -59,20 +59,16 @@ from mugraph.ir.ops import (
 )  # fmt: skip
 from mugraph.ir.printer import program_lines
 from mugraph.ir.shift import shifted
-from mugraph.ir.types import DType, Input, Tensor, promote
+from mugraph.ir.types import TORCH_NAMES, DType, Input, Tensor, promote
 from mugraph.transpiler.attention import ADDED, ATTENTION, AttentionParts, attention_of
 from mugraph.transpiler.divided import OWN_NAMES, divided_text, kept_text
 from mugraph.transpiler.signature import bindings, shapes_text, size_text
 
 Layout = tuple[str, ...]
 
-# How each element type is stored.  PyTorch has no arithmetic below 8 bits, so codes take a byte each.
-TORCH_DTYPES = {
-    DType.f64: "float64", DType.f32: "float32", DType.bf16: "bfloat16", DType.f16: "float16",
-    DType.f8e4m3: "float8_e4m3fn", DType.f8e5m2: "float8_e5m2",
-    DType.i64: "int64", DType.i32: "int32", DType.i16: "int16", DType.i8: "int8", DType.u8: "uint8",
+# How each element type is stored: codes of less than 8 bits take a byte each.
+TORCH_DTYPES = TORCH_NAMES | {
     DType.i6: "int8", DType.i4: "int8", DType.u4: "uint8", DType.i2: "int8", DType.u2: "uint8", DType.i1: "int8",
-    DType.bool: "bool",
 }  # fmt: skip
 
 _SHORT_CASTS = {

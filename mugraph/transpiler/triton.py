@@ -53,7 +53,7 @@ from mugraph.ir.ops import (
     Select,
     SizeOf,
 )  # fmt: skip
-from mugraph.ir.types import DType, Input, Output, Storage, Tensor
+from mugraph.ir.types import TORCH_NAMES, DType, Input, Output, Storage, Tensor
 from mugraph.transpiler import torch as torch_code
 from mugraph.transpiler.divided import OWN_NAMES, WIDTH, call_lines, divided_text, kept_text
 from mugraph.transpiler.signature import bindings, size_text
@@ -67,12 +67,6 @@ POINTER = {
     DType.f64: "*fp64", DType.f32: "*fp32", DType.bf16: "*bf16", DType.f16: "*fp16", DType.f8e4m3: "*fp8e4nv",
     DType.f8e5m2: "*fp8e5", DType.i64: "*i64", DType.i32: "*i32", DType.i16: "*i16", DType.i8: "*i8",
     DType.u8: "*u8", DType.bool: "*i1",
-}  # fmt: skip
-TORCH = {
-    DType.f64: "torch.float64", DType.f32: "torch.float32", DType.bf16: "torch.bfloat16", DType.f16: "torch.float16",
-    DType.f8e4m3: "torch.float8_e4m3fn", DType.f8e5m2: "torch.float8_e5m2", DType.i64: "torch.int64",
-    DType.i32: "torch.int32", DType.i16: "torch.int16", DType.i8: "torch.int8", DType.u8: "torch.uint8",
-    DType.bool: "torch.bool",
 }  # fmt: skip
 RELATION = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
 NEUTRAL = {"sum": "0.0", "max": 'float("-inf")', "min": 'float("inf")'}
@@ -1192,7 +1186,7 @@ def _allocations(plan: Plan) -> list[str]:
     lines: list[str] = []
 
     def allocated(b: Buffer, indent: str) -> list[str]:
-        args = [_shape(b.tensor), f"dtype={TORCH[b.tensor.dtype]}", f"device={device}"]
+        args = [_shape(b.tensor), f"dtype=torch.{TORCH_NAMES[b.tensor.dtype]}", f"device={device}"]
         return call_lines(f"{_python(b.tensor.name)} = torch.empty", args, "", indent)
 
     outputs = [plan.buffer(name) for name in plan.outputs]

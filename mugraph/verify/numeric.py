@@ -24,7 +24,7 @@ from mugraph.ir.fields import seed_of
 from mugraph.ir.graph import Program
 from mugraph.ir.ops import Cast, Contract, CumSum, Elementwise, Gather, MaskedExp, PureOp, Scatter, Select
 from mugraph.ir.shift import shifted
-from mugraph.ir.types import DType, Input, Tensor
+from mugraph.ir.types import TORCH_NAMES, DType, Input, Tensor
 from mugraph.verify.certificate import How, NumericReport, NumericRow
 from mugraph.verify.equivalence import Verified
 
@@ -313,14 +313,9 @@ def _poisoned(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> torch.
 def _torch(dtype: DType) -> torch.dtype:
     import torch
 
-    names = {
-        DType.f64: "float64", DType.f32: "float32", DType.bf16: "bfloat16", DType.f16: "float16",
-        DType.f8e4m3: "float8_e4m3fn", DType.f8e5m2: "float8_e5m2", DType.i64: "int64", DType.i32: "int32",
-        DType.i16: "int16", DType.i8: "int8", DType.u8: "uint8", DType.bool: "bool",
-    }  # fmt: skip
-    if dtype not in names:
+    if dtype not in TORCH_NAMES:
         raise VerificationError(f"no torch type holds {dtype}", remedy="check the program on packed storage")
-    found: torch.dtype = getattr(torch, names[dtype])
+    found: torch.dtype = getattr(torch, TORCH_NAMES[dtype])
     return found
 
 

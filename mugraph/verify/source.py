@@ -27,7 +27,7 @@ from typing import Any, Literal
 from mugraph.errors import ShapeError, VerificationError
 from mugraph.ir.axes import Dim, Monomial, Size, over, times
 from mugraph.ir.graph import Program
-from mugraph.ir.types import DType
+from mugraph.ir.types import TORCH_NAMES
 
 
 class Unreadable(Exception):
@@ -656,11 +656,6 @@ class Jit:
         return launch
 
 
-TORCH = {
-    DType.f64: "float64", DType.f32: "float32", DType.bf16: "bfloat16", DType.f16: "float16",
-    DType.f8e4m3: "float8_e4m3fn", DType.f8e5m2: "float8_e5m2", DType.i64: "int64", DType.i32: "int32",
-    DType.i16: "int16", DType.i8: "int8", DType.u8: "uint8", DType.bool: "bool",
-}  # fmt: skip
 MOST_PATHS = 256  # through a kernel
 MOST_BRANCHES = 64  # on one path
 IMPORTS = ("collections.abc", "threading", "typing", "weakref")
@@ -716,7 +711,7 @@ class _Reader:
         values = [o.value for o in self.graph.outputs]
         names = [i.name for i in self.graph.inputs]
         for value, b in zip(values, self.results, strict=True):
-            wanted = TORCH[tensors[value].dtype]
+            wanted = TORCH_NAMES.get(tensors[value].dtype)
             if b.shape != tensors[value].shape or b.dtype not in (None, wanted):
                 raise VerificationError(f"run: {value} comes back as {b.dtype or 'a tensor'} of {b.shape}")
             if b in self.inputs and value not in names:
@@ -942,7 +937,7 @@ class _Reader:
         triton = _Stand(
             jit=self.jit, cdiv=self.cdiv, next_power_of_2=self.next_power_of_2, JITFunction=Jit, language=language
         )
-        torch = _Stand(empty=self.empty, **{name: Named(name) for name in TORCH.values()})
+        torch = _Stand(empty=self.empty, **{name: Named(name) for name in TORCH_NAMES.values()})
         modules = {"torch": torch, "triton": triton, "triton.language": triton}
 
         def imported(name: str, *args: Any) -> Any:
