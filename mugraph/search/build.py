@@ -21,6 +21,7 @@ from mugraph.ir.graph import (
     Split,
     Step,
     Store,
+    equations_of,
 )  # fmt: skip
 from mugraph.ir.infer import infer, op_text, type_of
 from mugraph.ir.ops import (
@@ -380,9 +381,13 @@ class BlockBuilder:
         stored = Tensor(target, ((split.part,), *inner.dims), inner.dtype)
         self.partial.append((step.entry, Store(name, target, "partial"), stored))
 
-    def combine_grid(self, grid: tuple[tuple[str, int], ...], split: Split) -> tuple[tuple[str, int], ...]:
-        """Smaller tiles than the loop's, because a block of the combine holds all parts at once."""
+    def combine_grid(
+        self, grid: tuple[tuple[str, int], ...], split: Split, apart: Sequence[Axis]
+    ) -> tuple[tuple[str, int], ...]:
+        """Smaller tiles than the loop's, because a block of the combine holds all parts at once.  Where these do not
+        do, axes along which the combine computes each entry apart are cut too."""
         tiles = dict(grid)
+        left = [a for a in apart if a.name not in tiles and representative(a.size) > 1]
 
         def elements() -> int:
             held = []
@@ -391,10 +396,15 @@ class BlockBuilder:
                 held.append(split.parts * math.prod(sizes))
             return max(held, default=0)
 
-        while elements() > COMBINE_TILE and any(t > 1 for t in tiles.values()):
+        while elements() > COMBINE_TILE:
+            if all(t == 1 for t in tiles.values()):
+                if not left:
+                    break
+                axis = left.pop(0)
+                tiles[axis.name] = 2 ** (representative(axis.size) - 1).bit_length()
             widest = max(tiles, key=lambda a: tiles[a])
             tiles[widest] //= 2
-        return tuple((a, tiles[a]) for a, _ in grid)
+        return tuple(tiles.items())
 
     def combine(self, grid: tuple[tuple[str, int], ...], split: Split) -> BlockGraph:
         """Loads the partial results, closes the part axis by the same monoid, and computes what lies above."""
@@ -420,7 +430,12 @@ class BlockBuilder:
         written = {a.name for s in stores for a in self.values[s.value].axes}
         if split.axis in written:
             grid = (*grid, (split.axis, {self.context.axes[a].name: t for a, t in self.d.tiles}[split.axis]))
-        grid = self.combine_grid(grid, split)
+        reduced = {
+            a for e in equations_of(tuple(section.steps)) if isinstance(e.op, Reduce | Contract) for a in e.op.axes
+        }
+        held = [stored.axes for _, _, stored in self.partial] + [self.values[s.value].axes for s in stores]
+        apart = [a for a in held[0] if a.name not in reduced and all(a in axes for axes in held)]
+        grid = self.combine_grid(grid, split, apart)
         return BlockGraph(grid, None, (), self.loads(section), tuple(section.steps), stores)
 
 
