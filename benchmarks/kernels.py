@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import math
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.environment import Row, document, print_document, print_table
 from benchmarks.programs import CLASSIC, PROGRAMS
-from mugraph.ir.axes import size_value
 from mugraph.ir.graph import Program
 from mugraph.pipeline import Result, optimize
 from mugraph.search.space import SearchSpace
@@ -30,7 +28,6 @@ if TYPE_CHECKING:
     import torch
 
 ROWS = (1, 8, 16)
-GRAPH_CALLS = 20  # as many as `measure` captures: more copies would not be met
 DRAWS = ("normal", "wide", "rows", "outlier", "logits")
 COLUMNS = (
     "program", "sizes", "mugraph_us", "baseline", "baseline_us", "ratio", "warm_ratio", "percent_of_floor",
@@ -83,7 +80,7 @@ def measured(program: Program, b: int, repeats: int) -> list[Row]:
     """A row for eager PyTorch and one for torch.compile.  Needs a CUDA device."""
     import torch
 
-    from mugraph.runtime.bench import measure
+    from mugraph.runtime.bench import measure, rotating, rotation
 
     sizes = {d.name: b for d in program.dims()}
     started = time.perf_counter()
@@ -94,7 +91,7 @@ def measured(program: Program, b: int, repeats: int) -> list[Row]:
     torch._dynamo.reset()
     compiled = torch.compile(eager, mode="max-autotune-no-cudagraphs", fullgraph=True, dynamic=False)
     functions: dict[str, Function] = {"mugraph": result.executable, "eager": eager, "torch.compile": compiled}
-    copies = rotation(program, sizes)
+    copies = rotation(program, sizes, "cuda")
     with torch.no_grad():
         cold = measure({n: rotating(f, copies) for n, f in functions.items()}, repeats, device="cuda")
         warm = measure({n: rotating(f, copies[:1]) for n, f in functions.items()}, repeats, device="cuda")
@@ -143,43 +140,6 @@ def agrees(result: Result, sizes: Mapping[str, int], device: str = "cuda") -> bo
         device=device,
         beyond_eager=bool(result.graph.kernels()),
     ).passed
-
-
-def inputs(program: Program, sizes: Mapping[str, int], device: str, seed: int = 0) -> list[torch.Tensor]:
-    """Normal draws of deviation 1; weights of a contraction over k are scaled as 1/sqrt(k) by their first size."""
-    import torch
-
-    generator = torch.Generator(device=device).manual_seed(seed)
-    found = []
-    for i in program.inputs:
-        shape = [size_value(s, sizes) for s in i.tensor.shape]
-        scale = shape[0] ** -0.5 if i.constant else 1.0
-        drawn = torch.randn(shape, generator=generator, device=device, dtype=torch.float32) * scale
-        found.append(drawn.to(torch.float16))
-    return found
-
-
-def rotation(program: Program, sizes: Mapping[str, int], device: str = "cuda") -> list[list[torch.Tensor]]:
-    """Copies of the inputs that together exceed twice the L2 cache, at most one for each captured call."""
-    import torch
-
-    first = inputs(program, sizes, device)
-    cache = torch.cuda.get_device_properties(0).L2_cache_size if device == "cuda" else 0
-    one = sum(t.numel() * t.element_size() for t in first)
-    count = min(GRAPH_CALLS, math.ceil(2 * cache / one) + 1)
-    return [first, *([t.clone() for t in first] for _ in range(count - 1))]
-
-
-def rotating(f: Function, copies: Sequence[Sequence[torch.Tensor]]) -> Callable[[], object]:
-    """`f` on the next copy at each call."""
-    turn = 0
-
-    def call() -> object:
-        nonlocal turn
-        turn += 1
-        return f(*copies[turn % len(copies)])
-
-    return call
 
 
 # -- the command

@@ -4,7 +4,7 @@
 
 Each row is a program in one element type on one architecture: the registers and the shared memory of its most
 demanding kernel, spills inside and outside loops, and whether matrix instructions and loads of 16 bytes occur; `tuned`
-says which parameters are not those that the lowering chose first.  `ok`: it compiles, fits the shared memory of a
+says which choices are not those that the lowering chose first.  `ok`: it compiles, fits the shared memory of a
 block, and spills in no loop.  Rows are kept as they come, so a run that was interrupted goes on where it stopped.
 """
 
@@ -27,10 +27,11 @@ from mugraph.pipeline import finished
 from mugraph.runtime.cache import Cache
 from mugraph.runtime.compile import SHARED_LIMITS, Compiler
 from mugraph.runtime.engine import Job, completed, engine_of
-from mugraph.runtime.tune import tuned_graph
+from mugraph.runtime.tune import Tuner
 from mugraph.search.cost import device
 from mugraph.search.driver import search
 from mugraph.search.space import SearchSpace
+from mugraph.settings import Tune
 from mugraph.verify.equivalence import verify
 
 DTYPES = ("f16", "bf16", "f32")
@@ -50,10 +51,10 @@ def measure(request: Mapping[str, Any], stop: Callable[[], bool] = lambda: False
     program = in_dtype(parse_program(request["program"]), request["dtype"])
     rows = [{"program": request["name"], "dtype": request["dtype"], "arch": arch} for arch in request["arches"]]
     with Compiler() as compiler:
-        return {"rows": [{**row, **resources_of(program, row["arch"], compiler)} for row in rows]}
+        return {"rows": [{**row, **resources_of(program, row["arch"], request["tune"], compiler)} for row in rows]}
 
 
-def resources_of(program: Program, arch: int, compiler: Compiler) -> Row:
+def resources_of(program: Program, arch: int, tune: Tune, compiler: Compiler) -> Row:
     """The figures of what is chosen for a program on an architecture; None each where nothing is compiled."""
     found: Row = dict.fromkeys(COLUMNS[3:])
     try:
@@ -61,7 +62,8 @@ def resources_of(program: Program, arch: int, compiler: Compiler) -> Row:
         chosen = search(program, accept=lambda g: verify(program, finished(g)), space=space, on=on)
         if not chosen.graph.kernels():
             return found | {"kernels": 0, "ok": True, "error": None}
-        _, choices = tuned_graph(verify(program, finished(chosen.graph)), arch, compiler)
+        tuner = Tuner(on, [compiler])
+        _, choices = tuner.tuned(verify(program, finished(chosen.graph)), tune)
         kernels = choices.resources
     except (CompileError, MugraphError) as error:
         return found | {"ok": False, "error": error.message.splitlines()[-1][:200]}
@@ -83,13 +85,13 @@ def resources_of(program: Program, arch: int, compiler: Compiler) -> Row:
 
 
 def rows_of(
-    names: Sequence[str], dtypes: Sequence[str], arches: Sequence[int], store: Cache | None = None
+    names: Sequence[str], dtypes: Sequence[str], arches: Sequence[int], tune: Tune = "fit", store: Cache | None = None
 ) -> list[Row]:
     jobs = []
     for name in names:
         program = next(iter(FAMILIES[name].variants.values()))
         for dtype in dtypes:
-            request = {"name": name, "program": str(program), "dtype": dtype, "arches": list(arches)}
+            request = {"name": name, "program": str(program), "dtype": dtype, "arches": list(arches), "tune": tune}
             jobs.append(Job("benchmarks.resources:measure", request))
     with engine_of("processes", os.cpu_count()) as engine:
         return [row for result in completed(engine, jobs, store) if result for row in result["rows"]]
@@ -99,10 +101,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--program", action="append", choices=sorted(FAMILIES), help="default: all; repeat for several")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=DTYPES)
-    parser.add_argument("--arch", nargs="+", type=int, choices=sorted(SHARED_LIMITS), default=sorted(SHARED_LIMITS))
+    parser.add_argument("--arch", nargs="+", type=int, choices=sorted(SHARED_LIMITS), default=(80, 90, 100))
+    parser.add_argument("--tune", choices=("fit", "model"), default="fit", help="default: fit")
     parser.add_argument("--json", action="store_true", help="one JSON document")
     options = parser.parse_args(arguments)
-    rows = rows_of(options.program or list(FAMILIES), options.dtype, options.arch, Cache())
+    rows = rows_of(options.program or list(FAMILIES), options.dtype, options.arch, options.tune, Cache())
     if options.json:
         print_document(document("resources", rows))
     else:

@@ -17,16 +17,19 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from mugraph import __version__, settings
 from mugraph.codegen.lower import lower
+from mugraph.codegen.plan import Trace
 from mugraph.codegen.stabilise import stabilise
 from mugraph.errors import (
     CacheError,
     CacheWarning,
+    CompileError,
     GraphError,
     MugraphError,
     ParseError,
@@ -35,7 +38,7 @@ from mugraph.errors import (
     UnsupportedOpError,
     VerificationError,
 )
-from mugraph.ir.axes import dims_of
+from mugraph.ir.axes import dims_of, representative
 from mugraph.ir.check import check
 from mugraph.ir.graph import KernelGraph, Program
 from mugraph.ir.ops import Kernel, Library
@@ -45,8 +48,11 @@ from mugraph.ir.resize import reduction, resized
 from mugraph.ir.serialize import dumps, loads
 from mugraph.ir.threads import form_threads
 from mugraph.runtime.cache import Cache, key_of
+from mugraph.runtime.compile import shared_compilers
 from mugraph.runtime.engine import Engine, EngineName, Job, checked_engine, completed, engine_of
 from mugraph.runtime.load import Executable, load_module
+from mugraph.runtime.timing import DeviceTimer, Records, Timer
+from mugraph.runtime.tune import AS_LOWERED, RULES, Tuned, Tuner
 from mugraph.search.answers import Answer
 from mugraph.search.build import baseline
 from mugraph.search.cost import device
@@ -55,7 +61,7 @@ from mugraph.search.report import Asked, SearchReport, StopReason
 from mugraph.search.segments import Done, Task, nestings
 from mugraph.search.space import SearchSpace, space_of
 from mugraph.search.summary import unsearched
-from mugraph.settings import Effort
+from mugraph.settings import Effort, Tune
 from mugraph.transpiler import torch as torch_code
 from mugraph.transpiler import triton as triton_code
 from mugraph.transpiler.target import Target, parse_target
@@ -67,7 +73,7 @@ from mugraph.verify.numeric import Checked, numeric_check
 from mugraph.viz.mermaid import draw_mermaid
 from mugraph.viz.svg import draw_svg
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 DELTA = 2.0**-40
 MOST_REFUSED = 3  # plans whose source disagrees with float64, before the program runs as library calls
 _log = logging.getLogger("mugraph.pipeline")
@@ -82,6 +88,7 @@ class Result:
     report       what the search did: a text, and `report_data` as plain data
     certificate  what was established about the graph and the source
     target       what the source is for
+    tuning       how kernels were compiled: choices, registers, shared memory, spills
     notes        what the user should know (a fallback, a check that could not be made)
     interrupted  whether Ctrl-C ended the search or the checks: the best so far, with the tiers that were reached
     """
@@ -92,6 +99,7 @@ class Result:
     certificate: Certificate
     report: SearchReport | ReportText
     target: Target
+    tuning: Tuned = AS_LOWERED
     notes: tuple[str, ...] = ()
     cached: bool = False
     directory: Path | None = field(default=None, compare=False)
@@ -148,6 +156,7 @@ class Result:
             f"target {self.target}; {tiers}: error <= 2^{self.certificate.delta_log2:.1f}"
             + ("; from the cache" if self.cached else ""),
             str(self.report),
+            *(f"tuned: {c}" for c in self.tuning.trace),
             *(f"note: {n}" for n in self.notes),
             where,
         ]
@@ -167,6 +176,7 @@ class Result:
             "graph.svg": draw_svg(self.graph),
             "graph.mmd": draw_mermaid(self.graph),
             "certificate.json": self.certificate.to_json(),
+            "tuning.json": json.dumps(self.tuning.to_dict(), indent=1),
             "report.json": json.dumps(_plain(self.report), indent=1),
         }
 
@@ -296,6 +306,7 @@ def _read(files: Mapping[str, str], target: Target, notes: tuple[str, ...]) -> R
         certificate=Certificate.from_json(files["certificate.json"]),
         report=report,
         target=target,
+        tuning=Tuned.from_dict(json.loads(files["tuning.json"])),
         notes=notes,
     )
 
@@ -313,6 +324,7 @@ def optimize(
     target: str | Target | None = None,
     space: SearchSpace | None = None,
     effort: Effort | None = None,
+    tune: Tune | None = None,
     budget_seconds: float | None = None,
     delta: Probability = DELTA,
     seed: int | None = None,
@@ -332,6 +344,8 @@ def optimize(
     (of MOST_REFUSED such plans); where none is left, or the search cannot handle the program, it runs as library
     calls.  A note says why.
     `effort` names a space where none is given: "none" searches nothing, and the program runs as library calls.
+    `tune` says how the launch parameters of kernels are chosen (`runtime/tune.py`): "none" as lowered, "fit" (the
+    default) so that no kernel spills in a loop, "model" and "measure" so that it is fast.
     Raises GraphError for a malformed program, UnsupportedOpError where the target has no form for an operator,
     VerificationError where no candidate passes, UnknownTargetError for an unknown target, SettingError for another
     argument that has a type or a value that it does not take.
@@ -341,6 +355,7 @@ def optimize(
         program=program,
         space=space,
         effort=effort,
+        tune=tune,
         budget_seconds=budget_seconds,
         delta=delta,
         seed=seed,
@@ -350,11 +365,18 @@ def optimize(
     )
     check(program)
     space, budget, number, delta = (options[n] for n in ("space", "budget_seconds", "seed", "delta"))
+    level: Tune = options["tune"] if chosen.kind == "triton" else "none"
     program = program if space.ahead else program.without_constants()
     store = cache if cache is not None else Cache()
     key = key_of(
         f"{canonical_text(program)}\n{program}",
-        {"space": str(space), "delta": delta, "seed": number, "device": device(_device_name(chosen)).digest},
+        {
+            "space": str(space),
+            "delta": delta,
+            "seed": number,
+            "device": device(_device_name(chosen)).digest,
+            "tune": [level, *(f"{f.__module__}.{f.__qualname__}" for f in RULES)],
+        },
         str(chosen),
         dict(_versions()),
     )
@@ -369,7 +391,7 @@ def optimize(
         )
     jobs = None if settings.skip_cache.get() or settings.force_search.get() else store.jobs
     with engine_of(engine) if engine is None or isinstance(engine, str) else nullcontext(engine) as running:
-        result = _optimized(program, chosen, space, budget, delta, number, running, jobs, say)
+        result = _optimized(program, chosen, space, level, budget, delta, number, running, jobs, say)
     report = result.report
     reproducible = not isinstance(report, SearchReport) or report.stop.reproducible
     if not settings.skip_cache.get() and reproducible and not result.interrupted:
@@ -387,13 +409,14 @@ def checked_options(**given: Any) -> dict[str, Any]:
     target = given.get("target")
     if target not in (None, "cuda", "triton"):  # these ask for the device that is there
         parse_target(target)
-    found = fit_arguments(optimize, given | dict.fromkeys(("target", "budget_seconds", "seed") & given.keys()))
+    found = fit_arguments(optimize, given | dict.fromkeys(("target", "tune", "budget_seconds", "seed") & given.keys()))
     if isinstance(engine := given.get("engine"), str):
         checked_engine(engine)
     if given.get("space") is not None and given.get("effort") is not None:
         raise SettingError("both space and effort are given", remedy="give one: an effort is the name of a space")
     return found | {
         "target": target,
+        "tune": settings.tune.get(given.get("tune")),
         "space": given.get("space") or space_of(settings.effort.get(given.get("effort"))),
         "budget_seconds": settings.budget_seconds.get(given.get("budget_seconds")),
         "seed": settings.seed.get(given.get("seed")),
@@ -419,6 +442,7 @@ def _optimized(
     program: Program,
     target: Target,
     space: SearchSpace,
+    level: Tune,
     budget: float,
     delta: float,
     seed: int,
@@ -480,7 +504,8 @@ def _optimized(
         if refused:
             notes = (*notes, f"{len(refused)} cheaper plans were refused: {next(iter(refused.values())).message}")
         try:
-            return _checked(verified, source, target, seed, report, notes, tell, stopped)
+            tuning = partial(tuned, target=target, level=level, symbolic=space.symbolic)
+            return _checked(verified, source, target, seed, report, notes, tell, stopped, tuning)
         except VerificationError as error:
             if report.candidates[-1].verdict == "chosen":  # the program as it stands
                 raise
@@ -522,6 +547,7 @@ def from_graph(
     graph: KernelGraph,
     *,
     target: str | Target | None = None,
+    tune: Tune | None = None,
     delta: Probability = DELTA,
     seed: int | None = None,
 ) -> Result:
@@ -536,7 +562,8 @@ def from_graph(
     stable = finished(graph, shared_values(program, graph) if nestings(program) else ())
     verified = verify_as_given(program, stable, delta=delta, seed=number)
     report = ReportText({"text": f"{graph.name}: a given graph, no search"})
-    return _checked(verified, emit(verified, chosen), chosen, number, report)
+    tuning = partial(tuned, target=chosen, level=settings.tune.get(tune))
+    return _checked(verified, emit(verified, chosen), chosen, number, report, tuning=tuning)
 
 
 def _checked(
@@ -548,21 +575,27 @@ def _checked(
     notes: Sequence[str] = (),
     tell: Callable[[str], None] = lambda _: None,
     stopped: bool = False,
+    tuning: Callable[[Verified], tuple[Verified, Tuned]] = lambda verified: (verified, AS_LOWERED),
 ) -> Result:
-    """The last stage: a verified graph with its source, unless the source disagrees with float64.
+    """The last stage: a verified graph with its source, tuned, unless the source disagrees with float64.
 
     The certificate reaches the tier `numerics` if some comparison counts.  A Ctrl-C ends the checks, and the result
     has what was established before: where the search was `stopped` by one, that the graph computes the program."""
-    certificate, interrupted = verified.certificate, stopped
+    certificate, interrupted, found = verified.certificate, stopped, AS_LOWERED
     try:
         if stopped:
             raise KeyboardInterrupt
+        verified, found = tuning(verified)
+        if found.trace:
+            source = emit(verified, target, found.options)
+            tell(f"tuned: {', '.join(map(str, found.trace))}")
+        notes = (*notes, *found.notes)
         verified = proved(verified)
         certificate = verified.certificate
-        found = bounds_tier(verified, target, source)
-        if found is not None:
-            certificate = certificate.with_bounds(found.claims, found.reason)
-        numerics = numeric_tier(verified, target, source, seed)
+        bounds = bounds_tier(verified, target, source)
+        if bounds is not None:
+            certificate = certificate.with_bounds(bounds.claims, bounds.reason)
+        numerics = numeric_tier(verified, target, source, seed, found.options)
     except KeyboardInterrupt:
         interrupted = True
         notes = (*notes, "interrupted before the source was compared with float64")
@@ -579,6 +612,7 @@ def _checked(
         certificate=certificate,
         report=report,
         target=target,
+        tuning=found,
         notes=tuple(notes),
         interrupted=interrupted,
     )
@@ -606,11 +640,40 @@ def finished(graph: KernelGraph, cuts: Sequence[str] = ()) -> KernelGraph:
     return replace(stable, equations=tuple(equations))
 
 
-def emit(verified: Verified, target: Target) -> str:
-    """The source of a verified μGraph for a target.  A graph without kernels of ours is torch code everywhere."""
+def emit(verified: Verified, target: Target, trace: Trace = ()) -> str:
+    """The source of a verified μGraph for a target, with the options of a trace.  A graph without kernels of ours is
+    torch code everywhere.  Raises ValueError for a choice that there is not."""
     if target.kind == "torch" or not verified.graph.kernels():
         return torch_code.emit(verified.graph)
-    return triton_code.emit(lower(verified))
+    return triton_code.emit(lower(verified, trace))
+
+
+def tuned(verified: Verified, target: Target, level: Tune, symbolic: int = 16) -> tuple[Verified, Tuned]:
+    """A verified μGraph with choices of how its kernels are compiled.  Raises VerificationError where one of them does
+    not compile for the target."""
+    if target.kind == "torch" or level == "none" or not verified.graph.kernels():
+        return verified, AS_LOWERED
+    if find_spec("triton") is None:
+        return verified, Tuned("none", notes=("the kernels were not compiled, as Triton is not installed",))
+    with shared_compilers() as compilers, _timer(verified.program, target, level, symbolic) as timer:
+        tuner = Tuner(device(_device_name(target)), compilers, target.arch, timer, symbolic)
+        try:
+            return tuner.tuned(verified, level)
+        except CompileError as error:
+            raise VerificationError(f"not compiled: {error.message}") from error
+
+
+@contextmanager
+def _timer(program: Program, target: Target, level: Tune, symbolic: int) -> Iterator[Timer | None]:
+    """What times kernels on the device, where that is asked for and it is there."""
+    if level != "measure" or not _device_is_there(target):
+        yield None
+        return
+    import torch
+
+    sizes = {d.name: representative(d, symbolic) for d in program.dims()}
+    with DeviceTimer(program, sizes, records=Records.of(torch.cuda.get_device_name())) as timer:
+        yield timer
 
 
 def bounds_tier(verified: Verified, target: Target, source: str) -> Bounds | None:
@@ -621,7 +684,7 @@ def bounds_tier(verified: Verified, target: Target, source: str) -> Bounds | Non
     return in_bounds(source, verified.program)
 
 
-def numeric_tier(verified: Verified, target: Target, source: str, seed: int) -> NumericReport:
+def numeric_tier(verified: Verified, target: Target, source: str, seed: int, trace: Trace = ()) -> NumericReport:
     """The same μGraph at reduced sizes (two tiles and a tail along each tiled axis), lowered the same way, against
     float64: on the device if it is there, under the interpreter if not, as torch code for the torch target.  Where the
     program as written overflows, the source may too (exponentials that are summed and then squared, say)."""
@@ -629,7 +692,7 @@ def numeric_tier(verified: Verified, target: Target, source: str, seed: int) -> 
     program = resized(verified.program, sizes, {})
     graph = resized(verified.graph, sizes, tiles)
     small = verify(program, graph, delta=2.0**-20, seed=seed, cuts=verified.certificate.cuts)
-    text = emit(small, target)
+    text = emit(small, target, trace)
     stable = any(isinstance(e.op, Kernel) for e in graph.equations)
     with runner(text, target, program) as (run, how):
         report = numeric_check(

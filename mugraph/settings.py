@@ -22,6 +22,7 @@ from mugraph.errors import SettingError
 T = TypeVar("T")
 
 Effort = Literal["none", "quick", "full"]
+Tune = Literal["none", "fit", "model", "measure"]
 
 LOG_TOPICS = (
     "all",
@@ -80,6 +81,10 @@ def _effort(value: object) -> Effort:
     return cast(Effort, _member(get_args(Effort), str(value)))
 
 
+def _tune(value: object) -> Tune:
+    return cast(Tune, _member(get_args(Tune), str(value)))
+
+
 def _member(valid: Mapping[str, object] | tuple[str, ...], text: str) -> str:
     if text not in valid:
         raise ValueError(text)
@@ -133,6 +138,9 @@ def _switch(name: str, default: bool, help: str) -> Setting[bool]:
 effort: Setting[Effort] = Setting(
     "effort", "MUGRAPH_EFFORT", lambda: "quick", _effort, "none, quick, full", "how hard to search"
 )
+tune: Setting[Tune] = Setting(
+    "tune", "MUGRAPH_TUNE", lambda: "fit", _tune, "none, fit, model, measure", "how hard to tune kernels"
+)
 budget_seconds: Setting[float] = Setting(
     "budget_seconds",
     "MUGRAPH_BUDGET_SECONDS",
@@ -172,6 +180,7 @@ SETTINGS: tuple[Setting[object], ...] = cast(
     "tuple[Setting[object], ...]",
     (
         effort,
+        tune,
         budget_seconds,
         cache_dir,
         skip_cache,

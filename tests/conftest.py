@@ -29,6 +29,7 @@ def _clean_settings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         for name in [name for name in os.environ if name.startswith("MUGRAPH_")]:
             patch.delenv(name)
         patch.setenv("MUGRAPH_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("MUGRAPH_TUNE", "none")  # compiling takes seconds: tests that want it say so
         yield
 
 

@@ -212,6 +212,7 @@ def optimize(
     ] = None,
     target: Annotated[str | None, typer.Option(help="torch, triton, cuda or cuda:90 (default: this machine).")] = None,
     effort: Annotated[str | None, typer.Option(help="How hard to search: none, quick, full.")] = None,
+    tune: Annotated[str | None, typer.Option(help="How kernels are compiled: none, fit, model, measure.")] = None,
     budget: Annotated[float | None, typer.Option(metavar="SECONDS", help="Stop with the best so far.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of every draw.")] = None,
     split: Annotated[bool, typer.Option("--split/--no-split", help="Reductions may be cut over the grid.")] = True,
@@ -243,7 +244,14 @@ def optimize(
     program = program_of(subject, shapes or [])
     with engine_of(engine, workers, address) as running:
         result = pipeline.optimize(
-            program, target=chosen, space=space, budget_seconds=budget, seed=seed, engine=running, say=say
+            program,
+            target=chosen,
+            space=space,
+            tune=settings.tune.get(tune),
+            budget_seconds=budget,
+            seed=seed,
+            engine=running,
+            say=say,
         )
     if result.cached:
         say(f"found in the cache: {result.directory}")

@@ -104,7 +104,10 @@ def _same_bounds(certificate: Certificate, found: Bounds | None) -> bool:
 
 
 def _same_files(result: Result, verified: Verified, directory: Path) -> None:
-    source = emit(verified, result.target)
+    try:
+        source = emit(verified, result.target, result.tuning.options)
+    except ValueError as error:
+        raise VerificationError(f"{directory / 'tuning.json'}: {error}") from error
     if source != result.source:
         raise VerificationError(
             f"{directory / 'kernel.py'} is not what this version emits from the graph for {result.target}",
@@ -132,7 +135,7 @@ def _numerics_again(result: Result, verified: Verified) -> None:
     if not result.certificate.numerics:
         raise VerificationError(f"{graph_hash(result.graph)[:16]} has no numeric check on record")
     for report in result.certificate.numerics:
-        again = numeric_tier(verified, result.target, result.source, result.certificate.seed)
+        again = numeric_tier(verified, result.target, result.source, result.certificate.seed, result.tuning.options)
         if again.how != report.how:
             raise VerificationError(
                 f"the numeric check ran on record as {report.how}, here it runs as {again.how}",

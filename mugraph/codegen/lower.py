@@ -1,6 +1,6 @@
 """From a verified μGraph to a plan.
 
-    lower(verified, options) -> Plan
+    lower(verified, trace) -> Plan
 
 Per block graph: resolve views to index maps of loads, cover each axis, flatten axes that always go together, choose a
 form for each contraction, order tile dimensions so that matrix multiplies need no transposes, find where elements
@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial, reduce
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from mugraph.codegen.passes import Names, Observer, names_of, prepare, refuse
 from mugraph.codegen.plan import (
@@ -27,13 +27,14 @@ from mugraph.codegen.plan import (
     Form,
     Index,
     Launch,
-    Parameters,
+    Options,
     Piece,
     Plan,
     Read,
     Role,
     Scope,
     Torch,
+    Trace,
     Write,
     compute_of,
 )  # fmt: skip
@@ -71,35 +72,40 @@ KEPT_REGISTERS = 112  # values a thread holds beside its addresses
 STAGE_BYTES = 98304  # shared memory that the stages of a loop may fill
 
 
-@dataclass(frozen=True)
-class Options:
-    """Choices that a tuner may make.  None: chosen from the tile sizes.
-
-    `dot`: matrix-multiply instructions for contractions ("auto"), or multiply-and-sum throughout ("never").
-    `keep_statistics`: sums over the loop axis that are small stay as tiles and are reduced once after the loop.
-    """
-
-    num_warps: int | None = None
-    num_stages: int | None = None
-    dot: Literal["auto", "never"] = "auto"
-    keep_statistics: bool = True
+OptionsOf = Callable[[str], Options]
 
 
-def lower(verified: Verified, options: Options | None = None, observer: Observer | None = None) -> Plan:
-    """The plan of a verified μGraph.  Raises UnsupportedOpError, with the operator's name, where there is no form."""
-    return plan_graph(verified.graph, options, observer)
+def lower(verified: Verified, trace: Trace = (), observer: Observer | None = None) -> Plan:
+    """The plan of a verified μGraph.  `trace` has choices for some of its kernels.  Raises UnsupportedOpError, with the
+    operator's name, where there is no form, and ValueError for a choice that there is not."""
+    return plan_graph(verified.graph, trace, observer)
 
 
-def plan_graph(graph: KernelGraph, options: Options | None = None, observer: Observer | None = None) -> Plan:
-    """The plan of a μGraph.  What calls this answers for the graph's being right; `lower` takes verified ones only."""
-    options = options or Options()
+def plan_graph(
+    graph: KernelGraph, trace: Trace = (), observer: Observer | None = None, options: Options | None = None
+) -> Plan:
+    """The plan of a μGraph.  What calls this answers for the graph's being right; `lower` takes verified ones only.
+    `options`: of kernels of which the trace says nothing else."""
+    chosen: dict[str, Options] = {}
+    for c in trace:
+        chosen[c.kernel] = chosen.get(c.kernel, options or Options()).changed(c.name, c.value)
+    met: set[str] = set()
+
+    def options_of(kernel: str) -> Options:
+        met.add(kernel)
+        return chosen.get(kernel, options or Options())
+
     if parts := graph.divided():
-        first, rest = (_plan(part, options, observer) for part in parts)
-        return replace(rest, ahead=first)
-    return _plan(graph, options, observer)
+        first, rest = (_plan(part, options_of, observer) for part in parts)
+        plan = replace(rest, ahead=first)
+    else:
+        plan = _plan(graph, options_of, observer)
+    if unknown := chosen.keys() - met:
+        raise ValueError(f"{graph.name} has no kernel {min(unknown)}")
+    return plan
 
 
-def _plan(graph: KernelGraph, options: Options, observer: Observer | None) -> Plan:
+def _plan(graph: KernelGraph, options_of: OptionsOf, observer: Observer | None) -> Plan:
     inputs = tuple(i.name for i in graph.inputs)
     outputs = tuple(o.value for o in graph.outputs)
     for i in graph.inputs:
@@ -127,6 +133,9 @@ def _plan(graph: KernelGraph, options: Options, observer: Observer | None) -> Pl
         base = f"{graph.name}_{len(calls)}" if len(equations) > 1 else graph.name
         mains: list[Launch] = []
         combines: list[Launch] = []
+        options = options_of(base)
+        split = sum(block.combine is not None for block in equation.op.blocks)
+        combining = options_of(f"{base}_combine") if split else options
         for number, block in enumerate(equation.op.blocks):
             name = f"{base}_{number}" if len(equation.op.blocks) > 1 else base
             for store in block.stores:
@@ -142,7 +151,8 @@ def _plan(graph: KernelGraph, options: Options, observer: Observer | None) -> Pl
             mains.append(_Planner(prepare(block, observer), name, tensors, options, views).plan())
             if block.combine:
                 combine = prepare(block.combine, observer)
-                combines.append(_Planner(combine, f"{name}_combine", tensors, options, views).plan())
+                label = f"{name if split > 1 else base}_combine"
+                combines.append(_Planner(combine, label, tensors, combining, views).plan())
         for label, launches in ((base, mains), (f"{base}_combine", combines)):
             if launches:
                 calls.append(launches[0] if len(launches) == 1 else Beside(label, tuple(launches)))
@@ -676,7 +686,7 @@ class _Planner:
             if not self.is_dot(e, scope):
                 continue
             sides = self.sides(e, scope)
-            for s in (sides, sides.swapped):
+            for s in (sides.swapped, sides) if self.options.swapped else (sides, sides.swapped):
                 batch, m, k, n = (self.lanes_of(x, scope) for x in (s.batch, s.m, s.k, s.n))
                 chain = [(a, b) for x, y in ((batch, m), (m, k), (k, n)) for a in x for b in y]
                 before = {a: set(b) for a, b in after.items()}
@@ -770,8 +780,8 @@ class _Planner:
         self.order_lanes()
         scopes = tuple(self.scope(i) for i in range(len(self.raw)))
         split = (self.block.split.axis, self.block.split.parts) if self.block.split else None
-        launch = Launch(self.name, self.grid_order(), split, tuple(self.lanes), scopes, Parameters(4, 1))
-        return replace(launch, parameters=Parameters(self.num_warps(), self.num_stages()))
+        options = replace(self.options, num_warps=self.num_warps(), num_stages=self.num_stages())
+        return Launch(self.name, self.grid_order(), split, tuple(self.lanes), scopes, options)
 
     def scope(self, number: int) -> Scope:
         raw = self.raw[number]

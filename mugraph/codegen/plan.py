@@ -2,7 +2,7 @@
 
     Plan      = inputs, outputs, calls [Launch | Torch], buffers [Buffer]
     Launch    = one kernel: grid axes in program-id order, split part, lanes (tile dimensions) in canonical order,
-                scopes [Scope], stores, launch parameters
+                scopes [Scope], stores, options
     Scope     = extents (how each axis is covered), loop axis | none, before [Action], body [Action]
     Action    = Read | Compute | Accumulate | Write
 
@@ -12,8 +12,8 @@ a launch has its dimensions in the launch's canonical order, so tiles meet by in
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Literal, assert_never
 
 from mugraph.ir.axes import Axis
@@ -170,22 +170,79 @@ class Scope:
 
 
 @dataclass(frozen=True)
-class Parameters:
-    """How a kernel is compiled: warps of a block, stages of loops that load ahead, registers of a thread at most."""
+class Options:
+    """How one launch is written and compiled.  A tuner chooses them; None: as the sizes of its tiles suggest.
 
-    num_warps: int
-    num_stages: int
+    num_warps        warps of a block
+    num_stages       tiles of a loop whose loads are under way
+    maxnreg          registers of a thread, at most
+    dot              matrix-multiply instructions ("auto"), or multiply-and-sum throughout ("never")
+    swapped          operands of matrix multiplies change sides: transpose(W) transpose(X)
+    keep_statistics  small sums over the loop axis stay as tiles, and are reduced once after the loop
+    unroll           iterations of a loop that are written out as one
+    evict_first      the largest source, of which each part is read by few blocks, is the first to leave the caches
+    """
+
+    num_warps: int | None = None
+    num_stages: int | None = None
     maxnreg: int | None = None
+    dot: Literal["auto", "never"] = "auto"
+    swapped: bool = False
+    keep_statistics: bool = True
+    unroll: int = 1
+    evict_first: bool = False
 
     def __str__(self) -> str:
-        most = "" if self.maxnreg is None else f", at most {self.maxnreg} registers"
-        return f"warps {self.num_warps}, stages {self.num_stages}{most}"
+        parts = [f"warps {self.num_warps}", f"stages {self.num_stages}"]
+        parts += [] if self.maxnreg is None else [f"at most {self.maxnreg} registers"]
+        given = [(f.name, getattr(self, f.name)) for f in fields(self)[3:] if getattr(self, f.name) != f.default]
+        return ", ".join([*parts, *(f"{name} {value}" for name, value in given)])
 
     @property
-    def options(self) -> dict[str, int]:
-        """As options of Triton's compiler."""
-        found = {"num_warps": self.num_warps, "num_stages": self.num_stages}
-        return found if self.maxnreg is None else found | {"maxnreg": self.maxnreg}
+    def compiled(self) -> dict[str, int]:
+        """Those that are options of Triton's compiler."""
+        values = {"num_warps": self.num_warps, "num_stages": self.num_stages, "maxnreg": self.maxnreg}
+        return {name: value for name, value in values.items() if value is not None}
+
+    def changed(self, name: str, value: object) -> Options:
+        """With another value of one of them.  Raises ValueError where there is no such option, or it has no such
+        value.
+
+        >>> print(Options(4, 2).changed("unroll", 2))
+        warps 4, stages 2, unroll 2
+        """
+        valid = VALID.get(name)
+        if valid is None or type(value) is not type(valid[0]) or value not in valid:
+            raise ValueError(f"there is no option {name} = {value!r}")
+        return replace(self, **{name: value})  # type: ignore[arg-type]
+
+
+# The values that a choice may have.
+VALID: dict[str, Sequence[object]] = {
+    "num_warps": (1, 2, 4, 8, 16, 32),
+    "num_stages": range(1, 17),
+    "maxnreg": range(16, 256),
+    "dot": ("auto", "never"),
+    "swapped": (False, True),
+    "keep_statistics": (False, True),
+    "unroll": (1, 2, 4, 8),
+    "evict_first": (False, True),
+}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """An option of one kernel that is not what its lowering chooses by itself."""
+
+    kernel: str
+    name: str
+    value: int | str
+
+    def __str__(self) -> str:
+        return f"{self.kernel}: {self.name} = {self.value}"
+
+
+Trace = tuple[Choice, ...]
 
 
 @dataclass(frozen=True)
@@ -197,7 +254,7 @@ class Launch:
     split: tuple[str, int] | None
     lanes: tuple[tuple[str, ...], ...]
     scopes: tuple[Scope, ...]
-    parameters: Parameters
+    options: Options
 
     def sources(self) -> tuple[str, ...]:
         """Buffers read, in order of first use."""
@@ -208,7 +265,7 @@ class Launch:
         return tuple(a for s in self.scopes for a in s.actions() if isinstance(a, Write))
 
     def __str__(self) -> str:
-        lines = [f"launch {self.name}  ({self.parameters})"]
+        lines = [f"launch {self.name}  ({self.options})"]
         lines.append(
             f"  program id: {', '.join(self.grid) or 'one block'}"
             + (f", {self.split[1]} parts of {self.split[0]}" if self.split else "")
@@ -231,12 +288,12 @@ class Beside:
     launches: tuple[Launch, ...]
 
     @property
-    def parameters(self) -> Parameters:
+    def options(self) -> Options:
         """Of the one kernel that they are: what the most demanding of them needs."""
-        each = [x.parameters for x in self.launches]
-        bounds = [p.maxnreg for p in each if p.maxnreg is not None]
-        warps, stages = (max(getattr(p, f) for p in each) for f in ("num_warps", "num_stages"))
-        return Parameters(warps, stages, min(bounds, default=None))
+        each = [x.options for x in self.launches]
+        warps, stages = max(o.num_warps or 1 for o in each), max(o.num_stages or 1 for o in each)
+        bounds = [o.maxnreg for o in each if o.maxnreg is not None]
+        return replace(each[0], num_warps=warps, num_stages=stages, maxnreg=min(bounds, default=None))
 
     def __str__(self) -> str:
         return "\n".join(
@@ -282,20 +339,6 @@ class Plan:
     def parameters(self) -> tuple[str, ...]:
         """What the caller gives."""
         return self.inputs[: len(self.inputs) - len(self.ahead.outputs)] if self.ahead else self.inputs
-
-    def with_parameters(self, chosen: Mapping[str, Parameters]) -> Plan:
-        """With other parameters of these launches, by name; one name for those that run as one."""
-
-        def changed(call: Launch | Beside | Torch) -> Launch | Beside | Torch:
-            match call:
-                case Launch(name) if name in chosen:
-                    return replace(call, parameters=chosen[name])
-                case Beside(name, launches) if name in chosen:
-                    return Beside(name, tuple(replace(x, parameters=chosen[name]) for x in launches))
-            return call
-
-        ahead = self.ahead.with_parameters(chosen) if self.ahead else None
-        return replace(self, calls=tuple(map(changed, self.calls)), ahead=ahead)
 
     def buffer(self, name: str) -> Buffer:
         return next(b for b in self.buffers if b.tensor.name == name)

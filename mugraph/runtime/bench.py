@@ -15,13 +15,21 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from mugraph.ir.axes import size_value
+from mugraph.ir.graph import Program
+from mugraph.ir.types import TORCH_NAMES
+from mugraph.verify.numeric import index_range
+
+if TYPE_CHECKING:
+    import torch
 
 Function = Callable[[], object]
 Sampler = Callable[[], float]
 
 _MOST_CALLS = 1000
-_GRAPH_CALLS = 20
+GRAPH_CALLS = 20  # of a function in one CUDA graph
 
 
 @dataclass(frozen=True)
@@ -80,6 +88,51 @@ class Timings:
         return "\n".join(lines)
 
 
+def random_inputs(program: Program, sizes: Mapping[str, int], device: str, seed: int = 0) -> list[torch.Tensor]:
+    """Normal draws of deviation 1 in the declared types; constants are scaled as 1/sqrt(k) by their first size.
+    Integers index what they gather from."""
+    import torch
+
+    generator = torch.Generator(device=device).manual_seed(seed)
+    found = []
+    for i in program.inputs:
+        shape = [size_value(s, sizes) for s in i.tensor.shape]
+        dtype = getattr(torch, TORCH_NAMES[i.storage.dtype])
+        if dtype is torch.bool:
+            found.append(torch.rand(shape, generator=generator, device=device) < 0.7)
+        elif not i.tensor.dtype.is_float:
+            limit = index_range(program, i.name, sizes)
+            found.append(torch.randint(limit, shape, generator=generator, device=device).to(dtype))
+        else:
+            scale = shape[0] ** -0.5 if i.constant and shape else 1.0
+            drawn = torch.randn(shape, generator=generator, device=device, dtype=torch.float32) * scale
+            found.append(drawn.to(dtype))
+    return found
+
+
+def rotation(program: Program, sizes: Mapping[str, int], device: str) -> list[list[torch.Tensor]]:
+    """Copies of the inputs that together exceed twice the L2 cache, at most one for each captured call."""
+    import torch
+
+    first = random_inputs(program, sizes, device)
+    cache = torch.cuda.get_device_properties(0).L2_cache_size if device == "cuda" else 0
+    one = sum(t.numel() * t.element_size() for t in first)
+    count = min(GRAPH_CALLS, math.ceil(2 * cache / max(one, 1)) + 1)
+    return [first, *([t.clone() for t in first] for _ in range(count - 1))]
+
+
+def rotating(f: Callable[..., object], copies: Sequence[Sequence[torch.Tensor]]) -> Function:
+    """`f` on the next copy at each call."""
+    turn = 0
+
+    def call() -> object:
+        nonlocal turn
+        turn += 1
+        return f(*copies[turn % len(copies)])
+
+    return call
+
+
 def measure(
     functions: Mapping[str, Function], repeats: int = 30, *, device: str | None = None, min_seconds: float = 2e-4
 ) -> Timings:
@@ -132,13 +185,13 @@ def _cuda_sampler(f: Function) -> Sampler:
     graph: Any = torch.cuda.CUDAGraph()
     try:
         with torch.cuda.graph(graph, stream=stream):
-            for _ in range(_GRAPH_CALLS):
+            for _ in range(GRAPH_CALLS):
                 f()
     except RuntimeError:
         torch.cuda.synchronize()
-        return lambda: _event_timed(lambda: [f() for _ in range(_GRAPH_CALLS)]) / _GRAPH_CALLS
+        return lambda: _event_timed(lambda: [f() for _ in range(GRAPH_CALLS)]) / GRAPH_CALLS
     graph.replay()
-    return lambda: _event_timed(graph.replay) / _GRAPH_CALLS
+    return lambda: _event_timed(graph.replay) / GRAPH_CALLS
 
 
 def _event_timed(f: Function) -> float:

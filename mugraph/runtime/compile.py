@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import atexit
+import os
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from types import TracebackType
 from typing import Any
 
 from mugraph.errors import CompileError, UnknownTargetError
 from mugraph.runtime.process import Worker, WorkerError
 
-# Shared memory that one block may use, in bytes, by compute capability.
-SHARED_LIMITS = {80: 166_912, 90: 232_448, 100: 232_448}
+# Shared memory that one block may use, in bytes, by compute capability (CUDA programming guide, technical
+# specifications per compute capability: 163, 99 and 227 KB).
+SHARED_LIMITS = {
+    80: 166_912, 86: 101_376, 87: 166_912, 89: 101_376, 90: 232_448, 100: 232_448, 103: 232_448, 110: 232_448,
+    120: 101_376, 121: 101_376,
+}  # fmt: skip
+
+MOST_COMPILERS = 8
 
 
 @dataclass(frozen=True)
 class Resources:
     """What one kernel needs on `sm_<arch>`: registers per thread, shared memory per block and stack per thread in
     bytes; counts of instructions: spills in loops and outside, global loads of 16 bytes and of less, matrix
-    multiplies."""
+    multiplies, one iteration of the main loop (0: there is no loop)."""
 
     kernel: str
     arch: int
@@ -30,6 +41,7 @@ class Resources:
     wide_loads: int
     narrow_loads: int
     matrix_ops: int
+    loop_instructions: int = 0
 
     @property
     def fits(self) -> bool:
@@ -40,7 +52,7 @@ class Resources:
 class Compiler:
     """A worker process that compiles emitted files, many calls to one process."""
 
-    def __init__(self, timeout: float = 120.0) -> None:
+    def __init__(self, timeout: float = 60.0) -> None:
         self.timeout = timeout
         self._worker = Worker()
 
@@ -72,8 +84,25 @@ class Compiler:
 
 
 def resources(
-    source: str, arch: int, options: Mapping[str, Any] | None = None, timeout: float = 120.0
+    source: str, arch: int, options: Mapping[str, Any] | None = None, timeout: float = 60.0
 ) -> list[Resources]:
     """One compilation in a process of its own; see `Compiler.resources`."""
     with Compiler(timeout) as compiler:
         return compiler.resources(source, arch, options)
+
+
+@lru_cache(maxsize=1)
+def _of_process(pid: int) -> tuple[tuple[Compiler, ...], threading.Lock]:
+    compilers = tuple(Compiler() for _ in range(min(os.cpu_count() or 1, MOST_COMPILERS)))
+    for compiler in compilers:
+        atexit.register(compiler.close)
+    return compilers, threading.Lock()
+
+
+@contextmanager
+def shared_compilers() -> Iterator[tuple[Compiler, ...]]:
+    """The compilers that this process keeps: starting one takes seconds, and it starts with its first request.  One
+    caller has them at a time."""
+    compilers, lock = _of_process(os.getpid())
+    with lock:
+        yield compilers

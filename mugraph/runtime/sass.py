@@ -58,8 +58,25 @@ def loops(code: Sequence[Instruction]) -> list[tuple[int, int]]:
     return [(low, high) for low, high in found if not any(low <= e <= high for e in ends)]
 
 
+SHARE = 0.9  # of the work that a kernel's main loop does
+
+
+def main_loop(code: Sequence[Instruction], around: Sequence[tuple[int, int]]) -> int:
+    """Instructions of the smallest loop that holds most of the matrix multiplies in loops, or where there are none, of
+    the loads from global memory; 0 without such a loop."""
+    for words in (MATRIX, LOADS):
+        places = [i.address for i in code if i.opcode.startswith(words)]
+        places = [a for a in places if any(low <= a <= high for low, high in around)]
+        if places:
+            held = {loop: sum(loop[0] <= a <= loop[1] for a in places) for loop in around}
+            low, high = min((x for x in around if held[x] >= SHARE * max(held.values())), key=lambda x: x[1] - x[0])
+            return sum(low <= i.address <= high for i in code)
+    return 0
+
+
 def read_code(text: str) -> dict[str, int]:
-    """Counts of instructions: spills in loops and outside, global loads of 16 bytes and of less, matrix multiplies."""
+    """Counts of instructions: spills in loops and outside, global loads of 16 bytes and of less, matrix multiplies,
+    all of the main loop."""
     code = instructions(text)
     around = loops(code)
     spills = [i for i in code if i.opcode.startswith(SPILLS)]
@@ -72,4 +89,5 @@ def read_code(text: str) -> dict[str, int]:
         "wide_loads": len(wide),
         "narrow_loads": len(loads) - len(wide),
         "matrix_ops": sum(i.opcode.startswith(MATRIX) for i in code),
+        "loop_instructions": main_loop(code, around),
     }

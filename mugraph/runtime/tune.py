@@ -1,38 +1,95 @@
-"""Chooses how kernels are compiled, by what the compiler makes of them; no GPU is needed.
+"""Chooses how the kernels of a μGraph are written and compiled.
 
-    found = tuned(plan, 90)          # Tuned: the plan with its choices, a trace of these, what each kernel needs
-    verified, found = tuned_graph(verified, 90)          # may also cut tiles
+    with shared_compilers() as compilers:
+        verified, found = Tuner(device("h100"), compilers).tuned(verified, "fit")
 
-A *proposal* is other parameters of one kernel.  Registered rules make them, from the parameters that it has and what it
-then needs; the first that spills in no loop and fits the shared memory is taken, in the order of the rules: what is
-nearest to the lowering's own choice comes first, as that follows the size of its tiles.  A rule of one's own:
+    none     as lowered, nothing is compiled
+    fit      compiled, and changed only where a kernel spills in a loop or needs more shared memory than there is
+    model    more configurations are compiled, and ranked by a model of what the compiler made of them
+    measure  the best of these are timed on the device as well
+
+No GPU is needed but for the last.  A *configuration* is a value of `Options` for one kernel.  Registered rules propose
+others, from one that was compiled; configurations that spill in loops or do not fit are refused before they run.  What
+was chosen is a *trace* of named choices, with which `lower` gives the same plan again.  A rule of one's own:
 
     @rule
-    def two_warps(p: Parameters, found: Resources) -> Iterator[Parameters]:
-        yield replace(p, num_warps=2)
+    def two_warps(at: Configuration) -> Iterator[Options]:
+        yield replace(at.options, num_warps=2)
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, fields, replace
+from functools import cached_property
+from typing import Any, get_args
 
 from mugraph.codegen.lower import lower
-from mugraph.codegen.plan import Parameters, Plan
+from mugraph.codegen.plan import Beside, Choice, Launch, Options, Plan, Read, Trace, compute_of
 from mugraph.errors import CompileError
 from mugraph.ir.graph import KernelGraph
 from mugraph.ir.ops import Kernel
 from mugraph.ir.resize import resized
 from mugraph.runtime.compile import SHARED_LIMITS, Compiler, Resources
+from mugraph.runtime.model import predicted_seconds
+from mugraph.runtime.timing import Refused, Timer
+from mugraph.search.cost import Device
+from mugraph.settings import Tune
 from mugraph.transpiler.triton import emit, launched
 from mugraph.verify.equivalence import Verified, verify
 
-Rule = Callable[[Parameters, Resources], Iterator[Parameters]]
-RULES: list[Rule] = []
-MOST_TRIED = 16  # proposals for one kernel
+SCHEMA_VERSION = 1
+MOST_FITTED = 16  # configurations of one kernel, to find one that fits
+MOST_RANKED = 24  # and to rank them
+EXPANDED = 3  # configurations whose neighbours are tried next
+FINALISTS = 8  # configurations of one kernel that are timed
+REPEATS = (5, 20, 80)  # of each, in rounds of which each drops half
 MOST_WARPS, MOST_STAGES = 16, 6
 MOST_TILINGS = 4  # of one graph
+NARROW = 2  # rows that may be multiplied and summed
 SMALLEST_TILE = 16  # of a loop: what a matrix multiply wants
+TILES = "tiles"  # stands for the kernel in a choice of tiles
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """One kernel under some options.  `resources` is None where it does not compile, for the `reason`."""
+
+    call: Launch | Beside
+    plan: Plan
+    source: str
+    device: Device
+    trace: Trace
+    resources: Resources | None
+    reason: str = ""
+    symbolic: int = 16
+
+    @property
+    def options(self) -> Options:
+        return self.call.options
+
+    @property
+    def badness(self) -> tuple[int, int]:
+        """(0, 0) for what may run; else bytes of shared memory that are too many, and spills in loops."""
+        if self.resources is None:  # mostly because Triton refuses to need so much
+            return 1 << 30, 0
+        return max(0, self.resources.shared_bytes - SHARED_LIMITS[self.resources.arch]), self.resources.spills
+
+    @cached_property
+    def seconds(self) -> float:
+        """As the model predicts."""
+        if self.resources is None:
+            return math.inf
+        return predicted_seconds(self.call, self.plan, self.resources, self.device, self.symbolic)
+
+    def __str__(self) -> str:
+        return f"{self.call.name} ({self.options})"
+
+
+Rule = Callable[[Configuration], Iterator[Options]]
+RULES: list[Rule] = []
 
 
 def rule(f: Rule) -> Rule:
@@ -42,79 +99,229 @@ def rule(f: Rule) -> Rule:
 
 
 @dataclass(frozen=True)
-class Choice:
-    """One parameter of a kernel that is not what the lowering chose."""
+class Tuned:
+    """What was chosen.  `trace` has the tiles that were cut, under the name "tiles", and the options of kernels that
+    are not what lowering chooses; `tried` counts configurations that were compiled, `timed` those that ran."""
 
-    kernel: str
-    name: str
-    value: int
+    level: Tune
+    trace: Trace = ()
+    resources: tuple[Resources, ...] = ()
+    tried: int = 0
+    timed: int = 0
+    notes: tuple[str, ...] = ()
 
-    def __str__(self) -> str:
-        return f"{self.kernel}: {self.name} = {self.value}"
+    @property
+    def options(self) -> Trace:
+        """The choices that `lower` takes."""
+        return tuple(c for c in self.trace if c.kernel != TILES)
+
+    @property
+    def spills(self) -> int:
+        """In loops of all kernels."""
+        return sum(r.spills for r in self.resources)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "level": self.level,
+            "choices": [asdict(c) for c in self.trace],
+            "kernels": [asdict(r) for r in self.resources],
+            "tried": self.tried,
+            "timed": self.timed,
+            "notes": list(self.notes),
+        }
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> Tuned:
+        """Raises ValueError, KeyError or TypeError for what `to_dict` did not make."""
+        if data["schema_version"] != SCHEMA_VERSION or data["level"] not in get_args(Tune):
+            raise ValueError("it is no record of choices")
+        return Tuned(
+            level=data["level"],
+            trace=tuple(Choice(**c) for c in data["choices"]),
+            resources=tuple(Resources(**r) for r in data["kernels"]),
+            tried=int(data["tried"]),
+            timed=int(data["timed"]),
+            notes=tuple(map(str, data["notes"])),
+        )
 
 
-Trace = tuple[Choice, ...]
+AS_LOWERED = Tuned("none")
 
 
 @dataclass(frozen=True)
-class Tuned:
-    """A plan with its choices.  `resources` are those of its kernels, as chosen; `tried` counts compilations; `notes`
-    say which kernels were left with spills, or without compiling."""
+class Tuner:
+    """Compiles and ranks configurations for one device.
 
-    plan: Plan
-    trace: Trace
-    resources: tuple[Resources, ...]
-    tried: int
-    notes: tuple[str, ...] = ()
+    compilers  work side by side
+    arch       what is compiled for, where the description is of another device of the same generation
+    timer      runs configurations where there is a device; without one, the level "measure" is "model", and a note
+               says so
+    symbolic   the value of symbolic sizes that the model counts with
+    """
+
+    device: Device
+    compilers: Sequence[Compiler]
+    arch: int | None = None
+    timer: Timer | None = None
+    symbolic: int = 16
+
+    def tuned(self, verified: Verified, level: Tune) -> tuple[Verified, Tuned]:
+        """The μGraph with its choices.  It has other tiles where a kernel spills whatever its options: the greatest
+        tile of a loop is cut in half, a few times, and the graph verified like any other.
+
+        Raises CompileError where a kernel does not compile under any options that were tried, UnknownTargetError for
+        an architecture that cannot be compiled for."""
+        if level == "none" or not verified.graph.kernels():
+            return verified, Tuned(level)
+        best = verified, self.options(verified, level)
+        tiles: dict[str, int] = {}
+        at = verified
+        for _ in range(MOST_TILINGS):
+            loops = loops_of(at.graph)
+            if not best[1].spills or not loops:
+                break
+            axis = max(loops, key=lambda a: loops[a])
+            tiles[axis] = loops[axis] // 2
+            at = retiled(at, tiles)
+            found = self.options(at, level)
+            if found.spills < best[1].spills:
+                cut = tuple(Choice(TILES, name, tile) for name, tile in tiles.items())
+                best = at, replace(found, trace=(*cut, *found.trace))
+        return best
+
+    def options(self, verified: Verified, level: Tune) -> Tuned:
+        """The options of each kernel, tiles as they are."""
+        trace: list[Choice] = []
+        resources: list[Resources] = []
+        notes: list[str] = []
+        tried = timed = 0
+        if level == "measure" and self.timer is None:
+            notes.append("there is no device to time kernels on: they are ranked by a model of what the compiler made")
+        for call in launched(lower(verified)).values():
+            seen = self.explored(verified, call.name, level)
+            tried += len(seen)
+            best = min(seen, key=lambda c: (c.badness, c.seconds if level != "fit" else 0))
+            if best.resources is None:
+                raise CompileError(best.reason, op=best.call.name)
+            if level == "measure" and self.timer is not None:
+                best, count, lost = fastest(self.timer, [c for c in seen if c.badness == (0, 0)] or [best])
+                timed += count
+                notes += lost
+            best = self.fewer_registers(verified, best)
+            assert best.resources is not None
+            trace += best.trace
+            resources.append(best.resources)
+            if best.resources.spills:
+                notes.append(f"{best.call.name} spills {best.resources.spills} times in loops, whatever was tried")
+            elif best.resources.spills_outside:
+                notes.append(f"{best.call.name} spills {best.resources.spills_outside} times outside loops")
+        return Tuned(level, tuple(trace), tuple(resources), tried, timed, tuple(notes))
+
+    def explored(self, verified: Verified, kernel: str, level: Tune) -> list[Configuration]:
+        """The configurations of a kernel that were compiled, the lowering's own first.  To fit, no more than are needed
+        to find one; else the neighbours of the best, and theirs, up to a limit."""
+        most = MOST_FITTED if level == "fit" else MOST_RANKED
+        (start,) = self.compiled(verified, kernel, [None])
+        seen, expanded = [start], set[int]()
+        known = {start.options}
+        while len(seen) < most and not (level == "fit" and any(c.badness == (0, 0) for c in seen)):
+            order = sorted(range(len(seen)), key=lambda i: (seen[i].badness, seen[i].seconds))
+            if level == "fit":  # the nearest first, as the lowering's own choice follows the size of its tiles
+                order = list(range(len(seen)))
+            at = [i for i in order if i not in expanded][: 1 if level == "fit" else EXPANDED]
+            if not at:
+                break
+            expanded.update(at)
+            proposed = dict.fromkeys(o for i in at for f in RULES for o in f(seen[i]) if o not in known)
+            known.update(proposed)
+            for batch in batches(list(proposed)[: most - len(seen)], len(self.compilers)):
+                seen += self.compiled(verified, kernel, batch)
+                if level == "fit" and any(c.badness == (0, 0) for c in seen):
+                    break
+        return seen
+
+    def compiled(self, verified: Verified, kernel: str, options: Sequence[Options | None]) -> list[Configuration]:
+        """The kernel under each of these options, compiled side by side; None: the lowering's own."""
+
+        def one(compiler: Compiler, wanted: Options | None) -> Configuration:
+            own = lower(verified)
+            trace = () if wanted is None else tuple(differences(kernel, call_of(own, kernel)[1].options, wanted))
+            plan = lower(verified, trace) if trace else own
+            function, call = call_of(plan, kernel)
+            source = emit(plan)
+            found, reason = None, ""
+            try:
+                (found,) = compiler.resources(source, self.arch or self.device.arch, only=[function])
+            except CompileError as error:
+                reason = error.message
+            return Configuration(call, plan, source, self.device, trace, found, reason, self.symbolic)
+
+        if len(options) == 1:
+            return [one(self.compilers[0], options[0])]
+        with ThreadPoolExecutor(len(self.compilers)) as pool:
+            return list(pool.map(one, self.compilers, options))
+
+    def fewer_registers(self, verified: Verified, best: Configuration) -> Configuration:
+        """With a bound on registers, if that takes away spills outside loops, which happen once.  ptxas spills some
+        below what it may take."""
+        assert best.resources is not None
+        if not best.resources.spills_outside or best.options.maxnreg is not None or best.badness > (0, 0):
+            return best
+        bounded = replace(best.options, maxnreg=most_registers(best.options))
+        (found,) = self.compiled(verified, best.call.name, [bounded])
+        fewer = found.resources and found.resources.spills_outside < best.resources.spills_outside
+        return found if fewer and found.badness == (0, 0) else best
 
 
-def tuned(plan: Plan, arch: int, compiler: Compiler | None = None) -> Tuned:
-    """The plan with parameters under which no kernel spills in a loop, where such are found.  Raises CompileError where
-    a kernel does not compile under any that was tried, UnknownTargetError for an unknown architecture."""
-    if compiler is None:
-        with Compiler() as own:
-            return tuned(plan, arch, own)
-    source = emit(plan)
-    chosen: dict[str, Parameters] = {}
-    trace: list[Choice] = []
-    resources: list[Resources] = []
-    notes: list[str] = []
-    tried = 0
-    for function, call in launched(plan).items():
-        best, found, count = best_for(source, function, call.parameters, arch, compiler)
-        tried += count
-        resources.append(found)
-        if best != call.parameters:
-            chosen[call.name] = best
-            trace += changes(call.name, call.parameters, best)
-        if badness(found) > (0, 0):
-            notes.append(f"{function} spills {found.spills} times in loops, whatever was tried")
-    return Tuned(plan.with_parameters(chosen), tuple(trace), tuple(resources), tried, tuple(notes))
+def fastest(timer: Timer, configurations: Sequence[Configuration]) -> tuple[Configuration, int, list[str]]:
+    """Successive halving (Jamieson and Talwalkar, 2016): few runs of many, more runs of the better half.  The first
+    configuration, which is the lowering's own, stays to the end, so that nothing slower is chosen.  Returns the best,
+    how many were timed, and notes on what was refused; where the device is lost, the best of what was timed."""
+    first = configurations[0]
+    left = [first, *sorted(configurations[1:], key=lambda c: c.seconds)[: FINALISTS - 1]]
+    count, notes, best = len(left), [], min(left, key=lambda c: c.seconds)
+    for repeats in REPEATS:
+        times: dict[int, float] = {}
+        for i, c in enumerate(left):
+            answer = timer.seconds(c.source, repeats)
+            if isinstance(answer, Refused):
+                notes.append(f"{c} was refused: {answer.reason}")
+                if answer.lost:
+                    return best, count, notes
+            else:
+                times[i] = answer.median
+        if not times:
+            return best, count, [*notes, f"no configuration of {first.call.name} could be timed"]
+        order = sorted(times, key=lambda i: times[i])
+        best = left[order[0]]
+        kept = order[: max(1, (len(order) + 1) // 2)]
+        left = [left[i] for i in kept]
+        if first not in left and 0 in times:
+            left.append(first)
+    return best, count, notes
 
 
-def tuned_graph(verified: Verified, arch: int, compiler: Compiler | None = None) -> tuple[Verified, Tuned]:
-    """`tuned`, and where a kernel still spills in a loop, with the greatest tile of a loop cut in half, a few times: a
-    μGraph with other tiles is verified like any other.  The trace has the tiles that were chosen, under "tiles"."""
-    if compiler is None:
-        with Compiler() as own:
-            return tuned_graph(verified, arch, own)
-    best = verified, tuned(lower(verified), arch, compiler)
-    tiles: dict[str, int] = {}
-    at = verified
-    for _ in range(MOST_TILINGS):
-        loops = loops_of(at.graph)
-        if not best[1].notes or not loops:
-            break
-        axis = max(loops, key=lambda a: loops[a])
-        tiles[axis] = loops[axis] // 2
-        c = verified.certificate
-        graph = resized(at.graph, {}, tiles)
-        at = verify(verified.program, graph, delta=2.0**c.delta_requested_log2, seed=c.seed, cuts=c.cuts)
-        found = tuned(lower(at), arch, compiler)
-        if sum(r.spills for r in found.resources) < sum(r.spills for r in best[1].resources):
-            cut = tuple(Choice("tiles", name, tile) for name, tile in tiles.items())
-            best = at, replace(found, trace=(*cut, *found.trace))
-    return best
+def call_of(plan: Plan, kernel: str) -> tuple[str, Launch | Beside]:
+    """The launch of that name, and the function that it calls."""
+    return next((f, c) for f, c in launched(plan).items() if c.name == kernel)
+
+
+def differences(kernel: str, own: Options, wanted: Options) -> Iterator[Choice]:
+    for f in fields(Options):
+        value = getattr(wanted, f.name)
+        if value != getattr(own, f.name) and value is not None:
+            yield Choice(kernel, f.name, value)
+
+
+def batches(options: Sequence[Options], size: int) -> Iterator[Sequence[Options]]:
+    for start in range(0, len(options), size):
+        yield options[start : start + size]
+
+
+def most_registers(o: Options) -> int:
+    """Of one thread, where one block has a multiprocessor for itself."""
+    return min(255, 65536 // (32 * (o.num_warps or 1)))
 
 
 def loops_of(graph: KernelGraph) -> dict[str, int]:
@@ -123,122 +330,117 @@ def loops_of(graph: KernelGraph) -> dict[str, int]:
     return {axis: tile for b in blocks for p in b.passes for axis, tile in p.loops if tile > SMALLEST_TILE}
 
 
-def best_for(
-    source: str, function: str, start: Parameters, arch: int, compiler: Compiler
-) -> tuple[Parameters, Resources, int]:
-    """The best parameters of a kernel among the start and what rules propose, what it then needs, and how many were
-    tried."""
-    seen: dict[Parameters, Resources | CompileError] = {}
-
-    def compiled(p: Parameters) -> Resources | CompileError:
-        if p not in seen:
-            try:
-                (seen[p],) = compiler.resources(source, arch, p.options, only=[function])
-            except CompileError as error:
-                seen[p] = error
-        return seen[p]
-
-    best, found = start, compiled(start)
-    waiting = [start]
-    while waiting and (isinstance(found, CompileError) or badness(found) > (0, 0)):
-        at = waiting.pop(0)
-        what = compiled(at)
-        known = what if isinstance(what, Resources) else unknown(function, arch)
-        for p in (p for f in RULES for p in f(at, known)):
-            if p in seen or len(seen) == MOST_TRIED:
-                continue
-            waiting.append(p)
-            answer = compiled(p)
-            if isinstance(answer, CompileError):
-                continue
-            if isinstance(found, CompileError) or badness(answer) < badness(found):
-                best, found = p, answer
-            if badness(answer) == (0, 0):
-                break
-    if isinstance(found, CompileError):
-        raise found
-    if found.spills_outside and best.maxnreg is None:  # outside loops: once, so not a reason to look further
-        bounded = replace(best, maxnreg=most_registers(best))
-        answer = compiled(bounded)
-        if isinstance(answer, Resources) and outside(answer) < outside(found):
-            best, found = bounded, answer
-    return best, found, len(seen)
+def retiled(verified: Verified, tiles: dict[str, int]) -> Verified:
+    """With smaller tiles.  Raises VerificationError as `verify` does."""
+    c = verified.certificate
+    graph = resized(verified.graph, {}, tiles)
+    return verify(verified.program, graph, delta=2.0**c.delta_requested_log2, seed=c.seed, cuts=c.cuts)
 
 
-def most_registers(p: Parameters) -> int:
-    """Of one thread, where one block has a multiprocessor for itself."""
-    return min(255, 65536 // (32 * p.num_warps))
-
-
-def outside(found: Resources) -> tuple[tuple[int, int], int]:
-    return badness(found), found.spills_outside
-
-
-def badness(found: Resources) -> tuple[int, int]:
-    """(0, 0) for what may run; else bytes of shared memory that are too many, and spills in loops."""
-    return max(0, found.shared_bytes - SHARED_LIMITS[found.arch]), found.spills
-
-
-def unknown(function: str, arch: int) -> Resources:
-    """What stands for a kernel that did not compile: Triton refuses to need so much shared memory."""
-    return Resources(function, arch, 0, SHARED_LIMITS[arch] + 1, 0, 0, 0, 0, 0, 0)
-
-
-def changes(kernel: str, before: Parameters, after: Parameters) -> Iterator[Choice]:
-    for name, value in after.options.items():
-        if getattr(before, name) != value:
-            yield Choice(kernel, name, value)
-
-
-def retiled(graph: KernelGraph, trace: Trace) -> KernelGraph:
-    """The graph with the tiles of a trace."""
-    return resized(graph, {}, {c.name: c.value for c in trace if c.kernel == "tiles"})
-
-
-def replayed(plan: Plan, trace: Trace) -> Plan:
-    """The plan of a graph that has the tiles of a trace, with its other choices.  Raises ValueError where it names what
-    the plan does not have."""
-    calls = {c.name: c for c in launched(plan).values()}
-    chosen: dict[str, Parameters] = {}
-    for c in (c for c in trace if c.kernel != "tiles"):
-        if c.kernel not in calls or c.name not in ("num_warps", "num_stages", "maxnreg"):
-            raise ValueError(f"{plan.name} has no {c.name} of {c.kernel}")
-        chosen[c.kernel] = replace(chosen.get(c.kernel, calls[c.kernel].parameters), **{c.name: c.value})
-    return plan.with_parameters(chosen)
-
-
-# -- rules
+# -- rules that make a kernel fit
 
 
 @rule
-def fewer_stages(p: Parameters, found: Resources) -> Iterator[Parameters]:
+def fewer_stages(at: Configuration) -> Iterator[Options]:
     """Stages fill shared memory."""
-    if not found.fits and p.num_stages > 1:
-        yield replace(p, num_stages=p.num_stages - 1)
+    if at.badness[0] and at.options.num_stages and at.options.num_stages > 1:
+        yield replace(at.options, num_stages=at.options.num_stages - 1)
 
 
 @rule
-def other_warps(p: Parameters, found: Resources) -> Iterator[Parameters]:
+def warps_for_spills(at: Configuration) -> Iterator[Options]:
     """More warps share the values of a tile; fewer may have more registers each (65,536 of a multiprocessor)."""
-    limit = most_registers(p)
-    more, fewer = 2 * p.num_warps, p.num_warps // 2
-    order = (fewer, more) if found.registers >= limit and limit < 255 else (more, fewer)
-    for warps in order:
-        if found.spills and 1 <= warps <= MOST_WARPS:
-            yield replace(p, num_warps=warps)
+    warps, limit = at.options.num_warps or 1, most_registers(at.options)
+    if at.resources and at.resources.spills:
+        order = (warps // 2, 2 * warps)
+        for other in order if at.resources.registers >= limit and limit < 255 else reversed(order):
+            if 1 <= other <= MOST_WARPS:
+                yield replace(at.options, num_warps=other)
 
 
 @rule
-def other_stages(p: Parameters, found: Resources) -> Iterator[Parameters]:
+def stages_for_spills(at: Configuration) -> Iterator[Options]:
     """The addresses of loads that are under way take registers."""
-    for stages in (p.num_stages - 1, p.num_stages + 1):
-        if found.spills and 1 <= stages <= MOST_STAGES:
-            yield replace(p, num_stages=stages)
+    stages = at.options.num_stages or 1
+    for other in (stages - 1, stages + 1):
+        if at.resources and at.resources.spills and 1 <= other <= MOST_STAGES:
+            yield replace(at.options, num_stages=other)
 
 
 @rule
-def bounded_registers(p: Parameters, found: Resources) -> Iterator[Parameters]:
+def bounded_registers(at: Configuration) -> Iterator[Options]:
     """ptxas sometimes takes far fewer registers than there are, and spills: a bound makes it take more."""
-    limit = most_registers(p)
-    if found.spills and found.registers < limit and p.maxnreg is None:
-        yield replace(p, maxnreg=limit)
+    limit = most_registers(at.options)
+    if at.resources and at.resources.spills and at.resources.registers < limit and at.options.maxnreg is None:
+        yield replace(at.options, maxnreg=limit)
+
+
+# -- rules that make a kernel that fits faster
+
+
+def loops(at: Configuration) -> bool:
+    return bool(at.resources and at.resources.loop_instructions)
+
+
+def products(at: Configuration) -> Iterator[tuple[int, int]]:
+    """The rows and columns of each matrix multiply in a tile, padding aside."""
+    for launch in at.call.launches if isinstance(at.call, Beside) else (at.call,):
+        axes: dict[str, set[str]] = {}
+        for scope in launch.scopes:
+            tiles = {e.axis.name: e.tile for e in scope.extents}
+            for action in scope.actions():
+                compute = compute_of(action)
+                value = compute.equation.target if compute else action.value if isinstance(action, Read) else None
+                if value is not None:
+                    axes[value.name] = {a.name for a in value.axes}
+                if compute and compute.form == "dot":
+                    left, right = (axes[a] for a in compute.equation.args)
+                    rows, columns = (math.prod(tiles[a] for a in side) for side in (left - right, right - left))
+                    yield rows, columns
+
+
+@rule
+def other_stages(at: Configuration) -> Iterator[Options]:
+    """More loads under way hide latency; fewer leave room for another block."""
+    stages = at.options.num_stages or 1
+    for other in (stages + 1, stages - 1):
+        if at.badness == (0, 0) and loops(at) and 1 <= other <= MOST_STAGES:
+            yield replace(at.options, num_stages=other)
+
+
+@rule
+def other_warps(at: Configuration) -> Iterator[Options]:
+    """More warps hide latency; fewer issue fewer instructions for the same tile."""
+    warps = at.options.num_warps or 1
+    for other in (2 * warps, warps // 2):
+        if at.badness == (0, 0) and 1 <= other <= MOST_WARPS:
+            yield replace(at.options, num_warps=other)
+
+
+@rule
+def swapped_operands(at: Configuration) -> Iterator[Options]:
+    """Instructions of a warp group (sm_90 and later) have 64 rows: the longer side of a product had better be those."""
+    if at.badness == (0, 0) and at.device.arch >= 90 and not at.options.swapped and any(products(at)):
+        yield replace(at.options, swapped=True)
+
+
+@rule
+def multiplied_and_summed(at: Configuration) -> Iterator[Options]:
+    """A matrix instruction has at least 16 rows: for one or two, multiplying and summing may do with less."""
+    narrow = any(min(sides) <= NARROW for sides in products(at))
+    if at.badness == (0, 0) and at.options.dot == "auto" and narrow:
+        yield replace(at.options, dot="never")
+
+
+@rule
+def unrolled(at: Configuration) -> Iterator[Options]:
+    """Two iterations as one: fewer branches, and loads of the second meet the arithmetic of the first."""
+    if at.badness == (0, 0) and loops(at) and at.options.unroll == 1:
+        yield replace(at.options, unroll=2)
+
+
+@rule
+def streamed(at: Configuration) -> Iterator[Options]:
+    """What is read once need not push what is read again out of the caches."""
+    if at.badness == (0, 0) and loops(at) and not at.options.evict_first:
+        yield replace(at.options, evict_first=True)

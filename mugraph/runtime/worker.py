@@ -13,6 +13,7 @@ import subprocess
 import tempfile
 import traceback
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -110,6 +111,25 @@ def disassembled(tools: Path, binary: Path) -> str:
     return subprocess.run([tools / "nvdisasm", "-c", binary], capture_output=True, text=True, check=True).stdout
 
 
+def time_file(source: str, program: str, sizes: dict[str, int], device: str, repeats: int) -> dict[str, float]:
+    """The time of one call of the file's `run`, in seconds: the median and the quartiles."""
+    from mugraph.ir.parser import parse_program
+    from mugraph.runtime.bench import measure, rotating, rotation
+
+    module = load(source)
+    copies = rotation(parse_program(program), sizes, device)
+    run = rotating(module.run, copies)
+    timings = measure({"run": run}, repeats, device=device)
+    return asdict(timings.seconds("run"))
+
+
+def probe(device: str) -> bool:
+    """Whether the device computes."""
+    import torch
+
+    return bool(torch.ones(4, device=device).sum().item() == 4)
+
+
 def job(run: str, request: dict[str, Any]) -> Any:
     """A job of an engine.  The process that asks decides when to stop: Ctrl-C, which all get, is not for this one."""
     from mugraph.runtime.engine import compute
@@ -118,7 +138,9 @@ def job(run: str, request: dict[str, Any]) -> Any:
     return compute(run, request)
 
 
-KINDS: dict[str, Callable[..., Any]] = {"interpret": interpret, "compile": compile_kernels, "job": job}
+KINDS: dict[str, Callable[..., Any]] = {
+    "interpret": interpret, "compile": compile_kernels, "time": time_file, "probe": probe, "job": job,
+}  # fmt: skip
 
 
 def serve() -> None:

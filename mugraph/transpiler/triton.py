@@ -27,7 +27,7 @@ from mugraph.codegen.plan import (
     Extent,
     Index,
     Launch,
-    Parameters,
+    Options,
     Piece,
     Plan,
     Read,
@@ -37,7 +37,7 @@ from mugraph.codegen.plan import (
     equation_text,
 )  # fmt: skip
 from mugraph.errors import UnsupportedOpError
-from mugraph.ir.axes import MAX_SIZE, Axis, Dim, Monomial, Size, dims_of, product
+from mugraph.ir.axes import MAX_SIZE, Axis, Dim, Monomial, Size, dims_of, product, representative
 from mugraph.ir.graph import Equation, Program
 from mugraph.ir.ops import (
     Broadcast,
@@ -471,15 +471,21 @@ class _Kernel:
             self.put(f"{low} = part * {chunk}")
             self.put(f"{high} = tl.maximum({low}, tl.minimum({low} + {chunk}, {size}))")
         if not e.tail:
-            self.loop(f"for {at} in range({low}, {high}, {tile}):", at, tail=False)
+            self.loop(self.head(at, low, high, tile), at, tail=False)
             return
         full = self.name_of(("full", axis.name, self.number), f"full_{axis.name}")
         begin = "" if low == "0" else f"{low} + "
         length = high if low == "0" else f"({high} - {low})"
         self.put(f"{full} = {begin}{length} // {tile} * {tile}")
         if not isinstance(axis.size, int) or axis.size >= tile:
-            self.loop(f"for {at} in range({low}, {full}, {tile}):", at, tail=False)
+            self.loop(self.head(at, low, full, tile), at, tail=False)
         self.loop(f"for {at} in tl.range({full}, {high}, {tile}, num_stages=1):", at, tail=True)
+
+    def head(self, at: str, low: str, high: str, tile: int) -> str:
+        unroll = self.launch.options.unroll
+        if unroll == 1:
+            return f"for {at} in range({low}, {high}, {tile}):"
+        return f"for {at} in tl.range({low}, {high}, {tile}, loop_unroll_factor={unroll}):"
 
     def last_loop(self) -> int:
         return max(i for i, s in enumerate(self.launch.scopes) if s.loop)
@@ -640,6 +646,8 @@ class _Kernel:
             args = [" + ".join([at, *moving])]
             if mask:
                 args += [f"mask={mask}", "other=0" if not value.dtype.is_float else "other=0.0"]
+            if self.launch.options.evict_first and self.is_largest(piece.source):
+                args.append('eviction_policy="evict_first"')
             texts.append(f"tl.load({', '.join(args)})")
         note = str(read)
         if len(texts) == 1:
@@ -656,6 +664,11 @@ class _Kernel:
         if value.dtype.is_float and value.dtype is not DType.f32 and self.is_arithmetic(value.name):
             self.wide[value.name] = self.name_of(("wide", value.name), f"{value.name}_f32")
             self.put(f"{self.wide[value.name]} = {var}.to(tl.float32)")
+
+    def is_largest(self, source: str) -> bool:
+        """Whether no source of the launch is larger, at representative sizes: weights, or keys and values."""
+        sizes = {s: math.prod(map(representative, self.plan.buffer(s).tensor.shape)) for s in self.launch.sources()}
+        return sizes[source] == max(sizes.values())
 
     def piece_mask(self, piece: Piece, want: Sequence[Lane]) -> list[str]:
         if piece.joined is None:
@@ -1010,7 +1023,7 @@ class _Kernel:
             args.append(f"{name}=triton.next_power_of_2({text})")
         if self.widen:
             args.append(f"DOT=tl.bfloat16 if isinstance({self.fn}, triton.JITFunction) else tl.float32")
-        return [*args, *_keywords(self.launch.parameters)]
+        return [*args, *_keywords(self.launch.options)]
 
     def bound(self) -> list[tuple[str, str, str]]:
         """Each parameter with its annotation and its argument in `run`, in order."""
@@ -1039,8 +1052,8 @@ class _Kernel:
         return found + ([("DOT", "tl.bfloat16")] if self.widen else [])
 
 
-def _keywords(parameters: Parameters) -> list[str]:
-    return [f"{name}={value}" for name, value in parameters.options.items()]
+def _keywords(options: Options) -> list[str]:
+    return [f"{name}={value}" for name, value in options.compiled.items()]
 
 
 class _Group:
@@ -1049,7 +1062,7 @@ class _Group:
     def __init__(self, beside: Beside, kernels: Mapping[str, _Kernel]) -> None:
         self.kernels = [kernels[launch.name] for launch in beside.launches]
         self.fn = function_name(beside)
-        self.compiled = beside.parameters
+        self.compiled = beside.options
         self.parameters: dict[str, tuple[str, str, str]] = {}  # name -> annotation, argument, signature
         self.calls: list[list[str]] = []
         for k in self.kernels:
@@ -1244,10 +1257,10 @@ def _signatures(kernels: Mapping[str, _Kernel], groups: Mapping[str, _Group]) ->
         "# How each kernel compiles ahead of time: types (`:16`: divisible by 16) or constants, and launch options."
     ]
     lines.append("SIGNATURES = {")
-    found = [(k.fn, k.signature(), k.launch.parameters) for k in kernels.values() if not k.beside]
+    found = [(k.fn, k.signature(), k.launch.options) for k in kernels.values() if not k.beside]
     found += [(g.fn, g.signature(), g.compiled) for g in groups.values()]
-    for fn, parameters, compiled in found:
+    for fn, parameters, options in found:
         lines += [f'    "{fn}": (', "        {"]
         lines += [f'            "{name}": {text},' for name, text in parameters]
-        lines += ["        },", f"        {json.dumps(compiled.options)},", "    ),"]
+        lines += ["        },", f"        {json.dumps(options.compiled)},", "    ),"]
     return "\n".join([*lines, "}"])

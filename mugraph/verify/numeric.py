@@ -226,7 +226,7 @@ def _draw(program: Program, i: Input, bindings: Mapping[str, int], kind: str, se
         mask[..., :1] = True
         return mask
     if not i.tensor.dtype.is_float:
-        return rng.integers(0, _range(program, i.name, bindings), shape)
+        return rng.integers(0, index_range(program, i.name, bindings), shape)
     values = rng.standard_normal(shape)
     match kind:
         case "wide":
@@ -259,7 +259,7 @@ def _summed(program: Program, tensor: Tensor, bindings: Mapping[str, int]) -> in
     return max((math.prod(sizes.get(a, 1) for a in axes) for axes in contracted), default=1)
 
 
-def _range(program: Program, name: str, bindings: Mapping[str, int]) -> int:
+def index_range(program: Program, name: str, bindings: Mapping[str, int]) -> int:
     """How many values an integer input may take: the axis that it indexes, else a few."""
     tensors = program.tensors()
     for e in program.equations:

@@ -13,6 +13,7 @@ import mugraph as mg
 from benchmarks import gpu, kernels
 from benchmarks.programs import CLASSIC, PROGRAMS
 from mugraph.ir.resize import resized
+from mugraph.runtime.bench import random_inputs, rotating
 from mugraph.runtime.load import load_module
 from mugraph.transpiler import torch as torch_code
 from tests import graphs
@@ -22,7 +23,7 @@ from tests import graphs
 def test_the_baselines_compute_the_programs(name: str) -> None:
     long = {a.name: 64 for a in PROGRAMS[name].axes().values() if isinstance(a.size, int) and a.size >= 1024}
     program = resized(PROGRAMS[name], long, {})
-    tensors = kernels.inputs(program, {"B": 2}, "cpu")
+    tensors = random_inputs(program, {"B": 2}, "cpu")
     wanted = load_module(torch_code.emit(program), f"{name}_reference").run(*tensors)
     given = kernels.baselines()[name](*tensors)
     assert given.shape == wanted.shape
@@ -42,7 +43,7 @@ def test_a_wrong_kernel_is_not_called_correct() -> None:
 
 def test_copies_rotate() -> None:
     seen: list[int] = []
-    call = kernels.rotating(lambda t: seen.append(int(t)), [[torch.tensor(i)] for i in range(3)])
+    call = rotating(lambda t: seen.append(int(t)), [[torch.tensor(i)] for i in range(3)])
     for _ in range(4):
         call()
     assert seen == [1, 2, 0, 1]

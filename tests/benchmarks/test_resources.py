@@ -57,10 +57,10 @@ FINE = {"registers": 64, "shared_bytes": 1024, "stack_bytes": 0, "spills": 0, "s
     [({}, True), ({"spills_outside": 2}, True), ({"spills": 1}, False), ({"shared_bytes": 240_000}, False)],
 )
 def test_spills_in_loops_and_too_much_shared_memory_are_not_ok(change: dict[str, int], ok: bool):
-    row: Row = resources_of(PROGRAMS["rmsnorm"], 90, Answers(Resources("k", 90, **FINE | change)))
+    row: Row = resources_of(PROGRAMS["rmsnorm"], 90, "fit", Answers(Resources("k", 90, **FINE | change)))
     assert row["ok"] is ok
 
 
 def test_what_does_not_compile_says_why():
-    row = resources_of(PROGRAMS["rmsnorm"], 90, Answers(CompileError("ptxas refuses")))
+    row = resources_of(PROGRAMS["rmsnorm"], 90, "fit", Answers(CompileError("ptxas refuses")))
     assert (row["ok"], row["error"]) == (False, "ptxas refuses")

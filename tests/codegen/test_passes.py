@@ -5,9 +5,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from mugraph.codegen.lower import Options, lower, plan_graph, power_of_two
+from mugraph.codegen.lower import lower, plan_graph, power_of_two
 from mugraph.codegen.passes import PASSES, prepare
-from mugraph.codegen.plan import Accumulate, Compute, Launch, Plan
+from mugraph.codegen.plan import Accumulate, Compute, Launch, Options, Plan
 from mugraph.errors import UnsupportedOpError
 from mugraph.ir.axes import Dim
 from mugraph.ir.evaluate import FloatAlgebra, axis_sizes, outputs
@@ -144,7 +144,7 @@ def test_a_row_statistic_is_reduced_after_the_loop():
     plan = computes(launch_of(plan_graph(rmsnorm_linear_fused())))
     assert plan["ss"].deferred
     assert not plan["acc"].deferred
-    eager = computes(launch_of(plan_graph(rmsnorm_linear_fused(), Options(keep_statistics=False))))
+    eager = computes(launch_of(plan_graph(rmsnorm_linear_fused(), options=Options(keep_statistics=False))))
     assert not eager["ss"].deferred
 
 
@@ -154,7 +154,7 @@ def test_sides_of_a_dot_are_padded_to_16():
 
 
 def test_without_dots_nothing_is_padded():
-    scope = launch_of(plan_graph(tiny_tiles(), Options(dot="never"))).scopes[0]
+    scope = launch_of(plan_graph(tiny_tiles(), options=Options(dot="never"))).scopes[0]
     assert {e.axis.name: (e.tile, e.lanes) for e in scope.extents} == {"b": (2, 2), "k": (8, 8), "n": (4, 4)}
 
 

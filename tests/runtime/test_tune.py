@@ -1,8 +1,10 @@
-"""Parameters of kernels, chosen by what the compiler makes of them."""
+"""Options of kernels, chosen by what the compiler makes of them, by a model, and by timing."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,175 +12,365 @@ import pytest
 
 from benchmarks.programs import PROGRAMS
 from mugraph.codegen.lower import lower, plan_graph
-from mugraph.codegen.plan import Parameters, Plan
+from mugraph.codegen.plan import Launch, Options
 from mugraph.errors import CompileError
 from mugraph.ir.graph import KernelGraph
 from mugraph.ir.parser import parse_program
+from mugraph.ir.types import DType
 from mugraph.runtime import tune
+from mugraph.runtime.bench import Spread
 from mugraph.runtime.compile import Compiler, Resources
-from mugraph.runtime.tune import Choice, loops_of, replayed, retiled, rule, tuned, tuned_graph
+from mugraph.runtime.interpret import Interpreter
+from mugraph.runtime.timing import Refused
+from mugraph.runtime.tune import Choice, Configuration, Tuned, Tuner, loops_of, retiled, rule
+from mugraph.search.cost import device
 from mugraph.transpiler.triton import emit, launched
-from mugraph.verify.equivalence import verify
+from mugraph.verify.equivalence import Verified, verify
+from mugraph.verify.numeric import numeric_check
 from tests import graphs
 from tests.blocks import BLOCKS, split_matmul
-from tests.graphs import rmsnorm_linear_fused
 
 WINNERS = Path(__file__).parents[1] / "corpora/winners"
 FINE = Resources("k", 90, 64, 1024, 0, 0, 0, 1, 0, 1)
+H100 = device("h100")
 
-Answer = Callable[[str, dict[str, int]], Resources]
+Answer = Callable[[str, Mapping[str, int]], Resources]
 
 
 class Told(Compiler):
-    """Answers from a function of kernel and options, and remembers what was asked."""
+    """Answers from a function of the kernel and the compiler options in the source, and remembers what was asked."""
 
     def __init__(self, answer: Answer):
         super().__init__()
         self.answer = answer
-        self.asked: list[tuple[str, dict[str, int]]] = []
+        self.asked: list[dict[str, int]] = []
 
     def resources(self, source, arch, options=None, only=None):
         (kernel,) = only
-        self.asked.append((kernel, dict(options)))
-        return [self.answer(kernel, dict(options))]
+        table = re.search(rf'"{kernel}": \(\n +\{{.*?\n +\}},\n +(\{{.*?\}}),', source, re.DOTALL)
+        assert table
+        self.asked.append(json.loads(table.group(1)))
+        return [replace(self.answer(kernel, self.asked[-1]), kernel=kernel)]
 
 
-def plan() -> Plan:
-    return plan_graph(rmsnorm_linear_fused())
+def fitted(before: Verified, answer: Answer | Told, level: tune.Tune = "fit", timer=None) -> tuple[Verified, Tuned]:
+    told = answer if isinstance(answer, Told) else Told(answer)
+    return Tuner(H100, [told], timer=timer).tuned(before, level)
 
 
-def only(p: Plan) -> Parameters:
-    (launch,) = p.launches()
-    return launch.parameters
+def rmsnorm_linear() -> Verified:
+    program, fused = graphs.ALL["rmsnorm_linear"]
+    return verify(program(), fused())
+
+
+def own(v: Verified) -> Options:
+    (launch,) = lower(v).launches()
+    return launch.options
+
+
+def tuned_options(v: Verified, found: Tuned) -> Options:
+    (launch,) = lower(v, found.options).launches()
+    return launch.options
+
+
+# -- to fit
 
 
 def test_what_does_not_spill_stays_as_it_was_lowered():
     told = Told(lambda kernel, o: FINE)
-    found = tuned(plan(), 90, told)
-    assert (found.plan, found.trace, found.tried, found.notes) == (plan(), (), 1, ())
+    before = rmsnorm_linear()
+    after, found = fitted(before, told)
+    assert after == before
+    assert (found.trace, found.tried, found.notes) == ((), 1, ())
     assert len(told.asked) == 1
 
 
+def test_nothing_is_compiled_where_nothing_is_to_be_tuned():
+    told = Told(lambda kernel, o: FINE)
+    assert fitted(rmsnorm_linear(), told, "none")[1] == Tuned("none")
+    assert told.asked == []
+
+
 def test_spills_go_by_the_nearest_choice_and_the_trace_says_which():
-    start = only(plan()).num_warps
-    found = tuned(plan(), 90, Told(lambda kernel, o: replace(FINE, spills=9 if o["num_warps"] == start else 0)))
+    before = rmsnorm_linear()
+    start = own(before).num_warps
+    _, found = fitted(before, lambda kernel, o: replace(FINE, spills=9 if o["num_warps"] == start else 0))
     assert found.trace == (Choice("rmsnorm_linear", "num_warps", 2 * start),)
-    assert only(found.plan) == replace(only(plan()), num_warps=2 * start)
-    assert f"num_warps={2 * start}" in emit(found.plan)
+    assert tuned_options(before, found) == replace(own(before), num_warps=2 * start)
+    assert f"num_warps={2 * start}" in emit(lower(before, found.options))
     assert found.resources[0].spills == 0
 
 
 def test_too_much_shared_memory_takes_fewer_stages():
-    def answer(kernel: str, o: dict[str, int]) -> Resources:
-        return replace(FINE, shared_bytes=100_000 * o["num_stages"])
-
-    found = tuned(plan().with_parameters({"rmsnorm_linear": Parameters(4, 4)}), 90, Told(answer))
-    assert found.trace == (Choice("rmsnorm_linear", "num_stages", 2),)
+    before = rmsnorm_linear()
+    stages = own(before).num_stages
+    _, found = fitted(before, lambda k, o: replace(FINE, shared_bytes=240_000 if o["num_stages"] >= stages else 1))
+    assert found.trace == (Choice("rmsnorm_linear", "num_stages", stages - 1),)
 
 
 def test_what_does_not_compile_gives_way():
-    def answer(kernel: str, o: dict[str, int]) -> Resources:
+    def answer(kernel: str, o: Mapping[str, int]) -> Resources:
         if o["num_stages"] > 1:
             raise CompileError("out of shared memory")
         return FINE
 
-    assert Choice("rmsnorm_linear", "num_stages", 1) in tuned(plan(), 90, Told(answer)).trace
+    assert Choice("rmsnorm_linear", "num_stages", 1) in fitted(rmsnorm_linear(), answer)[1].trace
 
 
 def test_what_never_compiles_is_an_error():
-    def answer(kernel: str, o: dict[str, int]) -> Resources:
+    def answer(kernel: str, o: Mapping[str, int]) -> Resources:
         raise CompileError("ptxas refuses")
 
     with pytest.raises(CompileError, match="ptxas refuses"):
-        tuned(plan(), 90, Told(answer))
+        fitted(rmsnorm_linear(), answer)
 
 
 def test_where_all_spill_the_least_is_taken_and_a_note_says_so():
     told = Told(lambda kernel, o: replace(FINE, spills=100 - o["num_warps"] - o["num_stages"]))
-    found = tuned(plan(), 90, told)
-    assert found.resources[0].spills == min(100 - o["num_warps"] - o["num_stages"] for _, o in told.asked)
-    assert len(told.asked) <= tune.MOST_TRIED
+    found = Tuner(H100, [told]).options(rmsnorm_linear(), "fit")
+    assert found.spills == min(100 - o["num_warps"] - o["num_stages"] for o in told.asked)
+    assert len(told.asked) <= tune.MOST_FITTED
     assert "spills" in found.notes[0]
 
 
 def test_spills_outside_loops_get_a_bound_of_registers_if_that_helps():
+    before = rmsnorm_linear()
     for left, bound in ((0, 255), (3, None)):
-        told = Told(lambda kernel, o, left=left: replace(FINE, spills_outside=left if "maxnreg" in o else 3))
-        found = tuned(plan().with_parameters({"rmsnorm_linear": Parameters(4, 2)}), 90, told)
-        assert only(found.plan).maxnreg == bound
-        assert ("maxnreg=255" in emit(found.plan)) == (bound is not None)
+        _, found = fitted(before, lambda k, o, left=left: replace(FINE, spills_outside=left if "maxnreg" in o else 3))
+        assert tuned_options(before, found).maxnreg == bound
+        assert ("maxnreg=255" in emit(lower(before, found.options))) == (bound is not None)
+        assert [*found.notes] == ([] if bound else ["rmsnorm_linear spills 3 times outside loops"])
 
 
 def test_each_kernel_of_a_plan_has_its_own_choices():
-    graph = split_matmul(parts=3)
-    before = plan_graph(graph)
-    second = list(launched(before))[1]
-    found = tuned(before, 90, Told(lambda k, o: replace(FINE, spills=int(k == second and o["num_warps"] != 8))))
-    assert {c.kernel for c in found.trace} == {launched(before)[second].name}
-    assert found.plan.launches()[0] == before.launches()[0]
+    before = verify_itself(split_matmul(parts=3))
+    second = list(launched(lower(before)))[1]
+    _, found = fitted(before, lambda k, o: replace(FINE, spills=int(k == second and o["num_warps"] != 8)))
+    assert {c.kernel for c in found.trace} == {launched(lower(before))[second].name}
+    assert lower(before, found.options).launches()[0] == lower(before).launches()[0]
 
 
 def test_kernels_of_one_launch_share_their_choices():
-    before = plan_graph(BLOCKS["two_blocks"]())
-    (function,) = launched(before)
-    after = tuned(before, 90, Told(lambda k, o: replace(FINE, spills=int(o["num_warps"] != 8)))).plan
-    assert {x.parameters.num_warps for x in after.launches()} == {8}
+    before = verify_itself(BLOCKS["two_blocks"]())
+    (function,) = launched(lower(before))
+    _, found = fitted(before, lambda k, o: replace(FINE, spills=int(o["num_warps"] != 8)))
+    after = lower(before, found.options)
+    assert {x.options.num_warps for x in after.launches()} == {8}
     assert function in emit(after)
 
 
+def verify_itself(graph: KernelGraph) -> Verified:
+    """A verified graph, for tests that need no other program."""
+    return verify(graph, graph)
+
+
 def test_a_trace_gives_the_plan_again_and_one_of_another_plan_is_refused():
-    found = tuned(plan(), 90, Told(lambda kernel, o: replace(FINE, spills=int(o["num_warps"] < 16))))
-    assert replayed(plan(), found.trace) == found.plan
-    for wrong in (Choice("other", "num_warps", 8), Choice("rmsnorm_linear", "colour", 8)):
-        with pytest.raises(ValueError, match="rmsnorm_linear has no"):
-            replayed(plan(), (wrong,))
+    before = rmsnorm_linear()
+    _, found = fitted(before, lambda kernel, o: replace(FINE, spills=int(o["num_warps"] < 16)))
+    assert Tuned.from_dict(json.loads(json.dumps(found.to_dict()))) == found
+    for wrong in (
+        Choice("other", "num_warps", 8),
+        Choice("rmsnorm_linear", "colour", 8),
+        Choice("rmsnorm_linear", "num_warps", 3),
+        Choice("rmsnorm_linear", "num_warps", True),
+        Choice("rmsnorm_linear", "num_warps", "8"),
+    ):
+        with pytest.raises(ValueError, match=r"there is no option|has no kernel"):
+            lower(before, (wrong,))
 
 
 def test_a_rule_of_ones_own_proposes_too(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(tune, "RULES", [])
 
     @rule
-    def one_warp(p: Parameters, found: Resources) -> Iterator[Parameters]:
-        yield replace(p, num_warps=1)
+    def one_warp(at: Configuration) -> Iterator[Options]:
+        yield replace(at.options, num_warps=1)
 
-    found = tuned(plan(), 90, Told(lambda kernel, o: replace(FINE, spills=int(o["num_warps"] > 1))))
+    _, found = fitted(rmsnorm_linear(), lambda kernel, o: replace(FINE, spills=int(o["num_warps"] > 1)))
     assert found.trace == (Choice("rmsnorm_linear", "num_warps", 1),)
 
 
-@pytest.mark.parametrize("arch", [90, 100])
-def test_attention_compiles_without_spills_in_loops(arch: int):
+@pytest.mark.parametrize("arch", ["90", "100"])
+def test_attention_compiles_without_spills_in_loops(arch: str):
     graph = parse_program((WINNERS / "gqa.txt").read_text())
     assert isinstance(graph, KernelGraph)
-    before = lower(verify(PROGRAMS["gqa"], graph))
     with Compiler() as compiler:
-        found = tuned(before, arch, compiler)
-        again = compiler.resources(emit(found.plan), arch)
-    assert found.notes == ()
+        after, found = Tuner(device(arch), [compiler]).tuned(verify(PROGRAMS["gqa"], graph), "fit")
+        again = compiler.resources(emit(lower(after, found.options)), int(arch))
+    assert not any("in loops" in note for note in found.notes)
     assert [r.spills for r in again] == [r.spills for r in found.resources] == [0] * len(again)
 
 
 def test_tiles_are_cut_where_nothing_else_helps():
     """A kernel that spills as long as its source has loops of more than 32."""
-    program, fused = graphs.ALL["rmsnorm_linear"]
-    before = verify(program(), fused())
+    before = rmsnorm_linear()
     assert loops_of(before.graph) == {"k": 128}
 
     class BySource(Compiler):
         def resources(self, source, arch, options=None, only=None):
             return [replace(FINE, spills=0 if "range(0, size_k, 32)" in source else 7)]
 
-    after, found = tuned_graph(before, 90, BySource())
+    after, found = Tuner(H100, [BySource()]).tuned(before, "fit")
     assert loops_of(after.graph) == {"k": 32}
     assert found.trace == (Choice("tiles", "k", 32),)
     assert found.notes == ()
-    again = verify(program(), retiled(before.graph, found.trace))
-    assert again.graph == after.graph
-    assert replayed(lower(again), found.trace) == found.plan
+    assert found.options == ()
+    assert retiled(before, {"k": 32}).graph == after.graph
 
 
 def test_tiles_stay_where_cutting_them_does_not_help():
-    program, fused = graphs.ALL["rmsnorm_linear"]
-    before = verify(program(), fused())
-    after, found = tuned_graph(before, 90, Told(lambda kernel, o: replace(FINE, spills=7)))
+    before = rmsnorm_linear()
+    after, found = fitted(before, lambda kernel, o: replace(FINE, spills=7))
     assert after == before
     assert found.notes
+
+
+# -- to be fast
+
+
+def test_the_model_prefers_what_hides_latency_and_refuses_what_spills():
+    """Here each stage costs shared memory, and the fifth spills."""
+
+    def answer(kernel: str, o: Mapping[str, int]) -> Resources:
+        stages = o["num_stages"]
+        return replace(FINE, shared_bytes=20_000 * stages, spills=int(stages >= 5), loop_instructions=200)
+
+    before = rmsnorm_linear()
+    _, found = fitted(before, answer, "model")
+    assert tuned_options(before, found).num_stages in (3, 4)
+    assert found.spills == 0
+    assert 1 < found.tried <= tune.MOST_RANKED
+
+
+def test_equal_predictions_keep_the_lowerings_own_choice():
+    before = rmsnorm_linear()
+    _, found = fitted(before, lambda k, o: replace(FINE, loop_instructions=0), "model")
+    assert found.trace == ()
+
+
+class Clock:
+    """Answers from a function of the source, and counts."""
+
+    def __init__(self, answer: Callable[[str], float | Refused]):
+        self.answer = answer
+        self.asked: list[str] = []
+
+    def seconds(self, source: str, repeats: int) -> Spread | Refused:
+        self.asked.append(source)
+        found = self.answer(source)
+        return found if isinstance(found, Refused) else Spread(found, found, found)
+
+
+def test_the_clock_has_the_last_word():
+    """The device likes two warps, whatever the model says."""
+    clock = Clock(lambda source: 1.0 if "num_warps=2" in source else 2.0)
+    before = rmsnorm_linear()
+    _, found = fitted(before, lambda k, o: replace(FINE, loop_instructions=100), "measure", clock)
+    assert Choice("rmsnorm_linear", "num_warps", 2) in found.trace
+    assert found.timed > 1
+
+
+def test_nothing_slower_than_the_lowerings_own_choice_is_taken():
+    before = rmsnorm_linear()
+    start = emit(lower(before))
+    clock = Clock(lambda source: 1.0 if source == start else 2.0)
+    _, found = fitted(before, lambda k, o: replace(FINE, loop_instructions=100), "measure", clock)
+    assert found.trace == ()
+
+
+def test_what_spills_is_never_run():
+    told = Told(lambda k, o: replace(FINE, loop_instructions=9, spills=int(o["num_warps"] == 8)))
+    clock = Clock(lambda source: 1.0)
+    fitted(rmsnorm_linear(), told, "measure", clock)
+    assert any(o["num_warps"] == 8 for o in told.asked)
+    assert not any("num_warps=8" in source for source in clock.asked)
+
+
+def test_what_hangs_or_runs_out_of_memory_is_refused_with_the_reason():
+    def answer(source: str) -> float | Refused:
+        return Refused("no answer within 60 s") if "num_warps=2" in source else 1.0
+
+    _, found = fitted(rmsnorm_linear(), lambda k, o: replace(FINE, loop_instructions=9), "measure", Clock(answer))
+    assert any("no answer within 60 s" in note for note in found.notes)
+    assert found.trace == ()
+
+
+def test_a_device_that_disappears_leaves_the_best_that_was_timed():
+    count = 0
+
+    def answer(source: str) -> float | Refused:
+        nonlocal count
+        count += 1
+        lost = count > tune.FINALISTS + 2  # in the second round
+        return Refused("the device was lost", lost=True) if lost else 1.0 if "num_warps=2" in source else 2.0
+
+    before = rmsnorm_linear()
+    _, found = fitted(before, lambda k, o: replace(FINE, loop_instructions=9), "measure", Clock(answer))
+    assert Choice("rmsnorm_linear", "num_warps", 2) in found.trace
+    assert any("the device was lost" in note for note in found.notes)
+
+
+def test_without_a_device_a_note_says_that_nothing_was_timed():
+    _, found = fitted(rmsnorm_linear(), lambda k, o: replace(FINE, loop_instructions=9), "measure")
+    assert found.timed == 0
+    assert "ranked by a model" in found.notes[0]
+
+
+# -- what options do to the text
+
+
+CHANGED = [
+    Options(dot="never"), Options(swapped=True), Options(unroll=2), Options(evict_first=True),
+    Options(keep_statistics=False), Options(swapped=True, unroll=2, evict_first=True),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def interpreter() -> Iterator[Interpreter]:
+    with Interpreter() as found:
+        yield found
+
+
+@pytest.mark.parametrize("options", CHANGED, ids=str)
+@pytest.mark.parametrize("name", ["rmsnorm_linear", "gated_mlp", "gqa"])
+def test_each_variant_computes_the_same(name: str, options: Options, interpreter: Interpreter):
+    make, fused = graphs.ALL[name]
+    sizes = () if name == "gqa" else (DType.f16, 300, 70)  # two tiles and a tail
+    program = make(*sizes)
+    source = emit(plan_graph(fused(*sizes), options=options))
+    order = [i.name for i in program.inputs]
+
+    def run(inputs, bindings, out=None):
+        del bindings
+        return interpreter.run(source, {n: inputs[n] for n in order})
+
+    report = numeric_check(
+        program, run, bindings=[{"B": 5}], how="interpreted", target="triton", source_hash="", draws=("normal",)
+    )
+    assert report.passed
+
+
+def test_variants_show_in_the_text():
+    graph = graphs.ALL["rmsnorm_linear"][1]()
+    texts = {str(o): emit(plan_graph(graph, options=o)) for o in (Options(), *CHANGED)}
+    assert len(set(texts.values())) == len(texts)
+    assert "tl.dot" not in texts[str(Options(dot="never"))]
+    assert "loop_unroll_factor=2" in texts[str(Options(unroll=2))]
+    streamed = texts[str(Options(evict_first=True))]
+    loads = [line for line in streamed.splitlines() if "tl.load(" in line]
+    assert [("w_at" in line) for line in loads if "evict_first" in line] == [True]
+
+
+@pytest.mark.parametrize("options", CHANGED, ids=str)
+def test_each_variant_compiles(options: Options):
+    graph = graphs.ALL["rmsnorm_linear"][1]()
+    with Compiler() as compiler:
+        (found,) = compiler.resources(emit(plan_graph(graph, options=options)), 90)
+    assert (found.matrix_ops > 0) == (options.dot == "auto")
+
+
+def test_launch_strings_name_what_was_chosen():
+    before = rmsnorm_linear()
+    (launch,) = lower(before, (Choice("rmsnorm_linear", "unroll", 2),)).launches()
+    assert isinstance(launch, Launch)
+    assert "unroll 2" in str(launch).splitlines()[0]

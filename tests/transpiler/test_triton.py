@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from mugraph.codegen.lower import Options, plan_graph
+from mugraph.codegen.lower import plan_graph
+from mugraph.codegen.plan import Options
 from mugraph.codegen.stabilise import stabilise
 from mugraph.errors import CompileError, UnsupportedOpError
 from mugraph.ir.axes import size_value
@@ -87,7 +88,7 @@ def check(
     scale: float = 1.0,
     options: Options | None = None,
 ) -> None:
-    source = emit(plan_graph(graph, options))
+    source = emit(plan_graph(graph, options=options))
     check_source(interpreter, source, program or graph, bindings, draw(graph, bindings, scale))
 
 
@@ -326,7 +327,7 @@ def test_true_sizes_compile(compiler, name, arch):
 
 
 def test_more_than_the_shared_memory_shows(compiler):
-    (r,) = compiler.resources(emit(plan_graph(rmsnorm_linear_fused(), Options(num_stages=16))), 90)
+    (r,) = compiler.resources(emit(plan_graph(rmsnorm_linear_fused(), options=Options(num_stages=16))), 90)
     assert r.shared_bytes > SHARED_LIMITS[90]
 
 

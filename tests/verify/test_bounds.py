@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks.programs import CLASSIC, PROGRAMS
-from mugraph.codegen.lower import Options, lower, plan_graph
+from mugraph.codegen.lower import lower, plan_graph
+from mugraph.codegen.plan import Options
 from mugraph.errors import VerificationError
 from mugraph.ir.graph import KernelGraph, Program
 from mugraph.ir.parser import parse_program
@@ -62,7 +63,7 @@ def test_what_is_chosen_for_the_classic_programs_is_in_bounds(name: str):
 @pytest.mark.parametrize("dot", ["auto", "never"])
 def test_every_form_of_block_is_in_bounds(name: str, dot: str):
     graph = BLOCKS[name]()
-    holds(in_bounds(triton.emit(plan_graph(graph, Options(dot=dot))), graph), 3)
+    holds(in_bounds(triton.emit(plan_graph(graph, options=Options(dot=dot))), graph), 3)
 
 
 @pytest.mark.parametrize("parts", [1, 3, 7])

@@ -1,0 +1,109 @@
+"""Predicts what a compiled launch takes, to rank configurations of one kernel; only measuring tells the truth.
+
+Where the search's model (`search/cost.py`) guesses from tiles, this one reads what the compiler made: registers and
+shared memory say how many blocks an SM holds, the instructions of the main loop how busy its issue slots are.  Several
+limits act at once, so their 4-norm is taken: a plain maximum cannot rank.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from mugraph.codegen.plan import Beside, Launch, Plan, Read, Write
+from mugraph.ir.axes import representative
+from mugraph.ir.types import Tensor
+from mugraph.runtime.compile import Resources
+from mugraph.search.cost import BLOCK_SHARED, DRAIN_SECONDS, TRIP_CLOCKS, Device
+
+NORM = 4
+WARP = 32
+REGISTER_UNIT = 256  # registers are given to warps in such portions
+ISSUE_SLOTS = 4  # instructions that an SM issues in one clock
+UNDER_WAY = 1.5  # stages of which the loads are waited for, or being issued
+WAVE_SECONDS = 1e-6  # to drain one wave of blocks and fill the next
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What a launch does, at its representative sizes.  `unique`: bytes of the buffers that it touches; `moved`: bytes
+    that all blocks read and write; `stage`: bytes that one block loads in one iteration, all at once without a loop."""
+
+    blocks: int
+    trips: int
+    unique: float
+    moved: float
+    stage: float
+
+
+def occupancy(warps: int, found: Resources, d: Device) -> int:
+    """Blocks that one SM holds at a time; 0 where none fits."""
+    registers = math.ceil(max(found.registers, 1) * WARP / REGISTER_UNIT) * REGISTER_UNIT * warps
+    return min(
+        d.registers_per_sm // registers,
+        d.shared_bytes_per_sm // (found.shared_bytes + BLOCK_SHARED),
+        d.threads_per_sm // (WARP * warps),
+        d.blocks_per_sm,
+    )
+
+
+def predicted_seconds(call: Launch | Beside, plan: Plan, found: Resources, d: Device, symbolic: int = 16) -> float:
+    """Seconds of one launch, symbolic sizes being `symbolic`.
+
+    Infinite where no block fits on an SM.  Formula: sum of fixed costs, the 4-norm of the
+    limits, and what each further wave of blocks costs."""
+    warps = call.options.num_warps or 1
+    stages = call.options.num_stages or 1
+    held = occupancy(warps, found, d)
+    if not held:
+        return math.inf
+    each = [traffic(x, plan, symbolic) for x in (call.launches if isinstance(call, Beside) else (call,))]
+    blocks = sum(t.blocks for t in each)
+    unique, moved = sum(t.unique for t in each), sum(t.moved for t in each)
+    trips, stage = max(t.trips for t in each), max(t.stage for t in each)
+    resident = min(blocks, d.sms * held)
+    rounds, waves = math.ceil(blocks / d.sms), math.ceil(blocks / (d.sms * held))
+    in_flight = resident * max(stages - UNDER_WAY, 0.5) * stage if trips else resident * stage
+    limits = (
+        unique / d.bandwidth,
+        moved * d.load_latency_seconds / max(in_flight, 1.0),
+        moved / d.l2_bytes_per_second,
+        moved / (min(d.sms, blocks) * d.sm_bytes_per_second),
+        rounds * trips * found.loop_instructions / call.options.unroll * warps / ISSUE_SLOTS / d.clock_hz,
+        waves * trips * TRIP_CLOCKS / d.clock_hz,
+    )
+    streaming: float = math.fsum(x**NORM for x in limits) ** (1 / NORM)
+    return d.launch_seconds + d.fill_seconds + streaming + DRAIN_SECONDS + (waves - 1) * WAVE_SECONDS
+
+
+def traffic(launch: Launch, plan: Plan, symbolic: int = 16) -> Traffic:
+    """Counts of a launch, from its plan."""
+    extents = {e.axis.name: e for s in launch.scopes for e in s.extents}
+
+    def size_of(t: Tensor, held: Mapping[str, int]) -> float:
+        return math.prod(held.get(a.name, representative(a.size, symbolic)) for a in t.axes) * t.dtype.bits / 8
+
+    blocks = launch.split[1] if launch.split else 1
+    for axis in launch.grid:
+        blocks *= math.ceil(representative(extents[axis].axis.size, symbolic) / extents[axis].tile)
+    trips, moved, stage, whole = 0, 0.0, 0.0, 0.0
+    for scope in launch.scopes:
+        times = 1
+        if scope.loop:
+            e = scope.extent(scope.loop)
+            parts = launch.split[1] if launch.split and launch.split[0] == scope.loop else 1
+            times = math.ceil(representative(e.axis.size, symbolic) / (e.tile * parts))
+            trips += times
+        held = {e.axis.name: e.tile for e in scope.extents if e.role != "whole"}
+        for actions, count in ((scope.before, 1), (scope.body, times)):
+            loaded = sum(size_of(a.value, held) for a in actions if isinstance(a, Read))
+            stored = sum(size_of(a.value, held) for a in actions if isinstance(a, Write))
+            moved += blocks * count * (loaded + stored)
+            if scope.loop and actions is scope.body:
+                stage = max(stage, loaded)
+            else:
+                whole += loaded
+    touched = dict.fromkeys([*launch.sources(), *(w.target for w in launch.writes())])
+    unique = sum(size_of(plan.buffer(name).tensor, {}) for name in touched)
+    return Traffic(blocks, trips, min(unique, moved), moved, stage if trips else whole)
