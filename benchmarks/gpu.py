@@ -16,7 +16,6 @@ import shutil
 import subprocess
 import sys
 import time
-import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from typing import Any
 from benchmarks.environment import Row, document
 from benchmarks.kernels import COLUMNS, NOT_MEASURED, ROWS, has_device, rows_of
 from benchmarks.programs import CLASSIC
+from mugraph.runtime.files import write_whole
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
@@ -52,13 +52,7 @@ def write(rows: Sequence[Row], out: Path) -> Path:
     path = out / f"{device}-{time.strftime('%Y-%m-%d')}.json"
     before = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.is_file() else []
     data = document("kernels", merged(before, rows), device=True, command="python -m benchmarks.gpu", clocks=clocks())
-    out.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}-{uuid.uuid4().hex}")
-    try:
-        draft.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)
+    write_whole(path, json.dumps(data, indent=1, allow_nan=False) + "\n")
     return path
 
 

@@ -24,6 +24,8 @@ from mugraph.errors import CompileError, MugraphError, NoCandidateError, ShapeEr
 from mugraph.ir.axes import Dim
 from mugraph.pytorch import capture
 from mugraph.pytorch.capture import Captured
+from mugraph.runtime.bench import Spread
+from mugraph.runtime.timing import Records
 from tests import graphs
 
 ROOT = Path(__file__).parent.parent
@@ -404,7 +406,7 @@ def test_verify_refuses_an_edit_with_a_repaired_manifest(
 
 def test_verify_needs_a_saved_result(tmp_path: Path, copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ends(f"verify {tmp_path}", 2, "holds no manifest.json", capsys=capsys)
-    (copy / "manifest.json").write_text('{"schema_version": 1, "files": {}}')
+    (copy / "manifest.json").write_text('{"schema_version": 2, "files": {}}')
     ends(f"verify {copy}", 4, "no saved result", capsys=capsys)
 
 
@@ -588,3 +590,17 @@ def test_help_is_quick_and_plain(tmp_path: Path) -> None:
         assert run.returncode == 0
         assert "\x1b" not in run.stdout
     assert min(seconds) < 0.5
+
+
+def test_measurements_are_exported_and_merged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    records, file = Records.of("A Device"), tmp_path / "measured.json"
+    ends(f"tuning export {file} --device a-device", 0, capsys=capsys)
+    assert json.loads(file.read_text())["rows"] == []
+    records.put("0" * 64, "p", {"B": 1}, "source", Spread(2.0, 1.0, 3.0))
+    ends(f"tuning export {file} --device a-device", 0, "wrote 1 measurements", capsys=capsys)
+    shutil.rmtree(records.directory)
+    ends(f"tuning merge {file} --device a-device", 0, "1 new measurements", capsys=capsys)
+    assert records.get("0" * 64) == Spread(2.0, 1.0, 3.0)
+    ends(f"tuning merge {file} --device another", 2, "it is about a-device", capsys=capsys)
+    ends(f"tuning merge {tmp_path / 'absent'} --device another", 2, "cannot read", capsys=capsys)
+    ends(f"tuning export {file}", 2, "there is no CUDA device", capsys=capsys)

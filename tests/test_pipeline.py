@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import mugraph as mg
 from mugraph import pipeline
+from mugraph.cli.saved import recheck_saved
 from mugraph.errors import (
     CacheError,
     CacheWarning,
+    CompileError,
     LaunchError,
     MugraphError,
+    SettingError,
     TargetMismatchError,
     UnknownTargetError,
     VerificationError,
@@ -28,7 +34,7 @@ from mugraph.ir.evaluate import reference
 from mugraph.ir.resize import recast, reduction, resized
 from mugraph.ir.types import DType
 from mugraph.runtime.cache import Cache
-from mugraph.runtime.compile import SHARED_LIMITS, Compiler
+from mugraph.runtime.compile import SHARED_LIMITS, Compiler, Resources
 from mugraph.runtime.interpret import Interpreter, shared_interpreter
 from mugraph.search.driver import search
 from mugraph.transpiler.target import parse_target
@@ -426,3 +432,95 @@ def test_a_report_on_another_source_is_refused(found: dict[str, Verified]) -> No
     assert replace(v.certificate, graph_hash="0") != v.certificate
     with pytest.raises(MugraphError):
         recheck(v.certificate, program, v.graph)
+
+
+# -- tuning
+
+
+def tuned_result(tmp_path: Path, **options: Any) -> pipeline.Result:
+    return mg.superoptimize(small("rmsnorm_linear"), target="cuda:90", cache=Cache(tmp_path), **options)
+
+
+def told(monkeypatch: pytest.MonkeyPatch, answer: Callable[[str], Resources]) -> None:
+    """Compilers answer from the source."""
+    monkeypatch.setattr(Compiler, "resources", lambda self, source, arch, options=None, only=None: [answer(source)])
+
+
+FINE = Resources("k", 90, 64, 1024, 0, 0, 0, 1, 0, 1)
+
+
+def test_a_kernel_that_spills_is_emitted_with_other_options_and_verifies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = tuned_result(tmp_path, tune="none")
+    told(monkeypatch, lambda source: replace(FINE, spills=int("num_warps=16" not in source)))
+    found = tuned_result(tmp_path, tune="fit")
+    assert not found.cached  # another level, another key
+    assert "num_warps=16" in found.source
+    assert "num_warps=16" not in plain.source
+    assert any(c.value == 16 for c in found.tuning.trace)
+    assert "tuned:" in str(found)
+    assert tuned_result(tmp_path, tune="fit").tuning == found.tuning  # from the cache
+    place = found.save(tmp_path / "out")
+    assert mg.load(place).tuning == found.tuning
+    assert recheck_saved(place, True, lambda text: None).result.source == found.source
+
+
+def test_choices_that_were_edited_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told(monkeypatch, lambda source: FINE)
+    place = tuned_result(tmp_path, tune="fit").save(tmp_path / "out")
+    data = json.loads((place / "tuning.json").read_text())
+    kernel = small("rmsnorm_linear").name
+    for choice in (
+        {"kernel": kernel, "name": "num_warps", "value": 16},  # not what kernel.py has
+        {"kernel": kernel, "name": "colour", "value": 16},
+        {"kernel": "another", "name": "num_warps", "value": 16},
+    ):
+        (place / "tuning.json").write_text(json.dumps(data | {"choices": [choice]}))
+        manifest = json.loads((place / "manifest.json").read_text())
+        manifest["files"]["tuning.json"] = hashlib.sha256((place / "tuning.json").read_bytes()).hexdigest()
+        (place / "manifest.json").write_text(json.dumps(manifest))
+        with pytest.raises(VerificationError):
+            recheck_saved(place, False, lambda text: None)
+    (place / "tuning.json").write_text(json.dumps(data | {"level": "unheard of"}))
+    manifest["files"]["tuning.json"] = hashlib.sha256((place / "tuning.json").read_bytes()).hexdigest()
+    (place / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(CacheError, match="no saved result"):
+        mg.load(place)
+
+
+def test_kernels_that_do_not_compile_give_way_to_library_calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def answer(source: str) -> Resources:
+        raise CompileError("ptxas refuses")
+
+    told(monkeypatch, answer)
+    found = tuned_result(tmp_path, tune="fit")
+    assert "triton.jit" not in found.source
+    assert any("not compiled: ptxas refuses" in note for note in found.notes)
+
+
+def test_without_triton_nothing_is_compiled_and_a_note_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    graph = tuned_result(tmp_path, tune="none").graph
+    program = small("rmsnorm_linear")
+    monkeypatch.setattr(pipeline, "find_spec", lambda name: None)
+    _, found = pipeline.tuned(verify(program, graph), parse_target("cuda:90"), "fit")
+    assert "Triton is not installed" in found.notes[0]
+
+
+def test_a_level_that_there_is_not_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SettingError, match="none, fit, model, measure"):
+        tuned_result(tmp_path, tune="hard")
+
+
+def test_interrupted_tuning_leaves_the_kernel_as_it_was_lowered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def answer(source: str) -> Resources:
+        raise KeyboardInterrupt
+
+    plain = tuned_result(tmp_path, tune="none")
+    told(monkeypatch, answer)
+    found = tuned_result(tmp_path, tune="fit")
+    assert found.interrupted
+    assert found.source == plain.source
+    assert "numerics" not in found.certificate.tiers

@@ -76,6 +76,8 @@ cache_app = typer.Typer(help="Results on disk.", no_args_is_help=True, rich_mark
 app.add_typer(cache_app, name="cache")
 import_app = typer.Typer(help="μGraphs of other projects.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(import_app, name="import")
+tuning_app = typer.Typer(help="What --tune measure measured.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(tuning_app, name="tuning")
 
 _debug = False
 
@@ -659,3 +661,51 @@ def calibrate(
     for c in checks:
         put(f"  {c.what:<32} {1e6 * c.measured:10.1f} µs, predicted {1e6 * c.predicted:.1f}")
     say(f"stored in {place}")
+
+
+# -- tuning
+
+DEVICE = typer.Option("--device", metavar="NAME", help="A device's name (default: the one here).")
+
+
+@tuning_app.command("export")
+@command
+def tuning_export(
+    file: Annotated[Path, typer.Argument(help="The JSON file to write.")],
+    device: Annotated[str | None, DEVICE] = None,
+) -> None:
+    """Write what was measured on a device into one file."""
+    from mugraph.runtime.files import write_whole
+    from mugraph.runtime.timing import Records
+
+    records = Records.of(device or present_name())
+    try:
+        write_whole(file, records.export())
+    except OSError as error:
+        raise CacheError(f"cannot write {file}: {error}", remedy="name another file") from error
+    say(f"wrote {len(list(records.rows()))} measurements on {records.device} to {file}")
+
+
+@tuning_app.command("merge")
+@command
+def tuning_merge(
+    file: Annotated[Path, typer.Argument(help="What `tuning export` wrote.")],
+    device: Annotated[str | None, DEVICE] = None,
+) -> None:
+    """Take over measurements that are not here; what is here stays."""
+    from mugraph.runtime.timing import Records
+
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise CacheError(f"cannot read {file}: {error}", remedy="name a file that tuning export wrote") from error
+    say(f"{Records.of(device or present_name()).merge(text)} new measurements")
+
+
+def present_name() -> str:
+    """The CUDA device's name.  Raises UnknownTargetError without one."""
+    import torch
+
+    if not torch.cuda.is_available():
+        raise UnknownTargetError("there is no CUDA device here", remedy="name one: --device NAME")
+    return torch.cuda.get_device_name()

@@ -11,11 +11,8 @@ Efficiencies are fitted through the cost model itself: the one at which it predi
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
-import os
-import uuid
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -23,6 +20,7 @@ from typing import Any, Protocol
 
 from mugraph.errors import CacheError, UnknownTargetError
 from mugraph.ir.types import DType
+from mugraph.runtime.files import write_whole
 from mugraph.search.cost import (
     DRAIN_SECONDS,
     SCHEMA_VERSION,
@@ -220,14 +218,9 @@ def _fitted(d: Device, key: str, seconds: float, predicted: Callable[[Device], f
 def store(d: Device) -> Path:
     """Writes the description where `cost.device` looks first; the file.  Raises CacheError where that fails."""
     place = calibration_directory() / f"{slug(d.name)}.json"
-    draft = place.with_name(f".{place.name}.{uuid.uuid4().hex}.tmp")
     try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        draft.write_text(description(d), encoding="utf-8")
-        os.replace(draft, place)
+        write_whole(place, description(d))
     except OSError as error:
-        with contextlib.suppress(OSError):
-            draft.unlink(missing_ok=True)
         raise CacheError(
             f"cannot write {place}: {error.strerror or error}", remedy="set MUGRAPH_CACHE_DIR to a directory of yours"
         ) from error

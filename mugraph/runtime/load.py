@@ -16,7 +16,6 @@ import re
 import shutil
 import sys
 import tempfile
-import uuid
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +26,7 @@ from mugraph.errors import CompileError, LaunchError, ShapeError
 from mugraph.ir.axes import Dim, Size, size_value
 from mugraph.ir.graph import Program
 from mugraph.ir.types import DType
+from mugraph.runtime.files import write_whole
 from mugraph.transpiler.signature import Binding, bindings, shape_text
 from mugraph.transpiler.torch import TORCH_DTYPES
 
@@ -76,24 +76,14 @@ def _written(source: str, stem: str, digest: str, directory: Path | str | None) 
         except (OSError, ValueError):
             pass  # absent or unreadable: write it
         try:
-            _write(path, source)
+            write_whole(path, source)
         except OSError:
             pass  # the process's own directory serves as well
         else:
             return path
     path = _process_directory() / digest / f"{stem}.py"
-    _write(path, source)
+    write_whole(path, source)
     return path
-
-
-def _write(path: Path, source: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}-{uuid.uuid4().hex}")
-    try:
-        draft.write_text(source, encoding="utf-8")
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)
 
 
 _directory: Path | None = None

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import uuid
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -24,6 +23,7 @@ from mugraph import settings
 from mugraph.errors import CacheError, CacheWarning
 from mugraph.ir.graph import Program
 from mugraph.runtime.bench import Spread
+from mugraph.runtime.files import write_whole
 from mugraph.runtime.process import Worker, WorkerError
 from mugraph.search.cost import slug
 
@@ -116,7 +116,7 @@ class Records:
     @staticmethod
     def of(device: str) -> Records:
         """Where this user's measurements of the device are kept."""
-        return Records(device, settings.cache_dir.get() / "tuning" / slug(device))
+        return Records(slug(device), settings.cache_dir.get() / "tuning" / slug(device))
 
     def get(self, key: str) -> Spread | Refused | None:
         path = self.directory / f"{key}.json"
@@ -179,13 +179,7 @@ class Records:
         return len(new)
 
     def _write(self, key: str, row: Mapping[str, Any]) -> None:
-        self.directory.mkdir(parents=True, exist_ok=True)
-        draft = self.directory / f".{key}-{uuid.uuid4().hex}"
-        try:
-            draft.write_text(json.dumps(row, indent=1) + "\n", encoding="utf-8")
-            draft.replace(self.directory / f"{key}.json")
-        finally:
-            draft.unlink(missing_ok=True)
+        write_whole(self.directory / f"{key}.json", json.dumps(row, indent=1) + "\n")
 
     def _aside(self, path: Path, error: Exception) -> None:
         place = path.with_suffix(".damaged")
