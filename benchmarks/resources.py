@@ -68,7 +68,7 @@ def resources_of(program: Program, arch: int, tune: Tune, compiler: Compiler) ->
     except (CompileError, MugraphError) as error:
         return found | {"ok": False, "error": error.message.splitlines()[-1][:200]}
     shared = max(k.shared_bytes for k in kernels)
-    fits = all(k.fits for k in kernels)
+    fits = not any(k.excess for k in kernels)
     spills = sum(k.spills for k in kernels)
     return {
         "kernels": len(kernels),

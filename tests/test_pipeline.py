@@ -446,7 +446,7 @@ def told(monkeypatch: pytest.MonkeyPatch, answer: Callable[[str], Resources]) ->
     monkeypatch.setattr(Compiler, "resources", lambda self, source, arch, options=None, only=None: [answer(source)])
 
 
-FINE = Resources("k", 90, 64, 1024, 0, 0, 0, 1, 0, 1)
+FINE = Resources("k", 90, 64, 1024, 0, 0, 0, 1, 0, 1, 100)
 
 
 def test_a_kernel_that_spills_is_emitted_with_other_options_and_verifies(

@@ -44,9 +44,14 @@ class Resources:
     loop_instructions: int = 0
 
     @property
-    def fits(self) -> bool:
-        """Whether a block has the shared memory that it needs."""
-        return self.shared_bytes <= SHARED_LIMITS[self.arch]
+    def repeated_spills(self) -> int:
+        """Spills in loops; of a kernel without a loop, all of whose work is done once, every one."""
+        return self.spills if self.loop_instructions else self.spills + self.spills_outside
+
+    @property
+    def excess(self) -> int:
+        """Bytes of shared memory that a block needs and does not have."""
+        return max(0, self.shared_bytes - SHARED_LIMITS[self.arch])
 
 
 class Compiler:

@@ -32,7 +32,7 @@ from mugraph.errors import CompileError
 from mugraph.ir.graph import KernelGraph
 from mugraph.ir.ops import Kernel
 from mugraph.ir.resize import resized
-from mugraph.runtime.compile import SHARED_LIMITS, Compiler, Resources
+from mugraph.runtime.compile import Compiler, Resources
 from mugraph.runtime.model import predicted_seconds
 from mugraph.runtime.timing import Refused, Timer
 from mugraph.search.cost import Device
@@ -49,7 +49,7 @@ REPEATS = (5, 20, 80)  # of each, in rounds of which each drops half
 MOST_WARPS, MOST_STAGES = 16, 6
 MOST_TILINGS = 4  # of one graph
 NARROW = 2  # rows that may be multiplied and summed
-SMALLEST_TILE = 16  # of a loop: what a matrix multiply wants
+SMALLEST_TILE = 16  # what a matrix multiply wants
 TILES = "tiles"  # stands for the kernel in a choice of tiles
 
 
@@ -72,10 +72,10 @@ class Configuration:
 
     @property
     def badness(self) -> tuple[int, int]:
-        """(0, 0) for what may run; else bytes of shared memory that are too many, and spills in loops."""
+        """(0, 0) for what may run; else bytes of shared memory that are too many, and spills that matter."""
         if self.resources is None:  # mostly because Triton refuses to need so much
             return 1 << 30, 0
-        return max(0, self.resources.shared_bytes - SHARED_LIMITS[self.resources.arch]), self.resources.spills
+        return self.resources.excess, self.resources.repeated_spills
 
     @cached_property
     def seconds(self) -> float:
@@ -116,9 +116,9 @@ class Tuned:
         return tuple(c for c in self.trace if c.kernel != TILES)
 
     @property
-    def spills(self) -> int:
-        """In loops of all kernels."""
-        return sum(r.spills for r in self.resources)
+    def badness(self) -> tuple[int, int]:
+        """Of all kernels: bytes of shared memory that are too many, and spills that matter."""
+        return sum(r.excess for r in self.resources), sum(r.repeated_spills for r in self.resources)
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -179,13 +179,13 @@ class Tuner:
         at = verified
         for _ in range(MOST_TILINGS):
             loops = loops_of(at.graph)
-            if not best[1].spills or not loops:
+            if best[1].badness == (0, 0) or not loops:
                 break
             axis = max(loops, key=lambda a: loops[a])
             tiles[axis] = loops[axis] // 2
             at = retiled(at, tiles)
             found = self.options(at, level)
-            if found.spills < best[1].spills:
+            if found.badness < best[1].badness:
                 cut = tuple(Choice(TILES, name, tile) for name, tile in tiles.items())
                 best = at, replace(found, trace=(*cut, *found.trace))
         return best
@@ -212,6 +212,8 @@ class Tuner:
             assert best.resources is not None
             trace += best.trace
             resources.append(best.resources)
+            if best.resources.excess:
+                notes.append(f"{best.call.name} needs {best.resources.shared_bytes} bytes of shared memory")
             if best.resources.spills:
                 notes.append(f"{best.call.name} spills {best.resources.spills} times in loops, whatever was tried")
             elif best.resources.spills_outside:
@@ -348,10 +350,17 @@ def fewer_stages(at: Configuration) -> Iterator[Options]:
 
 
 @rule
+def no_padding(at: Configuration) -> Iterator[Options]:
+    """Operands of matrix multiplies lie in shared memory, padded to 16 rows; those of a multiply-and-sum do not."""
+    if at.badness[0] and at.options.dot == "auto" and any(min(sides) < SMALLEST_TILE for sides in products(at)):
+        yield replace(at.options, dot="never")
+
+
+@rule
 def warps_for_spills(at: Configuration) -> Iterator[Options]:
     """More warps share the values of a tile; fewer may have more registers each (65,536 of a multiprocessor)."""
     warps, limit = at.options.num_warps or 1, most_registers(at.options)
-    if at.resources and at.resources.spills:
+    if at.badness[1] and at.resources:
         order = (warps // 2, 2 * warps)
         for other in order if at.resources.registers >= limit and limit < 255 else reversed(order):
             if 1 <= other <= MOST_WARPS:
@@ -363,7 +372,7 @@ def stages_for_spills(at: Configuration) -> Iterator[Options]:
     """The addresses of loads that are under way take registers."""
     stages = at.options.num_stages or 1
     for other in (stages - 1, stages + 1):
-        if at.resources and at.resources.spills and 1 <= other <= MOST_STAGES:
+        if at.badness[1] and 1 <= other <= MOST_STAGES:
             yield replace(at.options, num_stages=other)
 
 
@@ -371,7 +380,7 @@ def stages_for_spills(at: Configuration) -> Iterator[Options]:
 def bounded_registers(at: Configuration) -> Iterator[Options]:
     """ptxas sometimes takes far fewer registers than there are, and spills: a bound makes it take more."""
     limit = most_registers(at.options)
-    if at.resources and at.resources.spills and at.resources.registers < limit and at.options.maxnreg is None:
+    if at.badness[1] and at.resources and at.resources.registers < limit and at.options.maxnreg is None:
         yield replace(at.options, maxnreg=limit)
 
 

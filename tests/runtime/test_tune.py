@@ -31,7 +31,7 @@ from tests import graphs
 from tests.blocks import BLOCKS, split_matmul
 
 WINNERS = Path(__file__).parents[1] / "corpora/winners"
-FINE = Resources("k", 90, 64, 1024, 0, 0, 0, 1, 0, 1)
+FINE = Resources("k", 90, 64, 1024, 0, 0, 0, 1, 0, 1, 100)
 H100 = device("h100")
 
 Answer = Callable[[str, Mapping[str, int]], Resources]
@@ -128,7 +128,7 @@ def test_what_never_compiles_is_an_error():
 def test_where_all_spill_the_least_is_taken_and_a_note_says_so():
     told = Told(lambda kernel, o: replace(FINE, spills=100 - o["num_warps"] - o["num_stages"]))
     found = Tuner(H100, [told]).options(rmsnorm_linear(), "fit")
-    assert found.spills == min(100 - o["num_warps"] - o["num_stages"] for o in told.asked)
+    assert found.badness[1] == min(100 - o["num_warps"] - o["num_stages"] for o in told.asked)
     assert len(told.asked) <= tune.MOST_FITTED
     assert "spills" in found.notes[0]
 
@@ -238,7 +238,7 @@ def test_the_model_prefers_what_hides_latency_and_refuses_what_spills():
     before = rmsnorm_linear()
     _, found = fitted(before, answer, "model")
     assert tuned_options(before, found).num_stages in (3, 4)
-    assert found.spills == 0
+    assert found.badness[1] == 0
     assert 1 < found.tried <= tune.MOST_RANKED
 
 
