@@ -1,65 +1,105 @@
-"""Everything that needs a GPU, in pieces of less than ten minutes each.
+"""Everything that needs a GPU, one unit after the other; runs go on where the last one stopped.
 
-    python -m benchmarks.gpu [--piece N] [--out benchmarks/results]
+    python -m benchmarks.gpu [--minutes 9] [--all] [--out benchmarks/results]
 
-Piece 1 runs the tests that need a device; the others time the emitted kernels of two programs each and put their rows
-into `<device>-<date>.json`, in place of earlier rows of the same measurement.  Without a CUDA device it says so,
-writes nothing and succeeds.
+The units: limits of the machine (`mugraph calibrate`), the tests that need a device, and one for each case of
+`benchmarks.kernels`, each in a process of its own with a time limit.  What a unit gives is written before the next
+begins, into `<device>-<date>.json`.  With `--minutes` no unit begins after that time, and the exit code is 75 while
+units are left: run it again.  Without a CUDA device it says so, writes nothing and succeeds.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import re
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.environment import Row, document
-from benchmarks.kernels import COLUMNS, NOT_MEASURED, ROWS, has_device, rows_of
-from benchmarks.programs import CLASSIC
+from benchmarks.environment import Row, document, print_table
+from benchmarks.kernels import COLUMNS, NOT_MEASURED, cases, has_device
+from mugraph.runtime.engine import code_version
 from mugraph.runtime.files import write_whole
+from mugraph.search.cost import slug
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
-PAIRS = tuple(CLASSIC[i : i + 2] for i in range(0, len(CLASSIC), 2))
 REPEATS = 100
+LIMIT = 480.0  # seconds for one unit
+UNFINISHED = 75  # EX_TEMPFAIL
 
 
-def tests() -> int:
-    """Piece 1: `pytest -m gpu`; its exit code."""
-    return subprocess.run([sys.executable, "-m", "pytest", "-q", "-m", "gpu"], cwd=ROOT, check=False).returncode
+@dataclass(frozen=True)
+class Unit:
+    """A command, and how its rows are read from what it prints."""
+
+    name: str
+    command: tuple[str, ...]
+    read: Callable[[str], list[Row]]
 
 
-def kernels(names: Sequence[str], out: Path) -> int:
-    """A later piece: rows for these programs, merged into the file of this device and day.  1 if a kernel is wrong."""
-    from benchmarks.environment import print_table
+def units(everything: bool) -> Iterator[Unit]:
+    python = sys.executable
+    yield Unit("limits", (python, "-m", "mugraph", "calibrate", "--json"), lambda text: [json.loads(text)])
+    yield Unit("tests", (python, "-m", "pytest", "-q", "-m", "gpu"), lambda text: [{"text": text.splitlines()[-1]}])
+    for c in cases(everything):
+        request = json.dumps([c.family, c.variant, c.rows, c.dtype, REPEATS])
+        yield Unit(f"kernels: {c}", (python, "-m", "benchmarks.gpu", "--case", request), json.loads)
 
-    rows = rows_of(names, ROWS, REPEATS)
-    print_table("kernels", rows, COLUMNS)
-    print(f"wrote {write(rows, out)}")
-    return 0 if all(r["correct"] for r in rows) else 1
+
+def run(unit: Unit, device: str) -> list[Row]:
+    """The rows of a unit; one row with the error where it fails or takes too long."""
+    stamp = {"unit": unit.name, "device": device, "code": code_version()}
+    try:
+        done = subprocess.run(
+            unit.command, cwd=ROOT, timeout=LIMIT, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL
+        )
+        if done.returncode:
+            last = (done.stderr or done.stdout).strip().splitlines()[-1:]
+            return [stamp | {"error": f"exit code {done.returncode}: {' '.join(last)}"[:300]}]
+        return [stamp | row for row in unit.read(done.stdout)]
+    except subprocess.TimeoutExpired:
+        return [stamp | {"error": f"no result within {LIMIT:g} s"}]
+    except ValueError as error:
+        return [stamp | {"error": f"its output cannot be read: {error}"}]
 
 
-def write(rows: Sequence[Row], out: Path) -> Path:
-    """The file with these rows in it, written whole or not at all."""
-    device = re.sub(r"\W+", "-", str(rows[0]["device"])).strip("-").lower()
-    path = out / f"{device}-{time.strftime('%Y-%m-%d')}.json"
-    before = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.is_file() else []
-    data = document("kernels", merged(before, rows), device=True, command="python -m benchmarks.gpu", clocks=clocks())
-    write_whole(path, json.dumps(data, indent=1, allow_nan=False) + "\n")
-    return path
+def recorded(out: Path, device: str) -> dict[Path, list[Row]]:
+    """The rows of earlier runs on this device, by file.  A file that cannot be read is set aside, and said so."""
+    found: dict[Path, list[Row]] = {}
+    for path in sorted(out.glob(f"{slug(device)}-*.json")):
+        try:
+            found[path] = list(json.loads(path.read_text(encoding="utf-8"))["rows"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            place = path.with_suffix(".damaged")
+            path.replace(place)
+            print(f"{path.name} cannot be read ({error}); it is now {place.name}", file=sys.stderr)
+    return found
+
+
+def done(rows: Sequence[Row]) -> set[str]:
+    """The units that gave results for this very code."""
+    return {r["unit"] for r in rows if r.get("code") == code_version() and not r.get("error")}
 
 
 def merged(before: Sequence[Row], rows: Sequence[Row]) -> list[Row]:
-    """Earlier rows, those of the same program, sizes, element type and baseline replaced."""
-    found = {tuple(r[k] for k in ("program", "sizes", "dtype", "baseline")): r for r in (*before, *rows)}
-    return list(found.values())
+    """Earlier rows, those of the same units replaced."""
+    names = {r["unit"] for r in rows}
+    return [r for r in before if r["unit"] not in names] + list(rows)
+
+
+def write(rows: Sequence[Row], out: Path, device: str) -> Path:
+    """Today's file with these rows in it, written whole or not at all."""
+    path = out / f"{slug(device)}-{time.strftime('%Y-%m-%d')}.json"
+    before = recorded(out, device).get(path, [])
+    data = document("kernels", merged(before, rows), device=True, command="python -m benchmarks.gpu", clocks=clocks())
+    write_whole(path, json.dumps(data, indent=1, allow_nan=False) + "\n")
+    return path
 
 
 def clocks() -> dict[str, Any] | None:
@@ -72,20 +112,51 @@ def clocks() -> dict[str, Any] | None:
     return dict(zip(query, map(str.strip, lines[0].split(",")), strict=False)) if lines else None
 
 
+def device_name() -> str:
+    import torch
+
+    return torch.cuda.get_device_name()
+
+
+def case(request: str) -> int:
+    """One case, in a process of its own: its rows as JSON on stdout, whatever else is printed going to stderr."""
+    from contextlib import redirect_stdout
+
+    from benchmarks.kernels import Case, measured
+
+    family, variant, rows, dtype, repeats = json.loads(request)
+    with redirect_stdout(sys.stderr):
+        found = measured(Case(family, variant, rows, dtype), repeats)
+    print(json.dumps(found))
+    return 0
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    pieces = len(PAIRS) + 1
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description="all work that needs a GPU")
-    parser.add_argument("--piece", type=int, choices=range(1, pieces + 1), help="default: all, one after the other")
+    parser.add_argument("--minutes", type=float, help="begin no unit after so many (default: go on to the end)")
+    parser.add_argument("--all", action="store_true", help="every variant of every program, not the classic six alone")
     parser.add_argument("--out", type=Path, default=RESULTS, help="where results are written")
+    parser.add_argument("--case", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
+    if options.case:
+        return case(options.case)
     if not has_device():
         print(NOT_MEASURED)
         return 0
-    codes = []
-    for piece in [options.piece] if options.piece else range(1, pieces + 1):
-        print(f"piece {piece} of {pieces}", file=sys.stderr, flush=True)
-        codes.append(tests() if piece == 1 else kernels(PAIRS[piece - 2], options.out))
-    return max(codes)
+    started, device = time.monotonic(), device_name()
+    failed = False
+    known = done([r for rows in recorded(options.out, device).values() for r in rows])
+    waiting = [u for u in units(options.all) if u.name not in known]
+    for number, unit in enumerate(waiting):
+        if options.minutes is not None and time.monotonic() - started > 60 * options.minutes:
+            print(f"{len(waiting) - number} units are left: run it again", file=sys.stderr)
+            return UNFINISHED
+        print(f"{unit.name} ...", file=sys.stderr, flush=True)
+        rows = run(unit, device)
+        write(rows, options.out, device)
+        failed |= any(r.get("error") or r.get("correct") is False for r in rows)
+        print_table(unit.name, rows, COLUMNS if "ratio" in rows[0] else tuple(rows[0]))
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

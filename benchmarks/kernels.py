@@ -1,10 +1,15 @@
 """The emitted kernels against PyTorch, on a CUDA device: checked against float64 and timed, in the same run.
 
-    python -m benchmarks.kernels [--program NAME ...] [--rows 1 8 16] [--repeats 100] [--json]
+    python -m benchmarks.kernels [--program NAME ...] [--rows 1 8 16] [--all] [--repeats 100] [--json]
+
+Without `--all`, the classic six at b = 1, 8 and 16; with it, every variant of every program at all its rows.  Baselines
+are the program as it is written, run eagerly and by torch.compile, the same with PyTorch's own fused functions where it
+has them, and the published structure (`benchmarks/published.py`) lowered by mugraph.
 
 Every function is captured in a CUDA graph of 20 calls that rotate over copies of the inputs which together exceed
-twice the L2 cache; the warm ratio is taken with one copy.  `percent_of_floor` divides the device description's floor
-by the measured time.  Without a CUDA device nothing is measured, and that is what is printed.
+twice the L2 cache; the warm ratio is taken with one copy.  `percent_of_floor` divides by the measured time what no
+kernel can do without: bytes that must move, operations, and an empty launch.  Without a CUDA device nothing is
+measured, and that is what is printed.
 """
 
 from __future__ import annotations
@@ -13,14 +18,21 @@ import argparse
 import hashlib
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.environment import Row, document, print_document, print_table
-from benchmarks.programs import CLASSIC, PROGRAMS
+from benchmarks.programs import CLASSIC, FAMILIES
+from benchmarks.published import PUBLISHED
+from benchmarks.resources import in_dtype
+from mugraph.errors import MugraphError
 from mugraph.ir.graph import Program
-from mugraph.pipeline import Result, optimize
+from mugraph.pipeline import Result, from_graph, optimize
+from mugraph.runtime.load import load_module
+from mugraph.search.cost import DRAIN_SECONDS, device
 from mugraph.search.space import SearchSpace
+from mugraph.transpiler import torch as torch_code
 from mugraph.transpiler.target import parse_target
 from mugraph.verify.numeric import numeric_check
 
@@ -30,19 +42,51 @@ if TYPE_CHECKING:
 ROWS = (1, 8, 16)
 DRAWS = ("normal", "wide", "rows", "outlier", "logits")
 COLUMNS = (
-    "program", "sizes", "mugraph_us", "baseline", "baseline_us", "ratio", "warm_ratio", "percent_of_floor",
-    "tuning_seconds", "correct",
+    "program", "variant", "sizes", "dtype", "mugraph_us", "baseline", "baseline_us", "ratio", "warm_ratio",
+    "percent_of_floor", "tuning_seconds", "correct",
 )  # fmt: skip
 NOT_MEASURED = "not measured: no CUDA device"
 
 Function = Callable[..., Any]
 
 
+@dataclass(frozen=True)
+class Case:
+    """One program at one size in one type."""
+
+    family: str
+    variant: str
+    rows: int
+    dtype: str = "f16"
+
+    @property
+    def program(self) -> Program:
+        return in_dtype(FAMILIES[self.family].variants[self.variant], self.dtype)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        return {d.name: min(max(self.rows, d.min), d.max) for d in self.program.dims()}
+
+    def __str__(self) -> str:
+        return f"{self.family}, {self.variant}, {' '.join(f'{n}={s}' for n, s in self.sizes.items())}, {self.dtype}"
+
+
+def cases(everything: bool = False) -> Iterator[Case]:
+    """The classic six at their decode sizes first; then, with `everything`, all others, each once."""
+    first = [Case(name, next(iter(FAMILIES[name].variants)), b) for name in CLASSIC for b in ROWS]
+    yield from first
+    for name, family in FAMILIES.items() if everything else ():
+        for variant, program in family.variants.items():
+            for b in family.rows if program.dims() else family.rows[:1]:
+                if (case := Case(name, variant, b)) not in first:
+                    yield case
+
+
 # -- what a PyTorch user writes
 
 
-def baselines() -> dict[str, Function]:
-    """The classic programs with PyTorch's own fused functions, by name; arguments as the program's inputs."""
+def fused() -> dict[str, Function]:
+    """Programs with PyTorch's own fused functions, by name; arguments as the program's inputs."""
     import torch
     import torch.nn.functional as F
 
@@ -73,35 +117,54 @@ def baselines() -> dict[str, Function]:
     }
 
 
-# -- one program at one size
+def baselines(case: Case) -> dict[str, Function]:
+    """What the case is compared with, by name."""
+    import torch
+
+    program = case.program
+    naive = load_module(torch_code.emit(program), f"{program.name}_as_written").run
+    found: dict[str, Function] = {"eager": naive}
+    if case.family in fused() and case.variant == next(iter(FAMILIES[case.family].variants)):
+        found["fused functions"] = fused()[case.family]
+        try:
+            found["published"] = from_graph(program, PUBLISHED[case.family](program), target="cuda").executable
+        except MugraphError as error:
+            print(f"{case}: published structure: {error.message}", file=sys.stderr)
+    for name in ("eager", "fused functions"):
+        if name in found:
+            torch._dynamo.reset()
+            compiled = torch.compile(found[name], mode="max-autotune-no-cudagraphs", fullgraph=True, dynamic=False)
+            found["torch.compile" if name == "eager" else f"{name}, torch.compile"] = compiled
+    return found
 
 
-def measured(program: Program, b: int, repeats: int) -> list[Row]:
-    """A row for eager PyTorch and one for torch.compile.  Needs a CUDA device."""
+# -- one case
+
+
+def measured(case: Case, repeats: int) -> list[Row]:
+    """A row for each baseline.  Needs a CUDA device."""
     import torch
 
     from mugraph.runtime.bench import measure, rotating, rotation
 
-    sizes = {d.name: b for d in program.dims()}
+    program, sizes = case.program, case.sizes
     started = time.perf_counter()
-    result = optimize(program, target=parse_target("cuda"), space=SearchSpace(symbolic=b))
+    space = SearchSpace(symbolic=case.rows, sizes=())
+    result = optimize(program, target=parse_target("cuda"), space=space, tune="measure")
     tuning = None if result.cached else time.perf_counter() - started
     correct = agrees(result, sizes)
-    eager = baselines()[program.name]
-    torch._dynamo.reset()
-    compiled = torch.compile(eager, mode="max-autotune-no-cudagraphs", fullgraph=True, dynamic=False)
-    functions: dict[str, Function] = {"mugraph": result.executable, "eager": eager, "torch.compile": compiled}
+    functions: dict[str, Function] = {"mugraph": result.executable, **baselines(case)}
     copies = rotation(program, sizes, "cuda")
     with torch.no_grad():
         cold = measure({n: rotating(f, copies) for n, f in functions.items()}, repeats, device="cuda")
         warm = measure({n: rotating(f, copies[:1]) for n, f in functions.items()}, repeats, device="cuda")
     ours = cold.seconds("mugraph").median
-    floor = float(result.report.to_dict()["floor_seconds"])
     return [
         {
-            "program": program.name,
+            "program": case.family,
+            "variant": case.variant,
             "sizes": " ".join(f"{n}={s}" for n, s in sizes.items()),
-            "dtype": str(program.inputs[0].tensor.dtype),
+            "dtype": case.dtype,
             "device": torch.cuda.get_device_name(),
             "mugraph_us": ours * 1e6,
             "baseline": name,
@@ -110,13 +173,21 @@ def measured(program: Program, b: int, repeats: int) -> list[Row]:
             "ratio_low": cold.ratio(name, "mugraph").low,
             "ratio_high": cold.ratio(name, "mugraph").high,
             "warm_ratio": warm.ratio(name, "mugraph").median,
-            "percent_of_floor": 100 * floor / ours,
+            "percent_of_floor": 100 * floor_of(result) / ours,
             "tuning_seconds": tuning,
+            "choices": "; ".join(map(str, result.tuning.trace)),
             "correct": correct,
             "copies": len(copies),
         }
-        for name in ("eager", "torch.compile")
+        for name in functions
+        if name != "mugraph"
     ]
+
+
+def floor_of(result: Result) -> float:
+    """Seconds that no kernel can do without: what the report says, and not less than an empty launch."""
+    d = device(str(result.target.arch))
+    return max(float(result.report.to_dict()["floor_seconds"]), d.launch_seconds + DRAIN_SECONDS)
 
 
 def agrees(result: Result, sizes: Mapping[str, int], device: str = "cuda") -> bool:
@@ -151,24 +222,21 @@ def has_device() -> bool:
     return torch.cuda.is_available()
 
 
-def rows_of(names: Sequence[str], sizes: Sequence[int], repeats: int) -> list[Row]:
-    rows: list[Row] = []
-    for name in names:
-        for b in sizes:
-            print(f"{name}, b = {b} ...", file=sys.stderr, flush=True)
-            rows += measured(PROGRAMS[name], b, repeats)
-    return rows
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels", description="time the emitted kernels")
-    parser.add_argument("--program", action="append", choices=CLASSIC, help="default: all; repeat for several")
-    parser.add_argument("--rows", type=int, nargs="+", default=list(ROWS), help="values of b")
+    parser.add_argument("--program", action="append", choices=sorted(FAMILIES), help="these alone")
+    parser.add_argument("--rows", type=int, nargs="+", help="these values of b alone")
+    parser.add_argument("--all", action="store_true", help="every variant of every program")
     parser.add_argument("--repeats", type=int, default=100, help="rounds (default 100)")
     parser.add_argument("--json", action="store_true", help="exactly one JSON document on stdout")
     options = parser.parse_args(argv)
     there = has_device()
-    rows = rows_of(options.program or CLASSIC, options.rows, options.repeats) if there else []
+    rows: list[Row] = []
+    for case in cases(options.all or bool(options.program)) if there else ():
+        if (options.program and case.family not in options.program) or (options.rows and case.rows not in options.rows):
+            continue
+        print(f"{case} ...", file=sys.stderr, flush=True)
+        rows += measured(case, options.repeats)
     if not there:
         print(NOT_MEASURED, file=sys.stderr if options.json else sys.stdout)
     if options.json:

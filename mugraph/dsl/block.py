@@ -190,7 +190,8 @@ class BlockBuilder:
         names = [[main.axis_name(v) for v in main.recorder.axes.atoms(d)] for d in source.dims]
         dims = ((self._var(main.split.part.name),), *(tuple(map(self._var, d)) for d in names))
         target = main.partials.setdefault(source.value, f"partial{len(main.partials)}")
-        return self._loaded(target, dims, DType.f32, "")
+        stored = self._loaded(target, tuple(d for d in dims if d), DType.f32, "")
+        return Tensor(self.recorder, stored.value, dims)  # dimensions of size 1 are not stored
 
     def _loaded(self, source: str, dims: VarDims, dtype: DType, name: str) -> Tensor:
         value = self.recorder.value((v for d in dims for v in d), dtype, name)

@@ -20,6 +20,7 @@ was chosen is a *trace* of named choices, with which `lower` gives the same plan
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
@@ -43,6 +44,7 @@ from mugraph.verify.equivalence import Verified, verify
 SCHEMA_VERSION = 1
 MOST_FITTED = 16  # configurations of one kernel, to find one that fits
 MOST_RANKED = 24  # and to rank them
+PATIENCE = 60.0  # seconds for one kernel, after which no more are compiled
 EXPANDED = 3  # configurations whose neighbours are tried next
 FINALISTS = 8  # configurations of one kernel that are timed
 REPEATS = (5, 20, 80)  # of each, in rounds of which each drops half
@@ -227,7 +229,12 @@ class Tuner:
         (start,) = self.compiled(verified, kernel, [None])
         seen, expanded = [start], set[int]()
         known = {start.options}
-        while len(seen) < most and not (level == "fit" and any(c.badness == (0, 0) for c in seen)):
+        deadline = time.monotonic() + PATIENCE
+        while (
+            len(seen) < most
+            and time.monotonic() < deadline
+            and not (level == "fit" and any(c.badness == (0, 0) for c in seen))
+        ):
             order = sorted(range(len(seen)), key=lambda i: (seen[i].badness, seen[i].seconds))
             if level == "fit":  # the nearest first, as the lowering's own choice follows the size of its tiles
                 order = list(range(len(seen)))
@@ -239,7 +246,7 @@ class Tuner:
             known.update(proposed)
             for batch in batches(list(proposed)[: most - len(seen)], len(self.compilers)):
                 seen += self.compiled(verified, kernel, batch)
-                if level == "fit" and any(c.badness == (0, 0) for c in seen):
+                if time.monotonic() > deadline or (level == "fit" and any(c.badness == (0, 0) for c in seen)):
                     break
         return seen
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 
 import mugraph as mg
-from benchmarks import gpu, kernels
-from benchmarks.programs import CLASSIC, PROGRAMS
+from benchmarks import kernels
+from benchmarks.programs import CLASSIC, FAMILIES, PROGRAMS
+from benchmarks.published import PUBLISHED
+from mugraph.errors import MugraphError
 from mugraph.ir.resize import resized
 from mugraph.runtime.bench import random_inputs, rotating
 from mugraph.runtime.load import load_module
@@ -25,11 +26,11 @@ def test_the_baselines_compute_the_programs(name: str) -> None:
     program = resized(PROGRAMS[name], long, {})
     tensors = random_inputs(program, {"B": 2}, "cpu")
     wanted = load_module(torch_code.emit(program), f"{name}_reference").run(*tensors)
-    given = kernels.baselines()[name](*tensors)
+    given = kernels.fused()[name](*tensors)
     assert given.shape == wanted.shape
     assert given.dtype == wanted.dtype
     torch.testing.assert_close(given, wanted, rtol=2e-2, atol=2e-2 * float(wanted.abs().max()))
-    other = kernels.baselines()[name](*(t.flip(-1) if i == 0 else t for i, t in enumerate(tensors)))
+    other = kernels.fused()[name](*(t.flip(-1) if i == 0 else t for i, t in enumerate(tensors)))
     assert not torch.allclose(other, wanted, rtol=2e-2, atol=2e-2 * float(wanted.abs().max()))
 
 
@@ -49,30 +50,26 @@ def test_copies_rotate() -> None:
     assert seen == [1, 2, 0, 1]
 
 
-def test_rows_of_the_same_measurement_are_replaced() -> None:
-    def row(program: str, ratio: float) -> dict[str, object]:
-        return {"program": program, "sizes": "B=1", "dtype": "f16", "baseline": "eager", "ratio": ratio}
-
-    assert gpu.merged([row("a", 1.0), row("b", 2.0)], [row("b", 3.0)]) == [row("a", 1.0), row("b", 3.0)]
-
-
-def test_a_result_file_holds_the_rows_of_all_pieces(tmp_path: Path) -> None:
-    row = {"program": "a", "sizes": "B=1", "dtype": "f16", "baseline": "eager", "device": "A Device (80)", "ratio": 2.0}
-    gpu.write([row], tmp_path)
-    path = gpu.write([row | {"program": "b"}], tmp_path)
-    assert path.name.startswith("a-device-80-")
-    assert [r["program"] for r in json.loads(path.read_text())["rows"]] == ["a", "b"]
-    assert list(tmp_path.iterdir()) == [path]
+def test_every_variant_is_met_once_and_the_classic_ones_first() -> None:
+    few, everything = list(kernels.cases()), list(kernels.cases(True))
+    assert everything[: len(few)] == few
+    assert len(few) == 18
+    assert len(set(everything)) == len(everything)
+    assert {(c.family, c.variant) for c in everything} == {(n, v) for n, f in FAMILIES.items() for v in f.variants}
 
 
-@pytest.mark.parametrize("arguments", [[], ["--piece", "1"]])
-def test_without_a_device_nothing_is_written(
-    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(gpu, "has_device", lambda: False)
-    assert gpu.main([*arguments, "--out", str(tmp_path / "results")]) == 0
-    assert capsys.readouterr().out == "not measured: no CUDA device\n"
-    assert not (tmp_path / "results").exists()
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_structures_are_the_programs(name: str) -> None:
+    result = mg.from_graph(PROGRAMS[name], PUBLISHED[name](PROGRAMS[name]), target="cuda:90")
+    assert {"tested", "proved", "bounds", "numerics"} <= set(result.certificate.tiers)
+
+
+def test_a_published_structure_of_another_program_is_refused() -> None:
+    other = graphs.gated_mlp()
+    swapped = replace(other, inputs=(other.inputs[0], other.inputs[2], other.inputs[1]))
+    graph = PUBLISHED["gated_mlp"](replace(PROGRAMS["gated_mlp"]))
+    with pytest.raises(MugraphError):
+        mg.from_graph(swapped, graph, target="cuda:90")
 
 
 def test_without_a_device_the_document_has_no_rows(
@@ -85,6 +82,6 @@ def test_without_a_device_the_document_has_no_rows(
 
 @pytest.mark.gpu
 def test_a_program_is_measured_on_the_device() -> None:
-    rows = kernels.measured(PROGRAMS["ntrans"], 1, repeats=3)
-    assert [r["baseline"] for r in rows] == ["eager", "torch.compile"]
+    rows = kernels.measured(kernels.Case("ntrans", "4096", 1), repeats=3)
+    assert {"eager", "torch.compile", "published"} <= {r["baseline"] for r in rows}
     assert all(r["correct"] and r["ratio"] > 0 for r in rows)

@@ -14,6 +14,8 @@ from mugraph.ir.check import check
 from mugraph.ir.evaluate import reference
 from mugraph.ir.graph import Accumulator, BlockGraph, Equation, KernelGraph, Program
 from mugraph.ir.ops import Kernel
+from mugraph.pipeline import finished
+from mugraph.verify.equivalence import verify
 from tests import graphs
 
 
@@ -164,6 +166,17 @@ def test_structures_differ_where_graphs_do():
     (b,) = equation.op.blocks
     broken = replace(b, passes=(replace(b.passes[0], body=b.passes[0].body[::-1]),))
     assert structure(replace(swapped, equations=(replace(equation, op=Kernel((broken,))),))) != structure(other)
+
+
+def test_a_part_that_keeps_a_dimension_of_size_one_is_loaded_with_it():
+    p = HAND["split attention"][1]()
+    with block(p, grid=GRID, split={"s": 3}) as blk:
+        m, l, acc = keys_pass(blk, True)
+        with blk.combine() as c:
+            m, l, acc = c.load(m.unsqueeze(-1)), c.load(l.unsqueeze(-1)), c.load(acc)
+            f = mg.exp(m - mg.max(m, axis=0))
+            c.store(mg.sum(acc * f, axis=0) / mg.sum(l * f, axis=0), "O")
+    verify(p, finished(blk.graph()))
 
 
 def test_values_are_called_as_the_variables_that_hold_them():

@@ -1,0 +1,120 @@
+"""The queue of everything that needs a GPU: it goes on where it stopped, and loses nothing."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from benchmarks import gpu
+from benchmarks.gpu import Unit
+
+DEVICE = "A Device (80)"
+ROW = {"program": "a", "ratio": 2.0, "correct": True}
+
+
+def unit(name: str, code: str) -> Unit:
+    return Unit(name, (sys.executable, "-c", code), json.loads)
+
+
+def gives(rows: object) -> str:
+    return f"print({json.dumps(json.dumps(rows))})"
+
+
+@pytest.fixture
+def queue(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Unit]]:
+    found: list[Unit] = []
+    monkeypatch.setattr(gpu, "has_device", lambda: True)
+    monkeypatch.setattr(gpu, "device_name", lambda: DEVICE)
+    monkeypatch.setattr(gpu, "units", lambda everything: iter(found))
+    monkeypatch.setattr(gpu, "print_table", lambda *given: None)
+    return found
+
+
+def rows_in(out: Path) -> list[dict[str, object]]:
+    (path,) = out.glob("*.json")
+    assert path.name.startswith("a-device-80-")
+    return json.loads(path.read_text())["rows"]
+
+
+def run(out: Path, *more: str) -> int:
+    return gpu.main(["--out", str(out), *more])
+
+
+def test_units_run_once_and_failed_ones_again(queue: list[Unit], tmp_path: Path) -> None:
+    queue += [unit("one", gives([ROW])), unit("two", "import sys; sys.exit('out of memory')")]
+    assert run(tmp_path) == 1
+    assert [(r["unit"], r.get("error")) for r in rows_in(tmp_path)] == [
+        ("one", None), ("two", "exit code 1: out of memory"),
+    ]  # fmt: skip
+    queue[:] = [unit("one", "raise SystemExit('never run again')"), unit("two", gives([ROW, ROW]))]
+    assert run(tmp_path) == 0
+    assert [(r["unit"], r.get("error")) for r in rows_in(tmp_path)] == [("one", None), ("two", None), ("two", None)]
+
+
+def test_a_unit_that_hangs_is_ended_and_the_next_runs(
+    queue: list[Unit], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu, "LIMIT", 2.0)
+    queue += [unit("one", "import time; time.sleep(60)"), unit("two", gives([ROW]))]
+    assert run(tmp_path) == 1
+    assert [r.get("error") for r in rows_in(tmp_path)] == ["no result within 2 s", None]
+
+
+def test_output_that_is_no_json_is_an_error_of_the_unit(queue: list[Unit], tmp_path: Path) -> None:
+    queue += [unit("one", "print('not a document')")]
+    assert run(tmp_path) == 1
+    assert "cannot be read" in str(rows_in(tmp_path)[0]["error"])
+
+
+def test_a_wrong_kernel_fails_the_run(queue: list[Unit], tmp_path: Path) -> None:
+    queue += [unit("one", gives([ROW | {"correct": False}]))]
+    assert run(tmp_path) == 1
+
+
+def test_the_time_is_kept_and_the_rest_is_left_for_the_next_run(queue: list[Unit], tmp_path: Path) -> None:
+    queue += [unit("one", gives([ROW])), unit("two", gives([ROW]))]
+    assert run(tmp_path, "--minutes", "0") == gpu.UNFINISHED
+    assert not list(tmp_path.iterdir())
+    assert run(tmp_path, "--minutes", "1") == 0
+    assert len(rows_in(tmp_path)) == 2
+
+
+def test_a_damaged_file_is_set_aside(queue: list[Unit], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    queue += [unit("one", gives([ROW]))]
+    assert run(tmp_path) == 0
+    (path,) = tmp_path.glob("*.json")
+    path.write_text(path.read_text()[:40])
+    assert run(tmp_path) == 0
+    assert "cannot be read" in capsys.readouterr().err
+    assert len(rows_in(tmp_path)) == 1
+    assert path.with_suffix(".damaged").is_file()
+
+
+def test_rows_of_other_code_are_measured_again(
+    queue: list[Unit], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queue += [unit("one", gives([ROW]))]
+    monkeypatch.setattr(gpu, "code_version", lambda: "before")
+    assert run(tmp_path) == 0
+    monkeypatch.undo()
+    monkeypatch.setattr(gpu, "has_device", lambda: True)
+    assert gpu.done(rows_in(tmp_path)) == set()
+
+
+def test_without_a_device_nothing_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu, "has_device", lambda: False)
+    assert run(tmp_path / "results") == 0
+    assert capsys.readouterr().out == "not measured: no CUDA device\n"
+    assert not (tmp_path / "results").exists()
+
+
+def test_there_is_a_unit_for_each_case() -> None:
+    names = [u.name for u in gpu.units(False)]
+    assert names[:2] == ["limits", "tests"]
+    assert len(set(names)) == len(names) == 20
