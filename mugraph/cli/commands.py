@@ -215,6 +215,9 @@ def optimize(
     budget: Annotated[float | None, typer.Option(metavar="SECONDS", help="Stop with the best so far.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of every draw.")] = None,
     split: Annotated[bool, typer.Option("--split/--no-split", help="Reductions may be cut over the grid.")] = True,
+    tune: Annotated[
+        bool, typer.Option("--tune", help="Measure here what was found and the program as it stands (target torch).")
+    ] = False,
     engine: Annotated[
         str | None, typer.Option(help="Where segments of a large program are searched: here, processes, ray.")
     ] = None,
@@ -243,7 +246,7 @@ def optimize(
     program = program_of(subject, shapes or [])
     with engine_of(engine, workers, address) as running:
         result = pipeline.optimize(
-            program, target=chosen, space=space, budget_seconds=budget, seed=seed, engine=running, say=say
+            program, target=chosen, space=space, budget_seconds=budget, seed=seed, engine=running, tune=tune, say=say
         )
     if result.cached:
         say(f"found in the cache: {result.directory}")
@@ -285,11 +288,15 @@ def summary(result: Result) -> dict[str, Any]:
         "directory": None if result.directory is None else str(result.directory),
         "cached": result.cached,
         "notes": list(result.notes),
+        "choice": result.choice.to_dict() if result.choice else None,
     }
 
 
 def is_baseline(result: Result) -> bool:
-    """Whether the search chose the program as library calls, its last candidate."""
+    """Whether the program as it stands runs: it was measured to be as fast, or the search chose it, its last
+    candidate."""
+    if result.choice:
+        return result.unchanged
     return bool(result.report.to_dict()["candidates"][-1]["verdict"] == "chosen")
 
 

@@ -104,7 +104,7 @@ def _same_bounds(certificate: Certificate, found: Bounds | None) -> bool:
 
 
 def _same_files(result: Result, verified: Verified, directory: Path) -> None:
-    source = emit(verified, result.target)
+    source = emit(verified, result.target, result.compiled)
     if source != result.source:
         raise VerificationError(
             f"{directory / 'kernel.py'} is not what this version emits from the graph for {result.target}",

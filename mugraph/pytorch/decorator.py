@@ -12,6 +12,7 @@ result are not followed.  Results are new tensors also where PyTorch would retur
 from __future__ import annotations
 
 import functools
+import hashlib
 import inspect
 import sys
 import threading
@@ -47,6 +48,7 @@ class Specialisation:
     """What runs for one signature: a captured program and its result, or the reason for a fallback.
 
     `live` gives for each weight of the program its place among the tensors that the guards list, or the tensor itself.
+    `compiled`: the original runs through torch.compile, as that was measured to be faster.
     `folds` says that something is computed ahead from weights, which only pays while these stay as they are.
     """
 
@@ -55,6 +57,7 @@ class Specialisation:
     reason: Exception | None
     live: tuple[Any, ...] = ()
     kept: list[object] = field(default_factory=list, repr=False)
+    compiled: bool = False
 
     @cached_property
     def folds(self) -> bool:
@@ -72,7 +75,16 @@ class _Call:
     args: tuple[Any, ...]
     named: dict[str, Any]
     leaves: list[Any]
-    spec: object
+    spec: Any
+
+    def filled(self, leaves: list[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments with other leaves."""
+        from torch.utils import _pytree as pytree
+
+        if isinstance(self.spec, int):
+            return tuple(leaves), {}
+        args, named = pytree.tree_unflatten(leaves, self.spec)
+        return args, named
 
 
 class OptimizedFunction:
@@ -190,8 +202,8 @@ class OptimizedFunction:
                 chosen = self.specialisations.get(key)
                 if chosen is None:
                     chosen = self.specialisations[key] = self._specialise(call, sizes, state)
-        if chosen.result is None or chosen.result.unchanged:
-            return self.original(*args, **named)  # never slower: PyTorch's own way is what runs
+        if chosen.result is None or chosen.result.unchanged:  # never slower: PyTorch's own way is what runs
+            return self._compiled(*args, **named) if chosen.compiled else self.original(*args, **named)
         weights = [state.tensors[x] if isinstance(x, int) else x for x in chosen.live]
         inputs = [*(call.leaves[i] for i in chosen.captured.arguments), *weights]
         if _wants_gradients(weights) and chosen.folds:
@@ -273,15 +285,61 @@ class OptimizedFunction:
             if options.get("space") is None:  # weights may be written in ways that PyTorch does not count
                 space = space_of(settings.effort.get(options.pop("effort", None)))
                 options["space"] = space.but(ahead=False)
-            result = pipeline.optimize(captured.program, **options)
+            result = self._optimized(call, captured, options)
         except Exception as error:  # whatever goes wrong here would not go wrong in the original
             if self.strict:
                 raise
             self._warn(error)
-            return Specialisation(None, None, error, kept=state.kept)
+            return Specialisation(None, None, error, kept=state.kept, compiled=self._is_faster_compiled(call))
         places = {id(x): i for i, x in reversed(list(enumerate(state.tensors)))}
         live = tuple(places.get(id(x), x) for x in captured.constants.values())
-        return Specialisation(captured, result, None, live, state.kept)
+        return Specialisation(captured, result, None, live, state.kept, result.unchanged and result.compiled)
+
+    @cached_property
+    def _compiled(self) -> Callable[..., Any]:
+        """The original through torch.compile."""
+        import torch
+
+        found: Callable[..., Any] = torch.compile(self.original, dynamic=None if self.dynamic else False)
+        return found
+
+    def _optimized(self, call: _Call, captured: Any, options: dict[str, Any]) -> Result:
+        """The result for a captured program; where it is tuned, the original is measured as the program as it
+        stands."""
+        if not options.get("tune"):
+            return pipeline.optimize(captured.program, **options)
+
+        def taking(run: Callable[..., Any]) -> Callable[..., Any]:
+            def on(*inputs: Any) -> Any:
+                leaves = list(call.leaves)
+                for place, x in zip(captured.arguments, inputs, strict=False):  # weights are the live ones
+                    leaves[place] = x
+                args, named = call.filled(leaves)
+                return run(*args, **named)
+
+            return on
+
+        written = pipeline.Written(taking(self.original), taking(self._compiled), _code_digest(self.original))
+        return pipeline.optimize_beside(captured.program, written, **options)
+
+    def _is_faster_compiled(self, call: _Call) -> bool:
+        """For a call that could not be captured: whether the original is faster through torch.compile, where that is to
+        be measured."""
+        if not self.options.get("tune") or any(getattr(x, "is_cuda", False) for x in call.leaves):
+            return False
+        import torch
+
+        from mugraph.runtime.choose import Candidate, choose
+
+        forms = {"eager": self.original, "compiled": self._compiled}
+        candidates = [
+            Candidate(name, functools.partial(_called, f, call.named), written=True) for name, f in forms.items()
+        ]
+        try:
+            with torch.no_grad():
+                return choose(candidates, call.args).chosen == "compiled"
+        except MugraphError:
+            return False  # the call itself will say why
 
     def _check_ranks(self, call: _Call) -> None:
         for name, x in (*zip(self._signature.parameters, call.args, strict=False), *call.named.items()):
@@ -326,6 +384,21 @@ class OptimizedFunction:
         if isinstance(error, VerificationError):
             text = f"a check refused the result: {text}"
         warnings.warn(FallbackWarning(f"{name} runs as it was written: {text}"), stacklevel=_user_level())
+
+
+def _called(f: Callable[..., Any], named: Mapping[str, Any], *args: Any) -> Any:
+    return f(*args, **named)
+
+
+def _code_digest(f: Callable[..., Any]) -> str:
+    """What tells one function's code from another's, as far as its own lines go; the numbers measured for one are not
+    those of the other."""
+    code = getattr(inspect.unwrap(getattr(f, "forward", f)), "__code__", None)
+    if code is None:
+        return f"{type(f).__module__}.{type(f).__qualname__}"
+    constants = [c.co_code.hex() if isinstance(c, types.CodeType) else repr(c) for c in code.co_consts]
+    text = f"{code.co_code.hex()} {code.co_names} {constants}"
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 _NO_GRAD = "call it under torch.no_grad()"

@@ -20,6 +20,8 @@ from typing import Any
 Function = Callable[[], object]
 Sampler = Callable[[], float]
 
+CONFIDENCE = 0.95
+LEAST_SAMPLES = 6  # 2 · 2^-6 is below 1 - CONFIDENCE
 _MOST_CALLS = 1000
 _GRAPH_CALLS = 20
 
@@ -50,6 +52,26 @@ def spread_of(samples: Sequence[float]) -> Spread:
     return Spread(median, low, high)
 
 
+def interval_of(samples: Sequence[float]) -> Spread:
+    """The median with an interval that holds the true one in at least 95 of 100 cases, whatever the distribution: the
+    order statistics between which a binomial(n, 1/2) falls (Conover, Practical Nonparametric Statistics, section 3.2).
+    Raises ValueError for fewer than LEAST_SAMPLES, which are too few for any such interval.
+
+    >>> print(interval_of([1.0, 2.0, 3.0, 4.0, 5.0, 6.0]))
+    3.5 [1, 6]
+    """
+    n = len(samples)
+    if n < LEAST_SAMPLES:
+        raise ValueError(f"{n} samples are too few for an interval: {LEAST_SAMPLES} at least")
+    below = 0  # samples left out on each side
+    outside = 2 * 0.5**n
+    while outside + 2 * math.comb(n, below + 1) * 0.5**n <= 1 - CONFIDENCE:
+        below += 1
+        outside += 2 * math.comb(n, below) * 0.5**n
+    ordered = sorted(samples)
+    return Spread(statistics.median(ordered), ordered[below], ordered[n - 1 - below])
+
+
 @dataclass(frozen=True)
 class Timings:
     """Seconds of one call: for each function a sample of each round, rounds in the same order."""
@@ -61,8 +83,12 @@ class Timings:
 
     def ratio(self, baseline: str, name: str) -> Spread:
         """How many times as fast as the baseline, round by round."""
+        return spread_of(self.ratios(baseline, name))
+
+    def ratios(self, baseline: str, name: str) -> list[float]:
+        """How many times as fast as the baseline, in each round."""
         pairs = zip(self.samples[baseline], self.samples[name], strict=True)
-        return spread_of([a / b for a, b in pairs])
+        return [a / b for a, b in pairs]
 
     def fastest(self) -> str:
         """The function with the least median; of equal ones the first."""

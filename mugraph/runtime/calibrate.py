@@ -25,6 +25,7 @@ from mugraph.errors import CacheError, UnknownTargetError
 from mugraph.ir.types import DType
 from mugraph.search.cost import (
     DRAIN_SECONDS,
+    GPU,
     SCHEMA_VERSION,
     Device,
     Product,
@@ -154,7 +155,7 @@ def calibrate(
 
 def _base(probe: Probe) -> tuple[str, Device, bool]:
     """The data file that fits the device best, and whether it is a description of this very device."""
-    known = sheet_devices()
+    known = {key: d for key, d in sheet_devices().items() if d.kind == GPU}
     here = slug(probe.name)
     named = [k for k in known if k.split("-")[0] in here and known[k].sms == probe.sms]
     named.sort(key=lambda k: (not all(part in here for part in k.split("-")), k))
