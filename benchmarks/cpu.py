@@ -1,6 +1,6 @@
 """The torch target against eager PyTorch and `torch.compile` on a CPU, in f32, all in one run.
 
-    python -m benchmarks.cpu [--program NAME ...] [--seconds 3] [--json] [--out FILE]
+    python -m benchmarks.cpu [--program NAME ...] [--seconds 3] [--threads N] [--json] [--out FILE]
 
 A row is one program (`benchmarks.cpu_programs`).  It is optimised through the front door (`mg.superoptimize`, with
 tuning), and then called beside the function as it was written, eagerly and through
@@ -36,7 +36,7 @@ from benchmarks.cpu_programs import PROGRAMS, Case
 from benchmarks.environment import SCHEMA_VERSION, Row, document, print_document, print_table
 from mugraph.errors import FallbackWarning
 from mugraph.ir.axes import size_value
-from mugraph.ir.graph import BlockGraph, Equation, KernelGraph, Program, equations_of
+from mugraph.ir.graph import BlockGraph, Equation, Program, equations_of
 from mugraph.ir.ops import Const, Contract, Elementwise, Kernel, Library, Reduce, SizeOf
 from mugraph.pipeline import Result
 from mugraph.runtime.bench import LEAST_SAMPLES, interval_of, measure
@@ -261,9 +261,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cpu", description="time the torch target on this CPU")
     parser.add_argument("--program", action="append", choices=PROGRAMS, help="default: all; repeat for several")
     parser.add_argument("--seconds", type=float, default=SECONDS, help=f"of rounds a program (default {SECONDS:g})")
+    parser.add_argument("--threads", type=int, help="of PyTorch (default: as many as it takes by itself)")
     parser.add_argument("--json", action="store_true", help="exactly one JSON document on stdout")
     parser.add_argument("--out", type=Path, help="a file that keeps the document; rows that it has are not repeated")
     options = parser.parse_args(argv)
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
     machine = machine_text()
     rows = kept(options.out, machine)
     done = {r["program"] for r in rows}

@@ -111,9 +111,7 @@ def two_weights(x, w1, w2):
 
 
 @mg.program
-def two_weights_program(
-    x: mg.f32[256, 1024], w1: mg.constant(mg.f32[1024, 2048]), w2: mg.constant(mg.f32[2048, 64])
-):
+def two_weights_program(x: mg.f32[256, 1024], w1: mg.constant(mg.f32[1024, 2048]), w2: mg.constant(mg.f32[2048, 64])):
     return x @ w1 @ w2
 
 
@@ -194,7 +192,7 @@ FAMILIES = {
     "lora": case(lora, x=(256, 768), w=(768, 768), a=(768, 16), b=(16, 768)),
     "gqa": case(gqa, q=(2, 8, 16, 64), k=(2, 1024, 64), v=(2, 1024, 64)),
     "qk_norm_attention": case(qk_norm_attention, q=(8, 64, 64), k=(8, 512, 64), v=(8, 512, 64)),
-    "ntrans": case(ntrans, x=(512, 1024), h=(512, 1024), alpha=(1024,)),
+    "ntrans": case(ntrans, x=(1024, 2048), h=(1024, 2048), alpha=(2048,)),
     "linear_bias_residual": case(linear_bias_residual, x=(128, 768), w=(768, 768), bias=(768,), r=(128, 768)),
     "layernorm_linear": case(
         layernorm_linear, x=(128, 512), gamma=(512,), beta=(512,), w=(512, 2048), bias=(2048,)
@@ -208,10 +206,10 @@ FAMILIES = {
     "constant_lora": case(
         constant_lora, program=constant_lora_program, x=(256, 768), w=(768, 768), a=(768, 64), b=(64, 768)
     ),
-    "softmax": case(softmax, x=(1024, 1000)),
-    "logsumexp": case(logsumexp, x=(1024, 1000)),
-    "layernorm": case(layernorm, x=(1024, 1024), gamma=(1024,), beta=(1024,)),
-    "rmsnorm": case(rmsnorm, x=(1024, 1024), g=(1024,)),
+    "softmax": case(softmax, x=(2048, 2000)),
+    "logsumexp": case(logsumexp, x=(2048, 2000)),
+    "layernorm": case(layernorm, x=(2048, 2048), gamma=(2048,), beta=(2048,)),
+    "rmsnorm": case(rmsnorm, x=(2048, 2048), g=(2048,)),
     "causal_attention": case(causal_attention, q=(8, 256, 64), k=(8, 256, 64), v=(8, 256, 64)),
     "mla": case(
         mla, q=(8, 8, 64), qr=(8, 8, 32), c=(512, 128), kr=(512, 32), wk=(8, 128, 64), wv=(8, 128, 64)
@@ -220,8 +218,8 @@ FAMILIES = {
         rope_attention,
         q=(8, 128, 64), k=(8, 512, 64), v=(8, 512, 64), cq=(128, 32), sq=(128, 32), ck=(512, 32), sk=(512, 32),
     ),
-    "swiglu_bwd": case(swiglu_bwd, dy=(512, 2048), g=(512, 2048), u=(512, 2048)),
-    "rmsnorm_bwd": case(rmsnorm_bwd, dy=(512, 1024), x=(512, 1024), g=(1024,), r=(512, 1)),
+    "swiglu_bwd": case(swiglu_bwd, dy=(1024, 4096), g=(1024, 4096), u=(1024, 4096)),
+    "rmsnorm_bwd": case(rmsnorm_bwd, dy=(1024, 2048), x=(1024, 2048), g=(2048,), r=(1024, 1)),
     "lora_bwd": case(
         lora_bwd, dy=(256, 768), x=(256, 768), h=(256, 16), w=(768, 768), a=(768, 16), b=(16, 768)
     ),
@@ -390,12 +388,12 @@ EXPRESSIONS = {
     "bilinear": case(bilinear, x=(128, 64), w=(64, 64, 64), y=(128, 64)),
     "kronecker_product": case(kronecker_product, a=(32, 32), b=(32, 32), x=(1024, 16)),
     "low_rank_residual": case(low_rank_residual, x=(256, 768), u=(768, 16), v=(768, 16)),
-    "log_of_softmax": case(log_of_softmax, x=(1024, 1000)),
-    "log_of_products": case(log_of_products, x=(1024, 1000), y=(1024, 1000)),
-    "roots": case(roots, positive=True, x=(1024, 1000)),
-    "variance_by_hand": case(variance_by_hand, x=(1024, 1000)),
+    "log_of_softmax": case(log_of_softmax, x=(2048, 2000)),
+    "log_of_products": case(log_of_products, x=(2048, 2000), y=(2048, 2000)),
+    "roots": case(roots, positive=True, x=(4096, 2000)),
+    "variance_by_hand": case(variance_by_hand, x=(2048, 2000)),
     "softmax_temperature": case(softmax_temperature, x=(256, 256), w=(256, 1000)),
-    "polynomial": case(polynomial, x=(1024, 1000)),
+    "polynomial": case(polynomial, x=(2048, 2000)),
 }
 
 PROGRAMS: dict[str, Case] = FAMILIES | EXPRESSIONS

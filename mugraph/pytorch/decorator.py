@@ -41,6 +41,7 @@ Dynamic = Mapping[str, Mapping[int, Dim]]
 
 # So many specialisations are made; later signatures run as written.  An attribute that counts calls makes one a call.
 LIMIT = 64
+_BY_POSITION = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
 
 @dataclass
@@ -115,6 +116,8 @@ class OptimizedFunction:
         from mugraph.pytorch.capture import signature_of
 
         self._signature = signature_of(original)
+        kinds = [p.kind for p in self._signature.parameters.values()]
+        self._positional = len(kinds) if all(k in _BY_POSITION for k in kinds) else -1  # how many there are, if alone
         self.dynamic = _checked_dynamic(dynamic, self._signature)
         functools.update_wrapper(self, original, updated=())
 
@@ -226,6 +229,9 @@ class OptimizedFunction:
     def _bound(self, args: tuple[Any, ...], named: dict[str, Any]) -> _Call | None:
         """The arguments in the order of the signature, or None where they do not fit it."""
         import torch
+
+        if not named and len(args) == self._positional and all(type(x) is torch.Tensor for x in args):
+            return _Call(args, named, list(args), len(args))
         from torch.utils import _pytree as pytree
 
         try:
@@ -481,10 +487,17 @@ _entry._torchdynamo_disable = True  # type: ignore[attr-defined]
 def _is_abstract(leaves: Sequence[Any]) -> bool:
     """Whether there are tensors without values: on the meta device, or those that tracing makes."""
     import torch
-    from torch._subclasses.fake_tensor import FakeTensor
 
-    tensors = [x for x in leaves if isinstance(x, torch.Tensor)]
-    return any(x.is_meta or isinstance(x, FakeTensor) for x in tensors)
+    for x in leaves:
+        if type(x) is torch.Tensor or type(x) is torch.nn.Parameter:
+            if x.is_meta:
+                return True
+        elif isinstance(x, torch.Tensor):
+            from torch._subclasses.fake_tensor import FakeTensor
+
+            if x.is_meta or isinstance(x, FakeTensor):
+                return True
+    return False
 
 
 def _outside_state(leaves: Sequence[Any]) -> tuple[str, str] | None:

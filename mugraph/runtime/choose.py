@@ -22,6 +22,7 @@ from mugraph.runtime.bench import LEAST_SAMPLES, Timings, interval_of, measure
 
 ROUNDS = 31
 SECONDS = 4.0  # that the rounds of all candidates may take together, as long as there are LEAST_SAMPLES of them
+MARGIN = 1.02  # what runs must be faster by that much than the program as it stands
 HOPELESS = 3.0  # times as slow as the fastest, both at their best: such a candidate is measured no further
 FIRST = 5  # rounds from which that is seen
 
@@ -117,7 +118,7 @@ def choose(
     say: Callable[[str], None] = lambda _: None,
 ) -> Choice:
     """The fastest candidate on these inputs.  One that is not the program as it stands must be surely faster: the 95 %
-    interval of its ratios to the fastest form of that program, taken round by round, lies above 1.
+    interval of its ratios to the fastest form of that program, taken round by round, lies above MARGIN.
 
     Raises MugraphError where no form of the program as it stands runs.
     """
@@ -142,7 +143,7 @@ def choose(
     medians = {n: timings.seconds(n).median for n in running}
     base = min((n for n in running if running[n].written), key=medians.__getitem__)
     ratios = {n: interval_of(timings.ratios(base, n)) for n in running}
-    sure = [n for n in running if not running[n].written and ratios[n].low > 1]
+    sure = [n for n in running if not running[n].written and ratios[n].low > MARGIN]
     chosen = min([base, *sure], key=medians.__getitem__)
     rows = []
     for c in candidates:
