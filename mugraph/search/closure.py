@@ -146,10 +146,8 @@ class Builder:
     has no other way to be computed is taken apart one factor at a time: so the program itself is always in the graph.
     """
 
-    def __init__(
-        self, fingerprinter: Fingerprinter, budget: int, stop: Callable[[], bool] = lambda: False, apart: bool = False
-    ) -> None:
-        self.prints, self.budget, self.stop, self.apart = fingerprinter, budget, stop, apart
+    def __init__(self, fingerprinter: Fingerprinter, budget: int, stop: Callable[[], bool] = lambda: False) -> None:
+        self.prints, self.budget, self.stop = fingerprinter, budget, stop
         self.classes: list[Class] = []
         self.by_print: dict[tuple[tuple[str, ...], bytes], int] = {}
         self.by_key: dict[Key, int] = {}
@@ -419,9 +417,7 @@ class Builder:
     def distribute(self, c: int, term: Term) -> None:
         """Rule c."""
         for i, f in enumerate(term.factors):
-            if not isinstance(f, Paren) or self.limit:
-                continue
-            if not worth_distributing(f.value, term.bound) and not (self.apart and comes_apart(f.value, term.bound)):
+            if not isinstance(f, Paren) or self.limit or not worth_distributing(f.value, term.bound):
                 continue
             others = term.factors[:i] + term.factors[i + 1 :]
             terms = []
@@ -449,16 +445,6 @@ def worth_distributing(value: Value, bound: frozenset[Token]) -> bool:
             if not own & t.bound and any(axis in v.closed_axes(f) for axis, _ in free - own):
                 return True
     return False
-
-
-def comes_apart(value: Value, bound: frozenset[Token]) -> bool:
-    """Some term that is closed over an axis lacks a free token of the whole sum: multiplied out, it is closed over
-    fewer elements.  Σ_d (x[i,d] - y[j,d])² becomes sums over i, over j, and a product of matrices."""
-    free = v.free_tokens(value)
-    if not free & bound:
-        return False
-    held = [v.free_tokens((t,)) for t in value]
-    return any(free - bound - tokens for tokens in held if tokens & bound)
 
 
 def factorings(value: Value, least: int = 2) -> list[tuple[Term, list[Term]]]:
@@ -527,15 +513,10 @@ def match_tokens(
 
 
 def close(
-    seeds: list[Value],
-    fingerprinter: Fingerprinter,
-    budget: int,
-    stop: Callable[[], bool] = lambda: False,
-    apart: bool = False,
+    seeds: list[Value], fingerprinter: Fingerprinter, budget: int, stop: Callable[[], bool] = lambda: False
 ) -> tuple[Closure, list[int]]:
-    """The closure of the seeds, and the class of each seed.  `stop` is asked between expansions.  `apart`: rule c
-    also multiplies out what comes apart (`comes_apart`)."""
-    builder = Builder(fingerprinter, budget, stop, apart)
+    """The closure of the seeds, and the class of each seed.  `stop` is asked between expansions."""
+    builder = Builder(fingerprinter, budget, stop)
     roots = [builder.class_of(s, needed=True) for s in seeds]
     builder.run()
     found = [r for r in roots if r is not None]

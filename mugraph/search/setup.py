@@ -38,7 +38,6 @@ from mugraph.search.space import SearchSpace
 
 Accept = Callable[[KernelGraph], object]
 SAMPLES = 32  # two different maxima are taken for one with probability 2^-32
-ROOTS = frozenset({"sqrt", "log", "pow"})
 OTHERS = 2  # a further size gets that part of the budget of states
 LIBRARY = "the program as library calls"
 UNFIT = "would keep in 16 bits what does not fit there"
@@ -296,7 +295,7 @@ def set_up(
     cut = pieces(ordered(program))
     here = canonical(cut)
     known = meaning(here.program)
-    closure, seeds = closure_of(here.program, known, space, watch.over, apart=on.kind == CPU)
+    closure, seeds = closure_of(here.program, known, space, watch.over)
     watch.lap("closure")
     widened = _widened(here.program, known, closure, space, watch.over)
     if widened:
@@ -351,21 +350,14 @@ def takes_extremes(program: Program) -> bool:
 
 
 def closure_of(
-    program: Program,
-    known: Meaning,
-    space: SearchSpace,
-    stop: Callable[[], bool] = lambda: False,
-    apart: bool = False,
+    program: Program, known: Meaning, space: SearchSpace, stop: Callable[[], bool] = lambda: False
 ) -> tuple[Closure, dict[str, int]]:
-    """The closure of every equation, and of what the named laws make of the outputs.  `apart`: differences come apart
-    where that makes sums smaller, unless a root or a logarithm is taken, for which a sum of squares that is multiplied
-    out may fall below zero."""
+    """The closure of every equation, and of what the named laws make of the outputs."""
     prints = fingerprinter(program, known)
     names = dict.fromkeys([o.value for o in program.outputs] + [a for b in known.boundaries for a in b.args])
     names.update(dict.fromkeys(known.values))
     seeds = [known.values[n] for n in names] + rewritten(program, known, space, prints)
-    roots = any(b.calls & ROOTS for value in seeds for b in v.bodies(value))
-    closure, classes = close(seeds, prints, space.nodes, stop, apart and not roots)
+    closure, classes = close(seeds, prints, space.nodes, stop)
     return closure, dict(zip(names, classes, strict=False))
 
 
