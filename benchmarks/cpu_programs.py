@@ -187,20 +187,20 @@ def attention_bwd(do, q, k, v, o, lse):
 
 
 FAMILIES = {
-    "rmsnorm_linear": case(rmsnorm_linear, x=(64, 1024), g=(1024,), w=(1024, 1536)),
-    "gated_mlp": case(gated_mlp, x=(64, 1024), w1=(1024, 1024), w2=(1024, 1024)),
+    "rmsnorm_linear": case(rmsnorm_linear, x=(128, 1024), g=(1024,), w=(1024, 1536)),
+    "gated_mlp": case(gated_mlp, x=(128, 1024), w1=(1024, 1024), w2=(1024, 1024)),
     "lora": case(lora, x=(256, 768), w=(768, 768), a=(768, 16), b=(16, 768)),
-    "gqa": case(gqa, q=(2, 8, 16, 64), k=(2, 1024, 64), v=(2, 1024, 64)),
-    "qk_norm_attention": case(qk_norm_attention, q=(8, 64, 64), k=(8, 512, 64), v=(8, 512, 64)),
+    "gqa": case(gqa, q=(4, 8, 16, 64), k=(4, 2048, 64), v=(4, 2048, 64)),
+    "qk_norm_attention": case(qk_norm_attention, q=(16, 64, 64), k=(16, 1024, 64), v=(16, 1024, 64)),
     "ntrans": case(ntrans, x=(1024, 2048), h=(1024, 2048), alpha=(2048,)),
-    "linear_bias_residual": case(linear_bias_residual, x=(128, 768), w=(768, 768), bias=(768,), r=(128, 768)),
+    "linear_bias_residual": case(linear_bias_residual, x=(256, 1024), w=(1024, 1024), bias=(1024,), r=(256, 1024)),
     "layernorm_linear": case(
         layernorm_linear, x=(128, 512), gamma=(512,), beta=(512,), w=(512, 2048), bias=(2048,)
     ),
     "rmsnorm_gated_mlp": case(
         rmsnorm_gated_mlp, h=(64, 512), g=(512,), wg=(512, 1536), wu=(512, 1536), wd=(1536, 512)
     ),
-    "split_k": case(split_k, x=(16, 4096), w=(4096, 512)),
+    "split_k": case(split_k, x=(128, 4096), w=(4096, 512)),
     "low_rank_chain": case(low_rank_chain, a=(1024, 16), b=(16, 1024), c=(1024, 64), d=(64, 128)),
     "two_weights": case(two_weights, program=two_weights_program, x=(256, 1024), w1=(1024, 2048), w2=(2048, 64)),
     "constant_lora": case(
@@ -210,13 +210,13 @@ FAMILIES = {
     "logsumexp": case(logsumexp, x=(2048, 2000)),
     "layernorm": case(layernorm, x=(2048, 2048), gamma=(2048,), beta=(2048,)),
     "rmsnorm": case(rmsnorm, x=(2048, 2048), g=(2048,)),
-    "causal_attention": case(causal_attention, q=(8, 256, 64), k=(8, 256, 64), v=(8, 256, 64)),
+    "causal_attention": case(causal_attention, q=(16, 384, 64), k=(16, 384, 64), v=(16, 384, 64)),
     "mla": case(
-        mla, q=(8, 8, 64), qr=(8, 8, 32), c=(512, 128), kr=(512, 32), wk=(8, 128, 64), wv=(8, 128, 64)
+        mla, q=(16, 8, 64), qr=(16, 8, 32), c=(1024, 128), kr=(1024, 32), wk=(16, 128, 64), wv=(16, 128, 64)
     ),
     "rope_attention": case(
         rope_attention,
-        q=(8, 128, 64), k=(8, 512, 64), v=(8, 512, 64), cq=(128, 32), sq=(128, 32), ck=(512, 32), sk=(512, 32),
+        q=(16, 128, 64), k=(16, 1024, 64), v=(16, 1024, 64), cq=(128, 32), sq=(128, 32), ck=(1024, 32), sk=(1024, 32),
     ),
     "swiglu_bwd": case(swiglu_bwd, dy=(1024, 4096), g=(1024, 4096), u=(1024, 4096)),
     "rmsnorm_bwd": case(rmsnorm_bwd, dy=(1024, 2048), x=(1024, 2048), g=(2048,), r=(1024, 1)),
@@ -225,7 +225,7 @@ FAMILIES = {
     ),
     "attention_bwd": case(
         attention_bwd,
-        do=(4, 256, 64), q=(4, 256, 64), k=(4, 256, 64), v=(4, 256, 64), o=(4, 256, 64), lse=(4, 256, 1),
+        do=(8, 384, 64), q=(8, 384, 64), k=(8, 384, 64), v=(8, 384, 64), o=(8, 384, 64), lse=(8, 384, 1),
     ),
 }  # fmt: skip
 
@@ -373,20 +373,20 @@ EXPRESSIONS = {
     "shared_left": case(shared_left, x=(512, 512), w=(512, 768), u=(512, 768)),
     "product_of_vector": case(product_of_vector, a=(512, 512), b=(512, 512), x=(512, 1)),
     "matrix_power": case(matrix_power, a=(512, 512), x=(512, 16)),
-    "quadratic_form": case(quadratic_form, x=(512, 256), a=(256, 256)),
-    "quadratic_rows": case(quadratic_rows, x=(512, 256), a=(256, 256)),
-    "squared_distances": case(squared_distances, x=(512, 64), y=(512, 64)),
-    "gaussian_kernel": case(gaussian_kernel, x=(512, 16), y=(512, 16), w=(512, 8)),
+    "quadratic_form": case(quadratic_form, x=(768, 384), a=(384, 384)),
+    "quadratic_rows": case(quadratic_rows, x=(768, 384), a=(384, 384)),
+    "squared_distances": case(squared_distances, x=(1024, 64), y=(1024, 64)),
+    "gaussian_kernel": case(gaussian_kernel, x=(1024, 16), y=(1024, 16), w=(1024, 8)),
     "linear_attention": case(linear_attention, q=(1024, 64), k=(1024, 64), v=(1024, 64)),
     "outer_products": case(outer_products, x=(512, 128), y=(512, 128)),
     "outer_then_product": case(outer_then_product, u=(1024,), v=(1024,), w=(1024, 64)),
     "centred_covariance": case(centred_covariance, x=(2048, 256)),
-    "centred_linear": case(centred_linear, x=(1024, 256), w=(256, 64)),
-    "cosine_similarities": case(cosine_similarities, x=(512, 128), y=(512, 128)),
-    "scaled_product": case(scaled_product, x=(512, 512), w=(512, 256), s=(512, 1)),
-    "weighted_rows": case(weighted_rows, p=(32, 64), x=(32, 64, 256), w=(256, 256)),
-    "bilinear": case(bilinear, x=(128, 64), w=(64, 64, 64), y=(128, 64)),
-    "kronecker_product": case(kronecker_product, a=(32, 32), b=(32, 32), x=(1024, 16)),
+    "centred_linear": case(centred_linear, x=(2048, 512), w=(512, 256)),
+    "cosine_similarities": case(cosine_similarities, x=(1024, 256), y=(1024, 256)),
+    "scaled_product": case(scaled_product, x=(1024, 512), w=(512, 512), s=(1024, 1)),
+    "weighted_rows": case(weighted_rows, p=(32, 64), x=(32, 64, 384), w=(384, 384)),
+    "bilinear": case(bilinear, x=(1024, 64), w=(64, 64, 64), y=(1024, 64)),
+    "kronecker_product": case(kronecker_product, a=(48, 32), b=(48, 64), x=(2048, 16)),
     "low_rank_residual": case(low_rank_residual, x=(256, 768), u=(768, 16), v=(768, 16)),
     "log_of_softmax": case(log_of_softmax, x=(2048, 2000)),
     "log_of_products": case(log_of_products, x=(2048, 2000), y=(2048, 2000)),

@@ -181,6 +181,13 @@ class OptimizedFunction:
         return _entry()(self, *args, **named)
 
     def _call(self, *args: Any, **named: Any) -> Any:
+        if not named and not self.dynamic and self._guards is not None and len(args) == self._positional:
+            leaf_key = _plain_key(args)  # the usual call, seen before: as little as possible is done for it
+            if leaf_key is not None and not _is_transformed():
+                state = self._guards.state()
+                chosen = self.specialisations.get((len(args), leaf_key, state.frozen()))
+                if chosen is not None and not state.hooked and not _is_abstract(state.tensors):
+                    return self._run(chosen, args, args, named, state)
         call = self._bound(args, named)
         if call is None or _is_abstract(call.leaves):
             return self.original(*args, **named)  # nothing to compute, or Python says what is wrong
@@ -205,10 +212,16 @@ class OptimizedFunction:
                 chosen = self.specialisations.get(key)
                 if chosen is None:
                     chosen = self.specialisations[key] = self._specialise(call, sizes, state)
+        return self._run(chosen, call.leaves, args, named, state)
+
+    def _run(
+        self, chosen: Specialisation, leaves: Sequence[Any], args: tuple[Any, ...], named: dict[str, Any], state: Any
+    ) -> Any:
+        """What runs for a signature, on the leaves of the arguments."""
         if chosen.result is None or chosen.result.unchanged:  # never slower: PyTorch's own way is what runs
             return self._compiled(*args, **named) if chosen.compiled else self.original(*args, **named)
         weights = [state.tensors[x] if isinstance(x, int) else x for x in chosen.live]
-        inputs = [*(call.leaves[i] for i in chosen.captured.arguments), *weights]
+        inputs = [*(leaves[i] for i in chosen.captured.arguments), *weights]
         if _wants_gradients(weights) and chosen.folds:
             return self.original(*args, **named)  # the weights are about to change
         if _wants_gradients(inputs):
@@ -222,7 +235,9 @@ class OptimizedFunction:
             if self.strict:
                 raise
             self._warn(error)
-            self.specialisations[key] = Specialisation(None, None, error, kept=state.kept)
+            for key, known in list(self.specialisations.items()):
+                if known is chosen:
+                    self.specialisations[key] = Specialisation(None, None, error, kept=state.kept)
             return self.original(*args, **named)
         return chosen.captured.unflatten(outputs if isinstance(outputs, tuple) else (outputs,))
 
@@ -511,6 +526,25 @@ def _outside_state(leaves: Sequence[Any]) -> tuple[str, str] | None:
     if any(isinstance(x, torch.Tensor) and type(x) not in (torch.Tensor, torch.nn.Parameter) for x in leaves):
         return "subclasses of Tensor", "pass plain tensors"
     return None
+
+
+def _is_transformed() -> bool:
+    """Whether PyTorch does something else with operators than running them: autocast, or a transform."""
+    import torch
+
+    return torch._C._is_any_autocast_enabled() or torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def _plain_key(leaves: Sequence[Any]) -> tuple[object, ...] | None:
+    """`_leaf_key` where all leaves are plain tensors with values and no size is dynamic; else None."""
+    import torch
+
+    parts: list[object] = []
+    for x in leaves:
+        if type(x) is not torch.Tensor or x.is_meta:
+            return None
+        parts += (x.dtype, x.device.type, x.shape)
+    return tuple(parts)
 
 
 def _leaf_key(leaves: Sequence[Any], free: Mapping[int, Mapping[int, Dim]]) -> tuple[object, ...]:
