@@ -38,7 +38,7 @@ from mugraph.errors import FallbackWarning
 from mugraph.ir.axes import size_value
 from mugraph.ir.graph import BlockGraph, Equation, Program, equations_of
 from mugraph.ir.ops import Const, Contract, Elementwise, Kernel, Library, Reduce, SizeOf
-from mugraph.pipeline import Result
+from mugraph.pipeline import Result, finished
 from mugraph.runtime.bench import LEAST_SAMPLES, interval_of, measure
 from mugraph.runtime.choose import machine_text
 from mugraph.search.cost import device
@@ -66,7 +66,7 @@ def has_gain(program: Program) -> bool:
     """Whether the algebra that the search for a CPU finds saves operations or bytes, by the rule above."""
     found = search(program, accept=lambda graph: graph, space=SearchSpace(sizes=()), on=device("cpu")).graph
     parts = found.divided()  # what is done once, ahead, does not count
-    before, after = amounts(program), amounts(parts[1] if parts else found)
+    before, after = amounts(program), amounts(finished(parts[1] if parts else found))
     return any(a <= GAIN * b for a, b in zip(after, before, strict=True))
 
 
