@@ -1,6 +1,7 @@
 """The torch target against eager PyTorch and `torch.compile` on a CPU, in f32, all in one run.
 
-    python -m benchmarks.cpu [--program NAME ...] [--seconds 3] [--threads N] [--json] [--out FILE]
+    python -m benchmarks.cpu [--program NAME ...] [--seconds 3] [--threads N] [--json | --markdown]
+        [--out FILE]
 
 A row is one program (`benchmarks.cpu_programs`).  It is optimised through the front door (`mg.superoptimize`, with
 tuning), and then called beside the function as it was written, eagerly and through
@@ -228,6 +229,21 @@ def summary(rows: Sequence[Row]) -> str:
     return "\n".join(line for line in lines if line)
 
 
+def markdown(rows: Sequence[Row]) -> str:
+    """The table of docs/performance.md."""
+    lines = [
+        "| program | gain | runs | ours, ms | eager, ms | compiled, ms | to eager | to torch.compile |",
+        "|---|---|---|---:|---:|---:|---:|---|",
+    ]
+    for r in rows:
+        ratio = f"{r['ratio_compile']:.2f} [{r['low']:.2f}, {r['high']:.2f}]" + (" slower" if r["slower"] else "")
+        times = " | ".join(f"{r[key]:.2f}" for key in ("ours_ms", "eager_ms", "compile_ms", "ratio_eager"))
+        gain = "yes" if r["algebraic_gain"] else ""
+        wrong = "" if r["correct"] else " (wrong)"
+        lines.append(f"| {r['program']}{wrong} | {gain} | {r['runs']} | {times} | {ratio} |")
+    return "\n".join(lines)
+
+
 def geomean(rows: Sequence[Row]) -> float:
     return statistics.geometric_mean([r["ratio_compile"] for r in rows])
 
@@ -263,6 +279,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=SECONDS, help=f"of rounds a program (default {SECONDS:g})")
     parser.add_argument("--threads", type=int, help="of PyTorch (default: as many as it takes by itself)")
     parser.add_argument("--json", action="store_true", help="exactly one JSON document on stdout")
+    parser.add_argument("--markdown", action="store_true", help="the table as docs/performance.md has it")
     parser.add_argument("--out", type=Path, help="a file that keeps the document; rows that it has are not repeated")
     options = parser.parse_args(argv)
     if options.threads is not None:
@@ -279,6 +296,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 write(options.out, document_of(rows, machine, command))
     if options.json:
         print_document(document_of(rows, machine, command))
+    elif options.markdown:
+        print(markdown(rows), summary(rows), sep="\n\n")
     else:
         print_table(f"the torch target on {machine}", rows, COLUMNS)
         print(summary(rows))

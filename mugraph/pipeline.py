@@ -385,6 +385,8 @@ def optimize_beside(program: Program, written: Written, **options: Any) -> Resul
 def _found(program: Program, chosen: Target, options: Mapping[str, Any], written: Written | None = None) -> Result:
     """`optimize` with its checked options."""
     check(program)
+    if options["tune"] and chosen.kind != "torch":
+        raise SettingError(f"the target {chosen} is not tuned", remedy="give the target torch, or leave tune out")
     cache, engine, say = options.get("cache"), options.get("engine"), options.get("say") or (lambda _: None)
     space, budget, number, delta = (options[n] for n in ("space", "budget_seconds", "seed", "delta"))
     program = program if space.ahead else program.without_constants()
@@ -430,8 +432,6 @@ def checked_options(**given: Any) -> dict[str, Any]:
     target = given.get("target")
     if target not in (None, "cuda", "triton"):  # these ask for the device that is there
         parse_target(target)
-    if given.get("tune") and parse_target(target).kind != "torch":
-        raise SettingError("only the target torch is tuned", remedy="give target='torch', or leave tune out")
     found = fit_arguments(optimize, given | dict.fromkeys(("target", "budget_seconds", "seed") & given.keys()))
     if isinstance(engine := given.get("engine"), str):
         checked_engine(engine)

@@ -12,6 +12,7 @@ import torch
 
 import mugraph as mg
 from mugraph import pipeline
+from mugraph.cli import main
 from mugraph.cli.saved import recheck_saved
 from mugraph.errors import FallbackWarning, SettingError, VerificationError
 from mugraph.pipeline import AS_IT_STANDS, CALLS, COMPILED, FOUND
@@ -161,8 +162,30 @@ def test_what_is_measured_decides(tmp_path: Path) -> None:
 
 
 def test_only_the_torch_target_is_tuned_here() -> None:
-    with pytest.raises(SettingError, match="torch is tuned"):
-        mg.superoptimize(chain, target="cuda:90", tune=True)
+    for target in ("cuda:90", "triton"):
+        with pytest.raises(SettingError, match="is not tuned"):
+            mg.superoptimize(chain, target=target, tune=True)
+
+
+def test_the_command_line_tunes(
+    offered: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MUGRAPH_CACHE_DIR", str(tmp_path / "cache"))
+    file = tmp_path / "sums.py"
+    file.write_text(
+        "import mugraph as mg\n\n\n@mg.program\ndef sums(a: mg.f32[512, 512], b: mg.f32[512, 512]):\n"
+        "    return mg.sum(a @ b, 0)\n"
+    )
+    offered(CALLS)
+    assert main(["optimize", f"{file}:sums", "--target", "torch", "--tune", "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert data["choice"]["chosen"] == CALLS
+    assert data["beats_baseline"]
+    offered(AS_IT_STANDS)
+    monkeypatch.setenv("MUGRAPH_FORCE_SEARCH", "1")
+    assert main(["optimize", f"{file}:sums", "--target", "torch", "--tune", "--json"]) == 3
+    assert not json.loads(capsys.readouterr().out)["beats_baseline"]
+    assert main(["optimize", f"{file}:sums", "--target", "cuda:90", "--tune"]) == 2
 
 
 # -- PyTorch functions

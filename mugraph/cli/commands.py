@@ -310,7 +310,8 @@ def how_to_use(result: Result, subject: str, out: Path | None) -> str:
     """The line that says how to hard-code the result."""
     arguments = ", ".join(i.name for i in result.program.inputs)
     if out is None:
-        again = f"mugraph optimize {subject} --target {result.target} -o DIR"
+        tune = " --tune" if result.choice else ""
+        again = f"mugraph optimize {subject} --target {result.target}{tune} -o DIR"
         return f"keep it: {again}, then mugraph.load('DIR')({arguments})"
     return f"use it: mugraph.load({str(out)!r})({arguments}), or run({arguments}) of {out / 'kernel.py'} alone"
 
