@@ -5,6 +5,7 @@ This is the one module that knows every stage.  `superoptimize` is defined here.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import logging
@@ -48,6 +49,7 @@ from mugraph.ir.resize import reduction, resized
 from mugraph.ir.serialize import dumps, loads
 from mugraph.ir.threads import form_threads
 from mugraph.runtime.cache import Cache, key_of
+from mugraph.runtime.choose import Candidate, Choice, choose, machine_text
 from mugraph.runtime.compile import shared_compilers
 from mugraph.runtime.engine import Engine, EngineName, Job, checked_engine, completed, engine_of
 from mugraph.runtime.load import Executable, load_module
@@ -55,7 +57,7 @@ from mugraph.runtime.timing import DeviceTimer, Records, Timer
 from mugraph.runtime.tune import AS_LOWERED, RULES, Tuned, Tuner
 from mugraph.search.answers import Answer
 from mugraph.search.build import baseline
-from mugraph.search.cost import device
+from mugraph.search.cost import CPU, Device, device
 from mugraph.search.driver import search, searched
 from mugraph.search.report import Asked, SearchReport, StopReason
 from mugraph.search.segments import Done, Task, nestings
@@ -69,12 +71,14 @@ from mugraph.typed import Probability, fit_arguments
 from mugraph.verify.bounds import Bounds, in_bounds
 from mugraph.verify.certificate import Certificate, How, NumericReport
 from mugraph.verify.equivalence import Verified, proved, shared_values, verify, verify_as_given
-from mugraph.verify.numeric import Checked, numeric_check
+from mugraph.verify.numeric import Checked, draw_inputs, numeric_check
 from mugraph.viz.mermaid import draw_mermaid
 from mugraph.viz.svg import draw_svg
 
 SCHEMA_VERSION = 2
 DELTA = 2.0**-40
+AS_IT_STANDS, FOUND, CALLS = "the program as it stands", "the kernels found", "the calls found"  # what is measured
+COMPILED = ", compiled"
 MOST_REFUSED = 3  # plans whose source disagrees with float64, before the program runs as library calls
 _log = logging.getLogger("mugraph.pipeline")
 
@@ -91,6 +95,7 @@ class Result:
     tuning       how kernels were compiled: choices, registers, shared memory, spills
     notes        what the user should know (a fallback, a check that could not be made)
     interrupted  whether Ctrl-C ended the search or the checks: the best so far, with the tiers that were reached
+    choice       what was measured of it and of its rivals, where it was tuned
     """
 
     program: Program
@@ -104,6 +109,7 @@ class Result:
     cached: bool = False
     directory: Path | None = field(default=None, compare=False)
     interrupted: bool = field(default=False, compare=False)
+    choice: Choice | None = None
 
     @cached_property
     def executable(self) -> Executable:
@@ -129,13 +135,21 @@ class Result:
 
     @property
     def unchanged(self) -> bool:
-        """Whether nothing was found that beats the program as it stands."""
+        """Whether nothing was found that beats the program as it stands: by measurement where it was tuned, else by
+        the model."""
+        if self.choice:
+            return self.choice.written
         if isinstance(self.report, SearchReport):
             return self.report.candidates[-1].verdict == "chosen"
         return not self.graph.kernels() and any(
             isinstance(e.op, Library) and e.op.semantics.equations == self.program.equations
             for e in self.graph.equations
         )
+
+    @property
+    def compiled(self) -> bool:
+        """Whether the source goes through `torch.compile`."""
+        return self.choice is not None and self.choice.chosen.endswith(COMPILED)
 
     def explain(self) -> str:
         """Why this result: the laws that lead from the program to each launch, and what it costs."""
@@ -157,6 +171,7 @@ class Result:
             + ("; from the cache" if self.cached else ""),
             str(self.report),
             *(f"tuned: {c}" for c in self.tuning.trace),
+            *([str(self.choice)] if self.choice else []),
             *(f"note: {n}" for n in self.notes),
             where,
         ]
@@ -167,7 +182,8 @@ class Result:
 
     def files(self) -> dict[str, str]:
         """Everything that `save` writes, by file name."""
-        return {
+        choice = {"choice.json": json.dumps(self.choice.to_dict(), indent=1)} if self.choice else {}
+        return choice | {
             "kernel.py": self.source,
             "reference.py": torch_code.emit(self.program),
             "program.json": dumps(self.program, indent=1),
@@ -296,8 +312,10 @@ def _read(files: Mapping[str, str], target: Target, notes: tuple[str, ...]) -> R
     if not isinstance(data, dict) or not isinstance(data.get("text"), str):
         raise ValueError("report.json is no report")
     report: SearchReport | ReportText = ReportText(data)
+    choice = Choice.from_dict(json.loads(files["choice.json"])) if "choice.json" in files else None
     if "candidates" in data:
-        asked = Asked(program, device(_device_name(target)), verify_as_given)
+        on = device(_device_name(target) if choice is None or choice.chosen.startswith(FOUND) else CPU)
+        asked = Asked(program, on, verify_as_given)
         report = replace(SearchReport.from_dict(data), asked=asked)
     return Result(
         program=program,
@@ -308,6 +326,7 @@ def _read(files: Mapping[str, str], target: Target, notes: tuple[str, ...]) -> R
         target=target,
         tuning=Tuned.from_dict(json.loads(files["tuning.json"])),
         notes=notes,
+        choice=choice,
     )
 
 
@@ -345,7 +364,10 @@ def optimize(
     calls.  A note says why.
     `effort` names a space where none is given: "none" searches nothing, and the program runs as library calls.
     `tune` says how the launch parameters of kernels are chosen (`runtime/tune.py`): "none" as lowered, "fit" (the
-    default) so that no kernel spills in a loop, "model" and "measure" so that it is fast.
+    default) so that no kernel spills in a loop, "model" and "measure" so that it is fast.  For the target `torch`,
+    "measure" compares what was found with the program as it stands on this CPU, each eagerly and through
+    `torch.compile`, at the size `space.symbolic` of symbolic dimensions.  What is not surely faster than the program as
+    it stands does not run; `Result.choice` says what was measured.
     Raises GraphError for a malformed program, UnsupportedOpError where the target has no form for an operator,
     VerificationError where no candidate passes, UnknownTargetError for an unknown target, SettingError for another
     argument that has a type or a value that it does not take.
@@ -363,9 +385,22 @@ def optimize(
         engine=engine,
         say=say,
     )
+    return _found(program, chosen, options)
+
+
+def optimize_beside(program: Program, written: Written, **options: Any) -> Result:
+    """`optimize`, with what its author wrote measured as the program as it stands."""
+    checked = checked_options(program=program, **options)
+    return _found(program, parse_target(options.get("target")), checked, written)
+
+
+def _found(program: Program, chosen: Target, options: Mapping[str, Any], written: Written | None = None) -> Result:
+    """`optimize` with its checked options."""
     check(program)
+    cache, engine, say = options.get("cache"), options.get("engine"), options.get("say") or (lambda _: None)
     space, budget, number, delta = (options[n] for n in ("space", "budget_seconds", "seed", "delta"))
     level: Tune = options["tune"] if chosen.kind == "triton" else "none"
+    measuring = options["tune"] == "measure" and chosen.kind == "torch"
     program = program if space.ahead else program.without_constants()
     store = cache if cache is not None else Cache()
     key = key_of(
@@ -376,7 +411,8 @@ def optimize(
             "seed": number,
             "device": device(_device_name(chosen)).digest,
             "tune": [level, *(f"{f.__module__}.{f.__qualname__}" for f in RULES)],
-        },
+        }
+        | ({"measured on": f"{machine_text()} {written.digest if written else ''}"} if measuring else {}),
         str(chosen),
         dict(_versions()),
     )
@@ -391,7 +427,11 @@ def optimize(
         )
     jobs = None if settings.skip_cache.get() or settings.force_search.get() else store.jobs
     with engine_of(engine) if engine is None or isinstance(engine, str) else nullcontext(engine) as running:
-        result = _optimized(program, chosen, space, level, budget, delta, number, running, jobs, say)
+        search_on = device(_device_name(chosen))
+        result = _optimized(program, chosen, search_on, space, level, budget, delta, number, running, jobs, say)
+        if measuring and not result.interrupted:
+            calls = _optimized(program, chosen, device(CPU), space, level, budget, delta, number, running, jobs, say)
+            result = _measured(result, calls, space, delta, number, written, say)
     report = result.report
     reproducible = not isinstance(report, SearchReport) or report.stop.reproducible
     if not settings.skip_cache.get() and reproducible and not result.interrupted:
@@ -414,13 +454,17 @@ def checked_options(**given: Any) -> dict[str, Any]:
         checked_engine(engine)
     if given.get("space") is not None and given.get("effort") is not None:
         raise SettingError("both space and effort are given", remedy="give one: an effort is the name of a space")
-    return found | {
-        "target": target,
-        "tune": settings.tune.get(given.get("tune")),
-        "space": given.get("space") or space_of(settings.effort.get(given.get("effort"))),
-        "budget_seconds": settings.budget_seconds.get(given.get("budget_seconds")),
-        "seed": settings.seed.get(given.get("seed")),
-    }
+    return (
+        {"delta": DELTA}
+        | found
+        | {
+            "target": target,
+            "tune": settings.tune.get(given.get("tune")),
+            "space": given.get("space") or space_of(settings.effort.get(given.get("effort"))),
+            "budget_seconds": settings.budget_seconds.get(given.get("budget_seconds")),
+            "seed": settings.seed.get(given.get("seed")),
+        }
+    )
 
 
 def _from_cache(store: Cache, key: str, target: Target) -> Result | None:
@@ -441,6 +485,7 @@ def _from_cache(store: Cache, key: str, target: Target) -> Result | None:
 def _optimized(
     program: Program,
     target: Target,
+    on: Device,
     space: SearchSpace,
     level: Tune,
     budget: float,
@@ -450,7 +495,7 @@ def _optimized(
     jobs: Cache | None,
     say: Callable[[str], None],
 ) -> Result:
-    started, on = time.perf_counter(), device(_device_name(target))
+    started = time.perf_counter()
 
     def tell(text: str) -> None:
         say(f"[{time.perf_counter() - started:.1f}s] {text}")
@@ -512,6 +557,118 @@ def _optimized(
             tell(f"refused: {error.message}")
             refused[str(graph)] = error
             left = max(0.0, budget - (time.perf_counter() - started))
+
+
+# -- what is measured
+
+
+@dataclass(frozen=True)
+class Written:
+    """A program as its author wrote it in PyTorch: two forms of it, as functions of the program's inputs, and what
+    tells it from others that mean the same."""
+
+    eager: Callable[..., Any]
+    compiled: Callable[..., Any]
+    digest: str
+
+
+def _measured(
+    found: Result,
+    calls: Result,
+    space: SearchSpace,
+    delta: float,
+    seed: int,
+    written: Written | None,
+    say: Callable[[str], None],
+) -> Result:
+    """The one of two results, or of the program as it stands, that is fastest on this CPU, eagerly or compiled."""
+    program = found.program
+    stands = _as_it_stands(found, space, delta, seed)
+    sizes = {d.name: min(max(space.symbolic, d.min), d.max) for d in program.dims()}
+    results = {AS_IT_STANDS: stands, FOUND: found, CALLS: calls}
+    candidates: list[Candidate] = []
+    sources = set[str]()
+    for name, result in results.items():
+        text = _code(result.source)
+        if text in sources:
+            continue
+        sources.add(text)
+        for form in ("", COMPILED):
+            run: Callable[..., Any]
+            correct: Callable[[Callable[..., Any]], bool] | None
+            if name == AS_IT_STANDS and written is not None:
+                run, correct = (written.compiled if form else written.eager), None
+            else:
+                run = _loaded(result, bool(form))
+                correct = functools.partial(_agrees, program, sizes, seed, bool(result.graph.kernels()))
+            candidates.append(Candidate(name + form, run, name == AS_IT_STANDS, correct))
+    import torch
+
+    with torch.no_grad():
+        inputs = torch_inputs(program, sizes, seed)
+        choice = choose(candidates, inputs, sizes=sizes, say=say)
+    say(f"chosen: {choice.chosen}")
+    best = results[choice.chosen.removesuffix(COMPILED)]
+    best = replace(best, report=calls.report) if best is stands else best
+    if choice.chosen.endswith(COMPILED):
+        best = _compiled(best)
+    return replace(best, choice=choice)
+
+
+def _as_it_stands(found: Result, space: SearchSpace, delta: float, seed: int) -> Result:
+    """The program as library calls, as a result."""
+    program, target = found.program, found.target
+
+    def accept(graph: KernelGraph, cuts: tuple[str, ...] = ()) -> object:
+        return accepted(program, graph, target, delta, seed, cuts)
+
+    whole = search(program, accept=accept, accept_cut=accept, space=space.but(kernels=0, sizes=()), on=device(CPU))
+    assert isinstance(whole.accepted, tuple)
+    verified, source = whole.accepted
+    return _checked(verified, source, target, seed, whole.report)
+
+
+def _compiled(result: Result) -> Result:
+    """The result with its source through `torch.compile`.  Its numbers were compared with float64 when it was
+    measured, and those of the eager source before."""
+    source = torch_code.emit(result.graph, compiled=True)
+    certificate = result.certificate
+    numerics = tuple(replace(n, source_hash=_hash(source)) for n in certificate.numerics)
+    return replace(result, source=source, certificate=replace(certificate, numerics=numerics))
+
+
+def _loaded(result: Result, compiled: bool) -> Callable[..., Any]:
+    source = torch_code.emit(result.graph, compiled=True) if compiled else result.source
+    run: Callable[..., Any] = load_module(source, f"{result.program.name}_{result.target}").run
+    return run
+
+
+def _code(source: str) -> str:
+    """A source without its comments."""
+    return "\n".join(line for line in source.splitlines() if not line.lstrip().startswith("#"))
+
+
+def _agrees(program: Program, sizes: Mapping[str, int], seed: int, stable: bool, run: Callable[..., Any]) -> bool:
+    """Whether a function of the program's inputs agrees with float64 at these sizes."""
+
+    def on(inputs: Mapping[str, Any], bindings: Mapping[str, int]) -> Sequence[Any]:
+        del bindings
+        given = run(*(inputs[i.name] for i in program.inputs))
+        return given if isinstance(given, tuple | list) else (given,)
+
+    report = numeric_check(
+        program, on, bindings=[sizes], how="torch", draws=("normal",), seed=seed, beyond_eager=stable
+    )
+    return not report.disagrees
+
+
+def torch_inputs(program: Program, sizes: Mapping[str, int], seed: int = 0) -> list[Any]:
+    """Random inputs of the program as tensors on the CPU, in order."""
+    import torch
+
+    arrays = draw_inputs(program, sizes, "normal", seed)
+    types = {i.name: getattr(torch, torch_code.TORCH_DTYPES[i.storage.dtype]) for i in program.inputs}
+    return [torch.from_numpy(arrays[i.name]).to(types[i.name]) for i in program.inputs]
 
 
 def accepted(
@@ -640,11 +797,12 @@ def finished(graph: KernelGraph, cuts: Sequence[str] = ()) -> KernelGraph:
     return replace(stable, equations=tuple(equations))
 
 
-def emit(verified: Verified, target: Target, trace: Trace = ()) -> str:
+def emit(verified: Verified, target: Target, trace: Trace = (), compiled: bool = False) -> str:
     """The source of a verified μGraph for a target, with the options of a trace.  A graph without kernels of ours is
-    torch code everywhere.  Raises ValueError for a choice that there is not."""
+    torch code everywhere; `compiled`: such that goes through `torch.compile`.  Raises ValueError for a choice that
+    there is not."""
     if target.kind == "torch" or not verified.graph.kernels():
-        return torch_code.emit(verified.graph)
+        return torch_code.emit(verified.graph, compiled=compiled)
     return triton_code.emit(lower(verified, trace))
 
 

@@ -214,7 +214,7 @@ def optimize(
     ] = None,
     target: Annotated[str | None, typer.Option(help="torch, triton, cuda or cuda:90 (default: this machine).")] = None,
     effort: Annotated[str | None, typer.Option(help="How hard to search: none, quick, full.")] = None,
-    tune: Annotated[str | None, typer.Option(help="How kernels are compiled: none, fit, model, measure.")] = None,
+    tune: Annotated[str | None, typer.Option(help="How hard kernels are tuned: none, fit, model, measure.")] = None,
     budget: Annotated[float | None, typer.Option(metavar="SECONDS", help="Stop with the best so far.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of every draw.")] = None,
     split: Annotated[bool, typer.Option("--split/--no-split", help="Reductions may be cut over the grid.")] = True,
@@ -295,11 +295,15 @@ def summary(result: Result) -> dict[str, Any]:
         "directory": None if result.directory is None else str(result.directory),
         "cached": result.cached,
         "notes": list(result.notes),
+        "choice": result.choice.to_dict() if result.choice else None,
     }
 
 
 def is_baseline(result: Result) -> bool:
-    """Whether the search chose the program as library calls, its last candidate."""
+    """Whether the program as it stands runs: it was measured to be as fast, or the search chose it, its last
+    candidate."""
+    if result.choice:
+        return result.unchanged
     return bool(result.report.to_dict()["candidates"][-1]["verdict"] == "chosen")
 
 
@@ -313,7 +317,8 @@ def how_to_use(result: Result, subject: str, out: Path | None) -> str:
     """The line that says how to hard-code the result."""
     arguments = ", ".join(i.name for i in result.program.inputs)
     if out is None:
-        again = f"mugraph optimize {subject} --target {result.target} -o DIR"
+        tune = " --tune measure" if result.choice else ""
+        again = f"mugraph optimize {subject} --target {result.target}{tune} -o DIR"
         return f"keep it: {again}, then mugraph.load('DIR')({arguments})"
     return f"use it: mugraph.load({str(out)!r})({arguments}), or run({arguments}) of {out / 'kernel.py'} alone"
 

@@ -107,7 +107,7 @@ def _same_bounds(certificate: Certificate, found: Bounds | None) -> bool:
 
 def _same_files(result: Result, verified: Verified, directory: Path) -> None:
     try:
-        source = emit(verified, result.target, result.tuning.options)
+        source = emit(verified, result.target, result.tuning.options, result.compiled)
     except ValueError as error:
         raise VerificationError(f"{directory / 'tuning.json'}: {error}") from error
     if source != result.source:

@@ -12,6 +12,7 @@ result are not followed.  Results are new tensors also where PyTorch would retur
 from __future__ import annotations
 
 import functools
+import hashlib
 import inspect
 import sys
 import threading
@@ -40,6 +41,7 @@ Dynamic = Mapping[str, Mapping[int, Dim]]
 
 # So many specialisations are made; later signatures run as written.  An attribute that counts calls makes one a call.
 LIMIT = 64
+_BY_POSITION = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
 
 @dataclass
@@ -47,6 +49,7 @@ class Specialisation:
     """What runs for one signature: a captured program and its result, or the reason for a fallback.
 
     `live` gives for each weight of the program its place among the tensors that the guards list, or the tensor itself.
+    `compiled`: the original runs through torch.compile, as that was measured to be faster.
     `folds` says that something is computed ahead from weights, which only pays while these stay as they are.
     """
 
@@ -55,6 +58,7 @@ class Specialisation:
     reason: Exception | None
     live: tuple[Any, ...] = ()
     kept: list[object] = field(default_factory=list, repr=False)
+    compiled: bool = False
 
     @cached_property
     def folds(self) -> bool:
@@ -72,7 +76,16 @@ class _Call:
     args: tuple[Any, ...]
     named: dict[str, Any]
     leaves: list[Any]
-    spec: object
+    spec: Any
+
+    def filled(self, leaves: list[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments with other leaves."""
+        from torch.utils import _pytree as pytree
+
+        if isinstance(self.spec, int):
+            return tuple(leaves), {}
+        args, named = pytree.tree_unflatten(leaves, self.spec)
+        return args, named
 
 
 class OptimizedFunction:
@@ -103,6 +116,8 @@ class OptimizedFunction:
         from mugraph.pytorch.capture import signature_of
 
         self._signature = signature_of(original)
+        kinds = [p.kind for p in self._signature.parameters.values()]
+        self._positional = len(kinds) if all(k in _BY_POSITION for k in kinds) else -1  # how many there are, if alone
         self.dynamic = _checked_dynamic(dynamic, self._signature)
         functools.update_wrapper(self, original, updated=())
 
@@ -166,6 +181,13 @@ class OptimizedFunction:
         return _entry()(self, *args, **named)
 
     def _call(self, *args: Any, **named: Any) -> Any:
+        if not named and not self.dynamic and self._guards is not None and len(args) == self._positional:
+            leaf_key = _plain_key(args)  # the usual call, seen before: as little as possible is done for it
+            if leaf_key is not None and not _is_transformed():
+                state = self._guards.state()
+                chosen = self.specialisations.get((len(args), leaf_key, state.frozen()))
+                if chosen is not None and not state.hooked and not _is_abstract(state.tensors):
+                    return self._run(chosen, args, args, named, state)
         call = self._bound(args, named)
         if call is None or _is_abstract(call.leaves):
             return self.original(*args, **named)  # nothing to compute, or Python says what is wrong
@@ -190,10 +212,16 @@ class OptimizedFunction:
                 chosen = self.specialisations.get(key)
                 if chosen is None:
                     chosen = self.specialisations[key] = self._specialise(call, sizes, state)
-        if chosen.result is None or chosen.result.unchanged:
-            return self.original(*args, **named)  # never slower: PyTorch's own way is what runs
+        return self._run(chosen, call.leaves, args, named, state)
+
+    def _run(
+        self, chosen: Specialisation, leaves: Sequence[Any], args: tuple[Any, ...], named: dict[str, Any], state: Any
+    ) -> Any:
+        """What runs for a signature, on the leaves of the arguments."""
+        if chosen.result is None or chosen.result.unchanged:  # never slower: PyTorch's own way is what runs
+            return self._compiled(*args, **named) if chosen.compiled else self.original(*args, **named)
         weights = [state.tensors[x] if isinstance(x, int) else x for x in chosen.live]
-        inputs = [*(call.leaves[i] for i in chosen.captured.arguments), *weights]
+        inputs = [*(leaves[i] for i in chosen.captured.arguments), *weights]
         if _wants_gradients(weights) and chosen.folds:
             return self.original(*args, **named)  # the weights are about to change
         if _wants_gradients(inputs):
@@ -207,13 +235,18 @@ class OptimizedFunction:
             if self.strict:
                 raise
             self._warn(error)
-            self.specialisations[key] = Specialisation(None, None, error, kept=state.kept)
+            for key, known in list(self.specialisations.items()):
+                if known is chosen:
+                    self.specialisations[key] = Specialisation(None, None, error, kept=state.kept)
             return self.original(*args, **named)
         return chosen.captured.unflatten(outputs if isinstance(outputs, tuple) else (outputs,))
 
     def _bound(self, args: tuple[Any, ...], named: dict[str, Any]) -> _Call | None:
         """The arguments in the order of the signature, or None where they do not fit it."""
         import torch
+
+        if not named and len(args) == self._positional and all(type(x) is torch.Tensor for x in args):
+            return _Call(args, named, list(args), len(args))
         from torch.utils import _pytree as pytree
 
         try:
@@ -273,15 +306,63 @@ class OptimizedFunction:
             if options.get("space") is None:  # weights may be written in ways that PyTorch does not count
                 space = space_of(settings.effort.get(options.pop("effort", None)))
                 options["space"] = space.but(ahead=False)
-            result = pipeline.optimize(captured.program, **options)
+            result = self._optimized(call, captured, options)
         except Exception as error:  # whatever goes wrong here would not go wrong in the original
             if self.strict:
                 raise
             self._warn(error)
-            return Specialisation(None, None, error, kept=state.kept)
+            return Specialisation(None, None, error, kept=state.kept, compiled=self._is_faster_compiled(call))
         places = {id(x): i for i, x in reversed(list(enumerate(state.tensors)))}
         live = tuple(places.get(id(x), x) for x in captured.constants.values())
-        return Specialisation(captured, result, None, live, state.kept)
+        return Specialisation(captured, result, None, live, state.kept, result.unchanged and result.compiled)
+
+    @cached_property
+    def _compiled(self) -> Callable[..., Any]:
+        """The original through torch.compile."""
+        import torch
+
+        found: Callable[..., Any] = torch.compile(self.original, dynamic=None if self.dynamic else False)
+        return found
+
+    def _optimized(self, call: _Call, captured: Any, options: dict[str, Any]) -> Result:
+        """The result for a captured program; where it is tuned, the original is measured as the program as it
+        stands."""
+        if settings.tune.get(options.get("tune")) != "measure":
+            return pipeline.optimize(captured.program, **options)
+
+        def taking(run: Callable[..., Any]) -> Callable[..., Any]:
+            def on(*inputs: Any) -> Any:
+                leaves = list(call.leaves)
+                for place, x in zip(captured.arguments, inputs, strict=False):  # weights are the live ones
+                    leaves[place] = x
+                args, named = call.filled(leaves)
+                return run(*args, **named)
+
+            return on
+
+        written = pipeline.Written(taking(self.original), taking(self._compiled), _code_digest(self.original))
+        return pipeline.optimize_beside(captured.program, written, **options)
+
+    def _is_faster_compiled(self, call: _Call) -> bool:
+        """For a call that could not be captured: whether the original is faster through torch.compile, where that is to
+        be measured."""
+        if settings.tune.get(self.options.get("tune")) != "measure" or any(
+            getattr(x, "is_cuda", False) for x in call.leaves
+        ):
+            return False
+        import torch
+
+        from mugraph.runtime.choose import Candidate, choose
+
+        forms = {"eager": self.original, "compiled": self._compiled}
+        candidates = [
+            Candidate(name, functools.partial(_called, f, call.named), written=True) for name, f in forms.items()
+        ]
+        try:
+            with torch.no_grad():
+                return choose(candidates, call.args).chosen == "compiled"
+        except MugraphError:
+            return False  # the call itself will say why
 
     def _check_ranks(self, call: _Call) -> None:
         for name, x in (*zip(self._signature.parameters, call.args, strict=False), *call.named.items()):
@@ -326,6 +407,21 @@ class OptimizedFunction:
         if isinstance(error, VerificationError):
             text = f"a check refused the result: {text}"
         warnings.warn(FallbackWarning(f"{name} runs as it was written: {text}"), stacklevel=_user_level())
+
+
+def _called(f: Callable[..., Any], named: Mapping[str, Any], *args: Any) -> Any:
+    return f(*args, **named)
+
+
+def _code_digest(f: Callable[..., Any]) -> str:
+    """What tells one function's code from another's, as far as its own lines go; the numbers measured for one are not
+    those of the other."""
+    code = getattr(inspect.unwrap(getattr(f, "forward", f)), "__code__", None)
+    if code is None:
+        return f"{type(f).__module__}.{type(f).__qualname__}"
+    constants = [c.co_code.hex() if isinstance(c, types.CodeType) else repr(c) for c in code.co_consts]
+    text = f"{code.co_code.hex()} {code.co_names} {constants}"
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 _NO_GRAD = "call it under torch.no_grad()"
@@ -408,10 +504,17 @@ _entry._torchdynamo_disable = True  # type: ignore[attr-defined]
 def _is_abstract(leaves: Sequence[Any]) -> bool:
     """Whether there are tensors without values: on the meta device, or those that tracing makes."""
     import torch
-    from torch._subclasses.fake_tensor import FakeTensor
 
-    tensors = [x for x in leaves if isinstance(x, torch.Tensor)]
-    return any(x.is_meta or isinstance(x, FakeTensor) for x in tensors)
+    for x in leaves:
+        if type(x) is torch.Tensor or type(x) is torch.nn.Parameter:
+            if x.is_meta:
+                return True
+        elif isinstance(x, torch.Tensor):
+            from torch._subclasses.fake_tensor import FakeTensor
+
+            if x.is_meta or isinstance(x, FakeTensor):
+                return True
+    return False
 
 
 def _outside_state(leaves: Sequence[Any]) -> tuple[str, str] | None:
@@ -425,6 +528,25 @@ def _outside_state(leaves: Sequence[Any]) -> tuple[str, str] | None:
     if any(isinstance(x, torch.Tensor) and type(x) not in (torch.Tensor, torch.nn.Parameter) for x in leaves):
         return "subclasses of Tensor", "pass plain tensors"
     return None
+
+
+def _is_transformed() -> bool:
+    """Whether PyTorch does something else with operators than running them: autocast, or a transform."""
+    import torch
+
+    return torch._C._is_any_autocast_enabled() or torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def _plain_key(leaves: Sequence[Any]) -> tuple[object, ...] | None:
+    """`_leaf_key` where all leaves are plain tensors with values and no size is dynamic; else None."""
+    import torch
+
+    parts: list[object] = []
+    for x in leaves:
+        if type(x) is not torch.Tensor or x.is_meta:
+            return None
+        parts += (x.dtype, x.device.type, x.shape)
+    return tuple(parts)
 
 
 def _leaf_key(leaves: Sequence[Any], free: Mapping[int, Mapping[int, Dim]]) -> tuple[object, ...]:

@@ -3,9 +3,10 @@
     timings = measure({"eager": eager, "ours": ours}, repeats=50)
     timings.ratio("eager", "ours")            # 1.6 [1.5, 1.7]: ours is 1.6 times as fast
 
-Each round takes one sample of each function, beginning with another one each time, so slow phases of the machine meet
-all of them; ratios are taken within rounds.  On a GPU a sample is one replay of a CUDA graph that holds several calls,
-as kernels are served, and is timed by events; a function that cannot be captured is timed as it is.
+Each round takes one sample of each function, in an order that changes: slow phases of the machine meet all of them, and
+none always comes after the same other one, which leaves the caches as it likes.  Ratios are taken within rounds.  On a
+GPU a sample is one replay of a CUDA graph that holds several calls, as kernels are served, and is timed by events; a
+function that cannot be captured is timed as it is.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 Function = Callable[[], object]
 Sampler = Callable[[], float]
 
+CONFIDENCE = 0.95
+LEAST_SAMPLES = 6  # 2 · 2^-6 is below 1 - CONFIDENCE
 _MOST_CALLS = 1000
 GRAPH_CALLS = 20  # of a function in one CUDA graph
 
@@ -58,6 +61,26 @@ def spread_of(samples: Sequence[float]) -> Spread:
     return Spread(median, low, high)
 
 
+def interval_of(samples: Sequence[float]) -> Spread:
+    """The median with an interval that holds the true one in at least 95 of 100 cases, whatever the distribution: the
+    order statistics between which a binomial(n, 1/2) falls (Conover, Practical Nonparametric Statistics, section 3.2).
+    Raises ValueError for fewer than LEAST_SAMPLES, which are too few for any such interval.
+
+    >>> print(interval_of([1.0, 2.0, 3.0, 4.0, 5.0, 6.0]))
+    3.5 [1, 6]
+    """
+    n = len(samples)
+    if n < LEAST_SAMPLES:
+        raise ValueError(f"{n} samples are too few for an interval: {LEAST_SAMPLES} at least")
+    below = 0  # samples left out on each side
+    outside = 2 * 0.5**n
+    while outside + 2 * math.comb(n, below + 1) * 0.5**n <= 1 - CONFIDENCE:
+        below += 1
+        outside += 2 * math.comb(n, below) * 0.5**n
+    ordered = sorted(samples)
+    return Spread(statistics.median(ordered), ordered[below], ordered[n - 1 - below])
+
+
 @dataclass(frozen=True)
 class Timings:
     """Seconds of one call: for each function a sample of each round, rounds in the same order."""
@@ -69,8 +92,12 @@ class Timings:
 
     def ratio(self, baseline: str, name: str) -> Spread:
         """How many times as fast as the baseline, round by round."""
+        return spread_of(self.ratios(baseline, name))
+
+    def ratios(self, baseline: str, name: str) -> list[float]:
+        """How many times as fast as the baseline, in each round."""
         pairs = zip(self.samples[baseline], self.samples[name], strict=True)
-        return spread_of([a / b for a, b in pairs])
+        return [a / b for a, b in pairs]
 
     def fastest(self) -> str:
         """The function with the least median; of equal ones the first."""
@@ -153,8 +180,9 @@ def measure(
     names = list(functions)
     samples: dict[str, list[float]] = {name: [] for name in names}
     for i in range(repeats):
-        start = i % len(names)
-        for name in names[start:] + names[:start]:
+        start = i // 2 % len(names)
+        order = names[start:] + names[:start]
+        for name in order[:: -1 if i % 2 else 1]:
             samples[name].append(samplers[name]())
     return Timings({name: tuple(s) for name, s in samples.items()})
 

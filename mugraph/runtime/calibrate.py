@@ -23,6 +23,7 @@ from mugraph.ir.types import DType
 from mugraph.runtime.files import write_whole
 from mugraph.search.cost import (
     DRAIN_SECONDS,
+    GPU,
     SCHEMA_VERSION,
     Device,
     Product,
@@ -152,7 +153,7 @@ def calibrate(
 
 def _base(probe: Probe) -> tuple[str, Device, bool]:
     """The data file that fits the device best, and whether it is a description of this very device."""
-    known = sheet_devices()
+    known = {key: d for key, d in sheet_devices().items() if d.kind == GPU}
     here = slug(probe.name)
     named = [k for k in known if k.split("-")[0] in here and known[k].sms == probe.sms]
     named.sort(key=lambda k: (not all(part in here for part in k.split("-")), k))

@@ -14,7 +14,9 @@ from dataclasses import dataclass, replace
 
 from mugraph.ir.axes import Axis, Dim, dims_of
 from mugraph.ir.types import Tensor
+from mugraph.search.calls import Calls
 from mugraph.search.closure import Edge
+from mugraph.search.cost import CPU
 from mugraph.search.extract import Problem, is_leaf_edge
 from mugraph.search.library import LibraryCall, operands
 from mugraph.search.partition import Choice, Partition, partition
@@ -126,13 +128,14 @@ def partition_with_ahead(
     for c in fixed.computed - {t for group in groups for t in group}:
         p.bound.pop(c, None)
     second = _with_inputs(p, fixed.foldable)
-    plans, run = partition(p, space, groups, stop)
+    make = Calls if p.device.kind == CPU else Partition
+    plans, run = partition(p, space, groups, stop, make)
     if not fixed.foldable or stop():
         return plans, run
     ranked = [(run.cost(fixed.calls(plan)), plan) for plan in plans]
     least = min((cost for cost, _ in ranked), default=math.inf)
-    first = Partition(once, space, stop)
-    others, folding = partition(second, space, groups, stop)
+    first = make(once, space, stop)
+    others, folding = partition(second, space, groups, stop, make)
     for plan in others:
         used, cost = sorted(fixed.foldable & loaded(p, plan)), folding.cost(fixed.calls(plan))
         if used and cost < least and (before := _made(first, used)) is not None:

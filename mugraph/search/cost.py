@@ -42,6 +42,8 @@ THREAD_REGISTERS = 32  # addresses and counters
 ACCUMULATOR_REGISTERS = 1.5  # an accumulator and its share of operands
 STREAMED = 2048  # bytes in flight of a block that loads nothing into tiles
 
+GPU, CPU = "gpu", "cpu"
+
 Amount = Any  # a number, or an array with one for each way to cut a kernel
 
 
@@ -50,6 +52,8 @@ class Device:
     """A GPU, from a data file beside this module or from `mugraph calibrate`.  `sources` says where each figure comes
     from.
 
+    kind                "gpu", or "cpu": a program is calls of PyTorch there, and of the figures only the bandwidth, the
+                        rate of matmuls and what a call costs count
     tensor_rows         rows of a tile from which on matrix instructions reach their rate
     small_tile_share    the share of it that a smaller tile reaches
     attention_efficiency  the share of it that the library's attention reaches
@@ -86,6 +90,7 @@ class Device:
     sources: Mapping[str, str]
     base: str = ""
     calibrated: str = ""
+    kind: str = GPU
 
     @property
     def bandwidth(self) -> float:
@@ -163,7 +168,7 @@ def calibrated_devices() -> dict[str, Device]:
     return found
 
 
-_TEXTS = ("name", "base", "calibrated")
+_TEXTS = ("name", "base", "calibrated", "kind")
 
 
 def device_of(data: Any) -> Device:
@@ -174,7 +179,7 @@ def device_of(data: Any) -> Device:
         raise ValueError(f"its schema_version is {data.get('schema_version')!r}, not {SCHEMA_VERSION}")
     values = {k: v for k, v in data.items() if k != "schema_version"}
     known = {f.name for f in fields(Device)}
-    if odd := sorted(values.keys() - known) or sorted(known - {"base", "calibrated"} - values.keys()):
+    if odd := sorted(values.keys() - known) or sorted(known - {"base", "calibrated", "kind"} - values.keys()):
         raise ValueError(f"{'it lacks' if odd[0] in known else 'there is no figure'} {odd[0]!r}")
     for key in _TEXTS:
         if not isinstance(values.get(key, ""), str):
@@ -523,6 +528,8 @@ def predict_matmul(batch: int, m: int, n: int, k: int, unique: float, dtype: DTy
     split over blocks where there are fewer than SMs.  So small m is bound by bandwidth, and sizes that leave SMs idle
     in the last round fall short of the rate."""
     flops = 2.0 * batch * m * n * k
+    if d.kind == CPU:
+        return predict_library(unique, flops, dtype, d)
     found = []
     for rows, columns in LIBRARY_TILES:
         tall, wide = math.ceil(m / rows), math.ceil(n / columns)

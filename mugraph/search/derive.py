@@ -22,7 +22,7 @@ from mugraph.search.extract import (
     Derivation,
     Entry,
     Option,
-    Outcome,
+    Priced,
     Problem,
     Roles,
     Step,
@@ -69,7 +69,7 @@ class _Exhausted(Exception):
 class KernelSearch:
     """The cheapest derivation under assignment `n` of an outcome."""
 
-    def __init__(self, outcome: Outcome, n: int) -> None:
+    def __init__(self, outcome: Priced, n: int) -> None:
         s = outcome.survey
         self.p, self.roots, self.order = s.p, s.roots, s.order
         self.roles, self.tiles = s.assignments[n].roles, s.assignments[n].tiles

@@ -17,7 +17,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -453,6 +453,32 @@ class _Rows(dict[K, int]):
 
     def row(self, key: K) -> int:
         return self.setdefault(key, len(self))
+
+
+class Scoped(Protocol):
+    """What a derivation is sought among: the roots and the classes below them, children first."""
+
+    @property
+    def p(self) -> Problem: ...
+    @property
+    def roots(self) -> tuple[int, ...]: ...
+    @property
+    def order(self) -> list[int]: ...
+    @property
+    def assignments(self) -> Sequence[Assignment]: ...
+
+
+class Priced(Protocol):
+    """The ways to get each class and what they cost, for each assignment of roles."""
+
+    @property
+    def survey(self) -> Scoped: ...
+    @property
+    def mandatory(self) -> Mandatory: ...
+    @property
+    def starts(self) -> Mapping[int, Ints]: ...
+    def column(self, n: int) -> tuple[dict[int, int], dict[int, int], dict[int, float], dict[int, float]]: ...
+    def ways(self, n: int) -> Callable[[int], Iterator[tuple[float, Way | None]]]: ...
 
 
 class Outcome:

@@ -130,6 +130,10 @@ class Partition:
             self.p.bound.pop(roots[0], None)
         return found
 
+    def plans(self, groups: tuple[tuple[int, ...], ...]) -> list[list[Choice]]:
+        """Complete plans, cheapest first."""
+        return _plans(self, groups)
+
     def spent(self) -> bool:
         """Whether the budget of states is used up: what is not priced by now stays inside kernels."""
         return self.p.expanded > self.p.states
@@ -505,13 +509,17 @@ def power_of_two(n: int) -> int:
 
 
 def partition(
-    problem: Problem, space: SearchSpace, groups: tuple[tuple[int, ...], ...], stop: Callable[[], bool]
+    problem: Problem,
+    space: SearchSpace,
+    groups: tuple[tuple[int, ...], ...],
+    stop: Callable[[], bool],
+    make: type[Partition] = Partition,
 ) -> tuple[list[list[Choice]], Partition]:
     """Complete plans, cheapest first: each a list of launches that together compute the targets, group by group.  When
-    told to stop, the best so far."""
-    run = Partition(problem, space, stop)
+    told to stop, the best so far.  `make`: how launches are found."""
+    run = make(problem, space, stop)
     started = time.perf_counter()
-    plans = _plans(run, groups)
+    plans = run.plans(groups)
     run.seconds = time.perf_counter() - started
     return plans, run
 

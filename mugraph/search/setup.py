@@ -21,7 +21,7 @@ from mugraph.search.ahead import MARGIN, Fixed, fixed_classes, partition_with_ah
 from mugraph.search.build import Context, Unbuildable, baseline, build
 from mugraph.search.canonical import Canonical, canonical, ordered
 from mugraph.search.closure import Closure, Edge, close
-from mugraph.search.cost import Device
+from mugraph.search.cost import CPU, Device
 from mugraph.search.enumerate import Enumeration, widen
 from mugraph.search.explain import Laws
 from mugraph.search.extract import Derivation, Problem, Roles, is_leaf_edge
@@ -176,6 +176,7 @@ class Setup:
         targets, _ = targets_of(self.here, self.known, self.seeds)
         fixed = self.fixed(problem, targets)
         plans, run = partition_with_ahead(problem, fixed, space, targets, self.stop)
+        known = () if self.on.kind == CPU else known  # calls have no tiles
         others = resized(run, [plan for plan in known if plan and not fixed.launches(plan)])
         plans = others + [plan for plan in plans if plan not in others]  # of equal ones the known: fewer structures
         if others or self.boundaries:  # what a plan computes of them itself is no call

@@ -16,7 +16,7 @@ from dataclasses import replace
 from functools import cached_property
 from typing import NamedTuple
 
-from mugraph.errors import VerificationError
+from mugraph.errors import GraphError, VerificationError
 from mugraph.ir.check import check
 from mugraph.ir.graph import BlockGraph, Equation, KernelGraph, Program
 from mugraph.ir.infer import op_text
@@ -27,7 +27,7 @@ from mugraph.search.ahead import Fixed
 from mugraph.search.answers import Answer, Costlier, Cut, Found, NotEquivalent, Outside, Pruned
 from mugraph.search.build import library_equation
 from mugraph.search.closure import Class, Edge
-from mugraph.search.cost import STAGES, Device, Prediction, predict_beside
+from mugraph.search.cost import CPU, STAGES, Device, Prediction, predict_beside
 from mugraph.search.derive import KernelSearch
 from mugraph.search.driver import NARROW, search
 from mugraph.search.extract import (
@@ -83,8 +83,11 @@ def why_not(
     as the program itself, is taken as library calls, one for each operator.
 
     `verify` raises VerificationError where the graph does not compute the program; without it, outputs are compared by
-    fingerprint.  Raises GraphError or ShapeError for a malformed graph.
+    fingerprint.  Raises GraphError or ShapeError for a malformed graph, GraphError for a search for a CPU, which knows
+    no other plans than the cheapest.
     """
+    if on.kind == CPU:
+        raise GraphError("a search for a CPU keeps the cheapest plan alone", remedy="ask a result that was not tuned")
     check(graph)
     given = _stated_like(graph if isinstance(graph, KernelGraph) else _as_calls(graph), program)
     if verify is not None:

@@ -61,7 +61,7 @@ from mugraph.ir.printer import program_lines
 from mugraph.ir.shift import shifted
 from mugraph.ir.types import TORCH_NAMES, DType, Input, Tensor, promote
 from mugraph.transpiler.attention import ADDED, ATTENTION, AttentionParts, attention_of
-from mugraph.transpiler.divided import OWN_NAMES, divided_text, kept_text
+from mugraph.transpiler.divided import OWN_NAMES, call_lines, divided_text, kept_text
 from mugraph.transpiler.signature import bindings, shapes_text, size_text
 
 Layout = tuple[str, ...]
@@ -107,29 +107,56 @@ class Value:
     literal: bool = False
 
 
-def emit(graph: Program | KernelGraph, name: str = "run") -> str:
+def emit(graph: Program | KernelGraph, name: str = "run", compiled: bool = False) -> str:
     """The graph as a Python file with one function `name(*inputs, out=None)`.
 
     It takes tensors in the order of `graph.inputs` and returns a tensor, or a tuple where the graph has several
     outputs.  `out` (a tensor, or a tuple of as many) receives the results.  Shapes are not checked.
 
     Work that a μGraph does ahead is in a function `ahead` of its constant inputs, whose results are kept (`kept.py`).
+    `compiled`: what is done in each call goes through `torch.compile`, at the first call.
 
     Raises UnsupportedOpError for an input with packed storage, GraphError where the inputs do not determine a size.
     """
     parts = graph.divided() if isinstance(graph, KernelGraph) else None
-    if parts is None:
-        emitters, wrapper, imports = [_Emitter(graph, name)], [], ""
-    else:
-        first, rest = emitters = [_Emitter(part, n) for part, n in zip(parts, ("ahead", "rest"), strict=True)]
-        given = [p for p, i in zip(rest.parameters.values(), parts[1].inputs, strict=True) if i in graph.inputs]
-        kept = list(rest.parameters.values())[len(given) :]
-        wrapper = divided_text(name, given, [rest.parameters[i] for i in first.parameters], kept)
+    each = graph if parts is None else parts[1]
+    calls = _Emitter(each, CALLS if compiled else name if parts is None else "rest")
+    emitters, wrapper, imports = [calls], list[str](), ""
+    if compiled:
+        wrapper += _compiled_text(calls, name if parts is None else "rest", dynamic=bool(graph.dims()))
+    if parts is not None:
+        first = _Emitter(parts[0], "ahead")
+        emitters.insert(0, first)
+        given = [p for p, i in zip(calls.parameters.values(), each.inputs, strict=True) if i in graph.inputs]
+        kept = list(calls.parameters.values())[len(given) :]
+        wrapper += divided_text(name, given, [calls.parameters[i] for i in first.parameters], kept)
         imports = kept_text()[0] + "\n\n"
     functions = [e.function() for e in emitters]
     helper = [_NARROW] if any("narrow(" in f for f in functions) else []
     head = f'"""{_plain(graph.name)} as a PyTorch function, emitted by mugraph."""\n\n{imports}import torch'
     return "\n\n\n".join([head, *helper, *functions, *wrapper]) + "\n"
+
+
+def _compiled_text(calls: _Emitter, name: str, dynamic: bool) -> list[str]:
+    """The pieces that make a function `name` of `calls` through torch.compile.  Sizes that may change are compiled for
+    as they come."""
+    given = list(calls.parameters.values())
+    copied = "out.copy_(found)"
+    if len(calls.graph.outputs) > 1:
+        copied = "tuple(o.copy_(r) for o, r in zip(out, found))"
+    lines = [
+        *call_lines(f"def {name}", [*given, "*", "out=None"], ":", ""),
+        f'    """`{CALLS}` through torch.compile."""',
+        *call_lines("found = compiled", given, "", "    "),
+        f"    return found if out is None else {copied}",
+    ]
+    return [
+        f"compiled = torch.compile({CALLS}, fullgraph=True, dynamic={None if dynamic else False})",
+        "\n".join(lines),
+    ]
+
+
+CALLS = "calls"  # what the function is called that goes through torch.compile
 
 
 class _Emitter:
@@ -143,7 +170,10 @@ class _Emitter:
         self.part: str | None = None  # in a combine, the axis that counts the parts: there is one, so no value has it
         self.lines: list[str] = []
         self.taken = {"torch", "out", "narrow", "results", name}
-        self.taken |= set(OWN_NAMES) if name in OWN_NAMES else set()
+        if name in OWN_NAMES:
+            self.taken |= set(OWN_NAMES)
+        if name == CALLS:
+            self.taken |= {*OWN_NAMES, "compiled", "found", "run"}
         self.parameters = {i.name: self.fresh(i.name) for i in graph.inputs}
         self.dims: dict[Dim, str] = {}
         self.sizes: dict[str, Size] = {a.name: a.size for a in graph.axes().values()}

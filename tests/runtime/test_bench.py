@@ -1,12 +1,13 @@
 """Timings are taken in turns, and their ratios within rounds."""
 
+import math
 import time
 
 import pytest
 import torch
 
 from mugraph.runtime import bench
-from mugraph.runtime.bench import Spread, Timings, measure, spread_of
+from mugraph.runtime.bench import Spread, Timings, interval_of, measure, spread_of
 
 
 def test_a_slower_function_measures_slower() -> None:
@@ -24,10 +25,11 @@ def test_ratios_are_paired_within_rounds() -> None:
     assert timings.seconds("a") == Spread(11.0, 2.0, 20.0)
 
 
-def test_every_function_begins_a_round_in_turn() -> None:
+def test_every_function_comes_after_every_other_one_in_turn() -> None:
     order: list[str] = []
-    measure({name: lambda name=name: order.append(name) for name in "abc"}, 3, device="cpu", min_seconds=0.0)
-    assert "".join(order[-9:]) == "abcbcacab"
+    measure({name: lambda name=name: order.append(name) for name in "abc"}, 6, device="cpu", min_seconds=0.0)
+    rounds = "".join(order[-18:])
+    assert [rounds[i : i + 3] for i in range(0, 18, 3)] == ["abc", "cba", "bca", "acb", "cab", "bac"]
 
 
 def test_short_functions_are_called_many_times_a_sample(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -65,3 +67,17 @@ def test_a_gpu_is_timed_in_a_graph() -> None:
     assert timings.ratio("large", "small").low > 10
     synchronising = measure({"item": lambda: small[0].item()}, 3)
     assert synchronising.seconds("item").median > 0
+
+
+def test_the_interval_of_a_median_leaves_out_as_many_samples_as_the_binomial_says() -> None:
+    """Conover's table: of 6 samples none is left out, of 20 five on each side, of 31 nine."""
+    for n, below in ((6, 0), (9, 1), (20, 5), (31, 9)):
+        found = interval_of([float(i) for i in range(n)][::-1])
+        assert (found.low, found.high) == (below, n - 1 - below)
+        chance = 2 * sum(math.comb(n, i) for i in range(below + 1)) / 2**n  # that the median lies outside
+        assert chance <= 0.05 < chance + 2 * math.comb(n, below + 1) / 2**n
+
+
+def test_too_few_samples_have_no_interval() -> None:
+    with pytest.raises(ValueError, match="too few"):
+        interval_of([1.0] * 5)
