@@ -1,0 +1,590 @@
+"""Calls of emitted host functions, without Triton: kernels come from cubins, and each call is prepared once.
+
+The host part of an emitted file (`run`, its torch functions) is executed as it stands, with other things behind the
+names that it uses: `kernel[grid](...)` reaches a `Kernel`, `triton` and `tl` are the few functions that `HOST_NAMES`
+lists.  There are two ways to run it:
+
+*Recording.*  The tensors are `Place`s: shape, strides and a number, no memory.  What `run` launches and allocates is
+written down.  All that is left for a call is to allocate, to put pointers into the launches and to launch: a
+`Prepared`.  It holds for tensors of the same shapes, strides and alignment, on one device.
+
+*Directly*, with tensors, where `run` calls torch functions between its kernels and so cannot be recorded.
+
+A `Dispatch` is what is called.  It finds the `Prepared` by the sizes of its arguments; where there is none yet, it
+has the arguments checked, asks the `Table` which file serves these sizes, and prepares.
+
+A kernel may have several cubins: an aligned one, which takes for granted that pointers and strides divide by 16, and a
+general one.  The first whose assumptions hold is launched.
+
+This text is part of `aot.py` as it stands, so it imports torch and the standard library alone.
+"""
+
+from __future__ import annotations
+
+import threading
+from bisect import bisect_right
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import count
+from types import CodeType, SimpleNamespace
+from typing import Any, TypeAlias
+
+import torch
+
+from mugraph.errors import CacheError, CompileError, LaunchError, TargetMismatchError
+from mugraph.runtime.driver import Clear, Driver, Launch, Shape, Slot
+
+ALIGNMENT = 16
+MOST_PREPARED = 65_536  # layouts of arguments, before all are prepared anew
+COMPILED_BY = ("num_warps", "num_stages", "maxnreg", "launch_pdl")  # arguments of a launch for the compiler
+
+
+# -- which file serves which sizes
+
+
+@dataclass(frozen=True)
+class Range:
+    """The sizes `low..high` are served by the `run` of a file."""
+
+    low: int
+    high: int
+    file: str
+
+
+@dataclass(frozen=True)
+class Table:
+    """Which file serves each value of the symbolic size `dim`; one range for all where `dim` is None.
+
+    Raises CacheError unless the ranges follow each other without gap or overlap."""
+
+    dim: str | None
+    ranges: tuple[Range, ...]
+
+    def __post_init__(self) -> None:
+        problem = None
+        if not self.ranges or (self.dim is None and len(self.ranges) > 1):
+            problem = f"it has {len(self.ranges)} ranges for {self.dim or 'no symbolic size'}"
+        for before, after in zip(self.ranges, self.ranges[1:], strict=False):
+            if after.low != before.high + 1:
+                problem = f"{before.high} is followed by {after.low}"
+        for r in self.ranges:
+            if r.low > r.high:
+                problem = f"{r.low}..{r.high} is empty"
+        if problem:
+            raise CacheError(f"the table of sizes is wrong: {problem}", remedy="make it again")
+
+    def check_covers(self, low: int, high: int) -> None:
+        """Raises CacheError unless the table serves `low..high` exactly."""
+        found = self.ranges[0].low, self.ranges[-1].high
+        if self.dim is not None and found != (low, high):
+            raise CacheError(
+                f"the table serves {self.dim} = {found[0]}..{found[1]}, the program takes {low}..{high}",
+                remedy="make it again",
+            )
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(r.file for r in self.ranges))
+
+    def file(self, sizes: Mapping[str, int]) -> str:
+        """The file for these symbolic sizes."""
+        if self.dim is None:
+            return self.ranges[0].file
+        return self.ranges[bisect_right(self.ranges, sizes[self.dim], key=lambda r: r.low) - 1].file
+
+    def to_dict(self) -> dict[str, Any]:
+        ranges = [{"from": r.low, "to": r.high, "file": r.file} for r in self.ranges]
+        return {"dim": self.dim, "ranges": ranges}
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> Table:
+        return Table(data["dim"], tuple(Range(r["from"], r["to"], r["file"]) for r in data["ranges"]))
+
+
+# -- kernels
+
+
+@dataclass(frozen=True)
+class Binary:
+    """A cubin for `sm_<arch>`.
+
+    `parameters` are those of the kernel in order, each with what the cubin takes for granted: `*fp16` a pointer,
+    `*fp16:16` one that 16 divides, `i32` and `i32:16` integers of 32 bits, a number that very value.  `constants` and
+    `options` are those that a launch has to ask for.  `shared` is in bytes, `image` is the cubin."""
+
+    kernel: str
+    arch: int
+    entry: str
+    parameters: Mapping[str, str | int]
+    constants: Mapping[str, int | str]
+    options: Mapping[str, int]
+    shared: int
+    image: bytes
+
+    @property
+    def aligned(self) -> bool:
+        return any(isinstance(kind, str) and kind.endswith(":16") for kind in self.parameters.values())
+
+    def arguments(self, given: Sequence[Any]) -> list[Any] | None:
+        """What a launch passes on, of the arguments of `run`; None where they are not what this cubin assumes."""
+        passed = []
+        for kind, value in zip(self.parameters.values(), given, strict=True):
+            if not isinstance(kind, str):
+                if value != kind:
+                    return None
+                continue
+            base, _, divisor = kind.partition(":")
+            if divisor and (address(value) if base.startswith("*") else value) % int(divisor):
+                return None
+            if base == "i32" and not -(2**31) <= value < 2**31:
+                return None
+            passed.append(value)
+        return passed
+
+
+class Binaries:
+    """The cubins for one architecture, loaded on one device when they are first asked for."""
+
+    def __init__(self, driver: Driver, ordinal: int, binaries: Sequence[Binary]) -> None:
+        arch = driver.arch(ordinal)
+        self.driver, self.ordinal, self.arch = driver, ordinal, arch
+        self.context = driver.context(ordinal)
+        self.binaries = [b for b in binaries if b.arch == arch]
+        if binaries and not self.binaries:
+            there = ", ".join(f"sm_{a}" for a in sorted({b.arch for b in binaries}))
+            raise TargetMismatchError(
+                f"the kernels are for {there}, the device is {driver.name(ordinal)} (sm_{arch})",
+                remedy=f"make them for it: mugraph optimize ... --aot {arch}",
+            )
+        self.functions: dict[int, Any] = {}
+        self.lock = threading.Lock()
+
+    def load(self) -> None:
+        """Loads all of them."""
+        for b in self.binaries:
+            self.function(b, None)
+
+    def function(self, b: Binary, stream: int | None) -> Any:
+        """The loaded kernel.  Raises LaunchError where it would have to be loaded while a CUDA graph is captured."""
+        if id(b) not in self.functions:
+            if stream is not None and self.driver.capturing(stream):
+                raise LaunchError(
+                    f"{b.kernel} is not loaded, and nothing can be loaded while a CUDA graph is captured",
+                    op=b.kernel,
+                    remedy="call warmup() before the capture",
+                )
+            with self.lock:
+                if id(b) not in self.functions:
+                    self.functions[id(b)] = self.driver.function(b.image, b.entry, b.shared, self.ordinal)
+        return self.functions[id(b)]
+
+    def choose(self, kernel: str, given: Sequence[Any], named: Mapping[str, Any]) -> tuple[Binary, list[Any]]:
+        """The first cubin that a launch can use, and what it is passed."""
+        options, constants = parted(named)
+        same = [b for b in self.binaries if (b.kernel, b.options, b.constants) == (kernel, options, constants)]
+        for b in same:
+            if (passed := b.arguments(given)) is not None:
+                return b, passed
+        if not same:
+            wanted = ", ".join(f"{k}={v}" for k, v in named.items())
+            raise CompileError(f"there is no cubin of {kernel} for {wanted}", op=kernel, remedy="make them again")
+        raise LaunchError(
+            f"{kernel} takes sizes and strides of 31 bits", op=kernel, remedy="pass smaller or denser tensors"
+        )
+
+    def launch(
+        self, kernel: str, grid: Sequence[int], given: Sequence[Any], named: Mapping[str, Any], stream: int
+    ) -> Launch:
+        """The launch, ready but for its pointers: that of a Place at its number, those of tensors in their order."""
+        b, passed = self.choose(kernel, given, named)
+        function = self.function(b, stream)
+        x, y, z = (*grid, 1, 1)[:3]
+        shape = Shape((x, y, z), 32 * b.options["num_warps"], b.shared, bool(b.options.get("launch_pdl")))
+        numbers = count()
+        arguments = [
+            a if isinstance(a, int) else Slot(a.number if isinstance(a, Place) else next(numbers)) for a in passed
+        ]
+        return Launch(self.driver, function, self.context, shape, arguments)
+
+
+def parted(named: Mapping[str, Any]) -> tuple[dict[str, int], dict[str, int | str]]:
+    """The named arguments of a launch: options of the compiler, and constants of the kernel."""
+    options = {k: v for k, v in named.items() if k in COMPILED_BY}
+    return options, {k: v for k, v in named.items() if k not in COMPILED_BY}
+
+
+# -- the host part of an emitted file
+
+OnLaunch: TypeAlias = Callable[[str, Sequence[int], Sequence[Any], Mapping[str, Any]], None]
+
+
+class Kernel:
+    """What a kernel's name stands for: `kernel[grid](*args, **constants)` calls `launch` with all of it."""
+
+    def __init__(self, name: str, launch: OnLaunch) -> None:
+        self.name, self.launch = name, launch
+
+    def __getitem__(self, grid: Sequence[int]) -> Callable[..., None]:
+        def call(*given: Any, **named: Any) -> None:
+            if 0 not in grid:  # no blocks, nothing to do
+                self.launch(self.name, grid, given, named)
+
+        return call
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+# What stands for Triton in the host part.  Types are constants of kernels, by name.
+HOST_NAMES = {
+    "triton": SimpleNamespace(cdiv=cdiv, next_power_of_2=next_power_of_2, JITFunction=Kernel),
+    "tl": SimpleNamespace(bfloat16="bfloat16", float32="float32"),
+}
+
+
+@dataclass(frozen=True)
+class Host:
+    """The host part of an emitted file, and the names of its kernels."""
+
+    code: CodeType
+    kernels: tuple[str, ...]
+
+    @staticmethod
+    def of(text: str, kernels: Sequence[str], name: str) -> Host:
+        return Host(compile(text, name, "exec"), tuple(kernels))
+
+    def names(self, launch: OnLaunch, like_torch: Any = torch) -> dict[str, Any]:
+        """What the file defines, where kernels are launched by `launch`."""
+        found = {**HOST_NAMES, "torch": like_torch, **{k: Kernel(k, launch) for k in self.kernels}}
+        exec(self.code, found)
+        return found
+
+
+# -- recording
+
+
+class Unrecordable(TypeError):
+    """The host part does more than to allocate and to launch.  A TypeError, as operators of a Place raise one too."""
+
+
+class Place:
+    """What `run` sees of a tensor while it is recorded: its number among the pointers of a call, and whether its
+    address is divisible by 16."""
+
+    __slots__ = ("aligned", "device", "dtype", "number", "recorder", "shape", "strides")
+
+    def __init__(
+        self, recorder: Recorder, shape: Sequence[int], strides: Sequence[int], dtype: Any, aligned: bool
+    ) -> None:
+        self.recorder, self.shape, self.strides, self.dtype = recorder, tuple(shape), tuple(strides), dtype
+        self.aligned, self.device = aligned, recorder
+        self.number = recorder.count
+        recorder.count += 1
+
+    def stride(self, at: int | None = None) -> Any:
+        return self.strides if at is None else self.strides[at]
+
+    def zero_(self) -> Place:
+        size = self.dtype.itemsize
+        for n in self.shape:
+            size *= n
+        self.recorder.steps.append(self.recorder.clear(self.number, size))
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        raise Unrecordable(name)
+
+
+class Recorder:
+    """What stands for torch while `run` is recorded: allocations and launches are written down."""
+
+    def __init__(self, binaries: Binaries, stream: int) -> None:
+        self.binaries, self.stream = binaries, stream
+        self.count = 0
+        self.allocations: list[tuple[tuple[int, ...], Any]] = []
+        self.steps: list[Launch | Clear] = []
+
+    def place(self, t: torch.Tensor, aligned: bool) -> Place:
+        return Place(self, t.shape, t.stride(), t.dtype, aligned)
+
+    def empty(self, shape: Sequence[int], *, dtype: Any, device: Any) -> Place:
+        strides = [1]
+        for n in reversed(shape[1:]):
+            strides.insert(0, strides[0] * max(n, 1))
+        self.allocations.append((tuple(shape), dtype))
+        return Place(self, shape, strides[: len(shape)], dtype, True)
+
+    def launch(self, kernel: str, grid: Sequence[int], given: Sequence[Any], named: Mapping[str, Any]) -> None:
+        self.steps.append(self.binaries.launch(kernel, grid, given, named, self.stream))
+
+    def clear(self, place: int, size: int) -> Clear:
+        return Clear(self.binaries.driver, self.binaries.context, place, size)
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(torch, name)
+        if not isinstance(found, torch.dtype):
+            raise Unrecordable(name)
+        return found
+
+
+def address(value: Any) -> int:
+    """An address that is divisible as that of the tensor is."""
+    return (0 if value.aligned else 1) if isinstance(value, Place) else value.data_ptr()
+
+
+Layout: TypeAlias = Callable[..., bool]
+
+
+def layout_of(tensors: Sequence[torch.Tensor]) -> Layout:
+    """A test whether other tensors have the types, shapes, strides, devices and lazy flags of these."""
+    try:
+        from torch._C._dynamo.guards import TensorGuards  # one call, in C++
+
+        guard: Layout = TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
+        if guard(*tensors):
+            return guard
+    except Exception:
+        pass  # it is no public function, so it may change in any way
+
+    def looks(t: torch.Tensor) -> tuple[Any, ...]:
+        return type(t), t.dtype, t.shape, t.stride(), t.get_device(), t.is_neg(), t.requires_grad
+
+    wanted = [looks(t) for t in tensors]
+    return lambda *given: [looks(t) for t in given] == wanted
+
+
+@dataclass(eq=False, slots=True)
+class Prepared:
+    """A call for tensors of one layout and alignment, ready but for pointers.
+
+    `fits` tests the layout; `tracked`: some tensor requires a gradient.  `kept` gives further tensors, computed ahead.
+    `steps` are handed out, one set for each call that is under way; `spare` has those that are not.  `direct` is the
+    function itself, where it could not be recorded."""
+
+    fits: Layout
+    alignment: tuple[bool, ...] | None
+    tracked: bool
+    device: torch.device
+    ordinal: int
+    direct: Callable[..., Any] | None = None
+    kept: Callable[..., Sequence[torch.Tensor]] | None = None
+    allocations: tuple[tuple[tuple[int, ...], Any], ...] = ()
+    steps: tuple[Launch | Clear, ...] = ()
+    spare: list[tuple[Launch | Clear, ...]] = field(default_factory=list)
+    results: tuple[int, ...] = ()
+    single: bool = True
+
+
+def alignment_of(pointers: Sequence[int]) -> tuple[bool, ...] | None:
+    """Which of the pointers 16 divides; None where it divides all."""
+    low = 0
+    for p in pointers:
+        low |= p
+    return tuple(p % ALIGNMENT == 0 for p in pointers) if low % ALIGNMENT else None
+
+
+Admit: TypeAlias = Callable[
+    [tuple[Any, ...], Any, Mapping[str, Any]], tuple[Sequence[torch.Tensor], Sequence[torch.Tensor], dict[str, int]]
+]
+
+
+class Dispatch:
+    """An emitted program that is launched from cubins.  Call it with the program's tensors, by position or name; `out`
+    receives the results.
+
+    admit     checks the arguments of a call: what kernels can read of them, the tensors of `out`, the symbolic sizes
+    hosts     the host part of each file that the table names
+    binaries  the cubins for a device, by its ordinal
+    inputs    how many tensors a call takes
+    sources   positions of the inputs whose shapes determine the symbolic sizes
+    """
+
+    def __init__(
+        self,
+        admit: Admit,
+        table: Table,
+        hosts: Mapping[str, Host],
+        binaries: Callable[[int], Binaries],
+        inputs: int,
+        sources: Sequence[int],
+    ) -> None:
+        self.admit, self.table, self.hosts, self.count = admit, table, hosts, inputs
+        self.binaries = binaries
+        self.of_device: dict[int, Binaries] = {}
+        self.key = key_of_shapes(sources)
+        self.ready: dict[Any, list[Prepared]] = {}
+        self.into: dict[Any, list[Prepared]] = {}  # those for calls with `out`
+        self.lock = threading.RLock()
+        self.allocate: Callable[..., torch.Tensor] = torch.empty
+        self.stream, self.current = torch_hooks()
+
+    def __call__(self, *args: Any, out: Any = None, **named: Any) -> Any:
+        if out is None and not named and len(args) == self.count:
+            try:
+                pointers = list(map(data_ptr, args))
+                alignment = alignment_of(pointers)
+                for p in self.ready.get(self.key(args), ()):
+                    if p.alignment == alignment and p.fits(*args):
+                        break
+                else:
+                    p = None
+            except (AttributeError, TypeError, RuntimeError):  # no tensor, or one without memory: `admit` says which
+                p = None
+            if p is not None and not (p.tracked and torch.is_grad_enabled()):
+                return self.run(p, pointers, args)
+        readable, given, sizes = self.admit(args, out, named)
+        tensors = (*readable, *given)
+        pointers = list(map(data_ptr, tensors))
+        return self.run(self.prepared(tensors, pointers, len(given), sizes), pointers, tensors)
+
+    def run(self, p: Prepared, pointers: list[int], tensors: Sequence[torch.Tensor]) -> Any:
+        if self.current() != p.ordinal:
+            with torch.cuda.device(p.ordinal):
+                return self.run_here(p, pointers, tensors)
+        return self.run_here(p, pointers, tensors)
+
+    def run_here(self, p: Prepared, pointers: list[int], tensors: Sequence[torch.Tensor]) -> Any:
+        """The call on the current device."""
+        if p.direct is not None:
+            inputs, given = tensors[: self.count], tensors[self.count :]
+            return p.direct(*inputs, out=(given[0] if len(given) == 1 else given) if given else None)
+        made = list(tensors)
+        if p.kept is not None:
+            made += p.kept(*tensors[: self.count])
+            pointers += map(data_ptr, made[len(tensors) :])
+        for shape, dtype in p.allocations:
+            t = self.allocate(shape, dtype=dtype, device=p.device)
+            made.append(t)
+            pointers.append(t.data_ptr())
+        try:
+            steps = p.spare.pop()
+        except IndexError:  # all are in use by other threads
+            steps = tuple(s.copy() for s in p.steps)
+        stream = self.stream(p.ordinal)
+        for step in steps:
+            step(stream, pointers)
+        p.spare.append(steps)
+        return made[p.results[0]] if p.single else tuple(made[i] for i in p.results)
+
+    # -- preparing
+
+    def warmup(self, ordinal: int = 0) -> Dispatch:
+        """Loads every kernel on a device, so that no later call does."""
+        self.loaded(ordinal).load()
+        return self
+
+    def loaded(self, ordinal: int) -> Binaries:
+        if ordinal not in self.of_device:
+            with self.lock:
+                if ordinal not in self.of_device:
+                    self.of_device[ordinal] = self.binaries(ordinal)
+        return self.of_device[ordinal]
+
+    def prepared(
+        self, tensors: Sequence[torch.Tensor], pointers: Sequence[int], given: int, sizes: Mapping[str, int]
+    ) -> Prepared:
+        """The call for tensors of this layout, the last `given` of which are results."""
+        known = self.into if given else self.ready
+        key = self.key(tensors)
+        alignment = alignment_of(pointers)
+        for p in known.get(key, ()):
+            if p.alignment == alignment and p.fits(*tensors):
+                return p
+        new = self.prepare(tensors, alignment, given, sizes)
+        with self.lock:
+            if sum(map(len, known.values())) >= MOST_PREPARED:
+                known.clear()
+            known[key] = [*known.get(key, ()), new]
+        return new
+
+    def prepare(
+        self, tensors: Sequence[torch.Tensor], alignment: tuple[bool, ...] | None, given: int, sizes: Mapping[str, int]
+    ) -> Prepared:
+        device = tensors[0].device
+        ordinal = device.index or 0
+        host = self.hosts[self.table.file(sizes)]
+        p = Prepared(
+            fits=layout_of(tensors),
+            alignment=alignment,
+            tracked=any(t.requires_grad for t in tensors),
+            device=device,
+            ordinal=ordinal,
+        )
+        if not host.kernels:
+            p.direct = host.names(no_launch)["run"]
+            return p
+        binaries = self.loaded(ordinal)
+        names = host.names(self.launcher(binaries))
+        recorder = Recorder(binaries, self.stream(ordinal))
+        recorded = host.names(recorder.launch, recorder)
+        places = [recorder.place(t, a) for t, a in zip(tensors, alignment or [True] * len(tensors), strict=True)]
+        inputs, results = places[: self.count], places[self.count :]
+        run = recorded["run"]
+        if "keep" in names:  # what is computed ahead runs as it stands; what is left for each call is recorded
+            p.kept = kept_by(names, run)
+            kept = p.kept(*tensors[: self.count])
+            inputs += [recorder.place(t, t.data_ptr() % ALIGNMENT == 0) for t in kept]
+            run = recorded["rest"]
+        try:
+            found = run(*inputs, out=(results[0] if given == 1 else tuple(results)) if given else None)
+        except TypeError:
+            p.direct, p.kept = names["run"], None
+            return p
+        outputs = found if isinstance(found, tuple) else (found,)
+        p.allocations, p.steps = tuple(recorder.allocations), tuple(recorder.steps)
+        p.spare, p.results = [p.steps], tuple(o.number for o in outputs)
+        p.single = not isinstance(found, tuple)
+        return p
+
+    def launcher(self, binaries: Binaries) -> OnLaunch:
+        """Launches kernels on the current stream, on tensors."""
+
+        def launch(kernel: str, grid: Sequence[int], given: Sequence[Any], named: Mapping[str, Any]) -> None:
+            stream = self.stream(binaries.ordinal)
+            pointers = [a.data_ptr() for a in given if isinstance(a, torch.Tensor)]
+            binaries.launch(kernel, grid, given, named, stream)(stream, pointers)
+
+        return launch
+
+
+data_ptr = torch.Tensor.data_ptr
+
+
+def key_of_shapes(sources: Sequence[int]) -> Callable[[Sequence[Any]], Any]:
+    """What a call is found by: the shapes of these arguments."""
+    if len(sources) == 1:
+        (only,) = sources
+        return lambda args: args[only].shape
+    return lambda args: tuple(args[i].shape for i in sources)
+
+
+def kept_by(names: Mapping[str, Any], run: Any) -> Callable[..., Sequence[torch.Tensor]]:
+    """What `keep` gives for the constants among the parameters of `run`."""
+    parameters = run.__code__.co_varnames[: run.__code__.co_argcount]
+    ahead = names["ahead"].__code__
+    positions = [parameters.index(n) for n in ahead.co_varnames[: ahead.co_argcount]]
+    keep = names["keep"]
+
+    def kept(*inputs: torch.Tensor) -> Sequence[torch.Tensor]:
+        found = keep(*(inputs[i] for i in positions))
+        return found if isinstance(found, tuple) else (found,)
+
+    return kept
+
+
+def no_launch(kernel: str, grid: Sequence[int], given: Sequence[Any], named: Mapping[str, Any]) -> None:
+    raise LaunchError(f"{kernel} is not a kernel of this file")
+
+
+def torch_hooks() -> tuple[Callable[[int], int], Callable[[], int]]:
+    """PyTorch's current stream of a device, as the driver's handle, and its current device; 0 without CUDA."""
+    stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+    current = getattr(torch._C, "_cuda_getDevice", None)
+    if stream is None or current is None or not torch.cuda.is_available():
+        return (lambda ordinal: 0), (lambda: 0)
+    return stream, current
