@@ -35,7 +35,7 @@ from mugraph.errors import CacheError, CompileError, LaunchError, TargetMismatch
 from mugraph.runtime.driver import Clear, Driver, Launch, Shape, Slot
 
 ALIGNMENT = 16
-MOST_PREPARED = 65_536  # layouts of arguments, before all are prepared anew
+MOST_PREPARED, MOST_LAYOUTS = 16_384, 8  # sizes, and layouts of each, that are kept prepared
 COMPILED_BY = ("num_warps", "num_stages", "maxnreg", "launch_pdl")  # arguments of a launch for the compiler
 
 
@@ -358,29 +358,13 @@ def layout_of(tensors: Sequence[torch.Tensor]) -> Layout:
     return lambda *given: [looks(t) for t in given] == wanted
 
 
-@dataclass(eq=False, slots=True)
-class Prepared:
-    """A call for tensors of one layout and alignment, ready but for pointers.
-
-    `fits` tests the layout; `tracked`: some tensor requires a gradient.  `kept` gives further tensors, computed ahead.
-    `steps` are handed out, one set for each call that is under way; `spare` has those that are not.  `direct` is the
-    function itself, where it could not be recorded."""
-
-    fits: Layout
-    alignment: tuple[bool, ...] | None
-    tracked: bool
-    device: torch.device
-    ordinal: int
-    direct: Callable[..., Any] | None = None
-    kept: Callable[..., Sequence[torch.Tensor]] | None = None
-    allocations: tuple[tuple[tuple[int, ...], Any], ...] = ()
-    steps: tuple[Launch | Clear, ...] = ()
-    spare: list[tuple[Launch | Clear, ...]] = field(default_factory=list)
-    results: tuple[int, ...] = ()
-    single: bool = True
+data_ptr = torch.Tensor.data_ptr
 
 
-def alignment_of(pointers: Sequence[int]) -> tuple[bool, ...] | None:
+Alignment: TypeAlias = tuple[bool, ...] | None
+
+
+def alignment_of(pointers: Sequence[int]) -> Alignment:
     """Which of the pointers 16 divides; None where it divides all."""
     low = 0
     for p in pointers:
@@ -388,9 +372,93 @@ def alignment_of(pointers: Sequence[int]) -> tuple[bool, ...] | None:
     return tuple(p % ALIGNMENT == 0 for p in pointers) if low % ALIGNMENT else None
 
 
+@dataclass(frozen=True)
+class Torch:
+    """What calls ask PyTorch for: the current stream of a device as the driver's handle, the current device, memory."""
+
+    stream: Callable[[int], int]
+    current: Callable[[], int]
+    empty: Callable[..., torch.Tensor] = torch.empty
+
+
+def present_torch() -> Torch:
+    """The real one; without CUDA, device 0 and its default stream are current."""
+    stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+    current = getattr(torch._C, "_cuda_getDevice", None)
+    if stream is None or current is None or not torch.cuda.is_available():
+        return Torch(lambda ordinal: 0, lambda: 0)
+    return Torch(stream, current)
+
+
+@dataclass(eq=False, slots=True)
+class Prepared:
+    """A call for tensors of one layout and alignment.  `fits` tests the layout; `tracked`: a tensor requires a
+    gradient.  Calling it with all tensors (the last ones are those of `out`) and their addresses does the work."""
+
+    fits: Layout
+    alignment: Alignment
+    tracked: bool
+    hooks: Torch
+    device: torch.device
+    ordinal: int
+    inputs: int
+
+
+@dataclass(eq=False, slots=True)
+class Direct(Prepared):
+    """The function itself, for want of a recording."""
+
+    function: Callable[..., Any]
+
+    def __call__(self, pointers: list[int], tensors: Sequence[torch.Tensor]) -> Any:
+        if self.hooks.current() != self.ordinal:
+            with torch.cuda.device(self.ordinal):
+                return self(pointers, tensors)
+        inputs, out = tensors[: self.inputs], tensors[self.inputs :]
+        return self.function(*inputs, out=None if not out else out[0] if len(out) == 1 else out)
+
+
+@dataclass(eq=False, slots=True)
+class Recorded(Prepared):
+    """What is left of a call: allocations, and steps that want pointers.
+
+    `kept` gives further tensors, computed ahead.  `results` are the numbers of those returned; `single`: as one tensor,
+    not as a tuple.  `spare` holds sets of steps that no call is using; another thread makes a set of its own."""
+
+    kept: Callable[..., Sequence[torch.Tensor]] | None
+    allocations: tuple[tuple[tuple[int, ...], Any], ...]
+    steps: tuple[Launch | Clear, ...]
+    results: tuple[int, ...]
+    single: bool
+    spare: list[tuple[Launch | Clear, ...]] = field(default_factory=list)
+
+    def __call__(self, pointers: list[int], tensors: Sequence[torch.Tensor]) -> Any:
+        hooks, ordinal = self.hooks, self.ordinal
+        if hooks.current() != ordinal:
+            with torch.cuda.device(ordinal):
+                return self(pointers, tensors)
+        every = [*tensors]
+        if self.kept is not None:
+            every += self.kept(*tensors[: self.inputs])
+            pointers += map(data_ptr, every[len(tensors) :])
+        for shape, dtype in self.allocations:
+            t = hooks.empty(shape, dtype=dtype, device=self.device)
+            every.append(t)
+            pointers.append(t.data_ptr())
+        steps = self.spare.pop() if self.spare else tuple(s.copy() for s in self.steps)
+        stream = hooks.stream(ordinal)
+        for step in steps:
+            step(stream, pointers)
+        self.spare.append(steps)
+        return every[self.results[0]] if self.single else tuple(every[i] for i in self.results)
+
+
 Admit: TypeAlias = Callable[
     [tuple[Any, ...], Any, Mapping[str, Any]], tuple[Sequence[torch.Tensor], Sequence[torch.Tensor], dict[str, int]]
 ]
+
+
+Calls: TypeAlias = dict[tuple[Any, ...], tuple[Direct | Recorded, ...]]
 
 
 class Dispatch:
@@ -398,6 +466,7 @@ class Dispatch:
     receives the results.
 
     admit     checks the arguments of a call: what kernels can read of them, the tensors of `out`, the symbolic sizes
+    table     which file serves which sizes
     hosts     the host part of each file that the table names
     binaries  the cubins for a device, by its ordinal
     inputs    how many tensors a call takes
@@ -413,63 +482,41 @@ class Dispatch:
         inputs: int,
         sources: Sequence[int],
     ) -> None:
-        self.admit, self.table, self.hosts, self.count = admit, table, hosts, inputs
-        self.binaries = binaries
-        self.of_device: dict[int, Binaries] = {}
-        self.key = key_of_shapes(sources)
-        self.ready: dict[Any, list[Prepared]] = {}
-        self.into: dict[Any, list[Prepared]] = {}  # those for calls with `out`
+        self.admit, self.table, self.hosts, self.binaries = admit, table, hosts, binaries
+        self.inputs, self.sources = inputs, tuple(sources)
+        self.hooks = present_torch()
+        self.ready: Calls = {}
+        self.into: Calls = {}  # those with `out`
+        self.last: Direct | Recorded | None = None
+        self.on_device: dict[int, Binaries] = {}
+        self.live: dict[tuple[str, int], dict[str, Any]] = {}  # what a file defines, launching on a device
         self.lock = threading.RLock()
-        self.allocate: Callable[..., torch.Tensor] = torch.empty
-        self.stream, self.current = torch_hooks()
 
     def __call__(self, *args: Any, out: Any = None, **named: Any) -> Any:
-        if out is None and not named and len(args) == self.count:
+        if out is None and not named and len(args) == self.inputs:
             try:
                 pointers = list(map(data_ptr, args))
                 alignment = alignment_of(pointers)
-                for p in self.ready.get(self.key(args), ()):
-                    if p.alignment == alignment and p.fits(*args):
-                        break
-                else:
-                    p = None
-            except (AttributeError, TypeError, RuntimeError):  # no tensor, or one without memory: `admit` says which
-                p = None
+                p = self.last
+                if p is None or p.alignment != alignment or not p.fits(*args):
+                    self.last = p = self.known(self.ready, args, alignment)
+            except (AttributeError, TypeError, RuntimeError):
+                p = None  # no tensor, or one without memory: `admit` says which
             if p is not None and not (p.tracked and torch.is_grad_enabled()):
-                return self.run(p, pointers, args)
+                return p(pointers, args)
         readable, given, sizes = self.admit(args, out, named)
         tensors = (*readable, *given)
         pointers = list(map(data_ptr, tensors))
-        return self.run(self.prepared(tensors, pointers, len(given), sizes), pointers, tensors)
+        return self.prepared(tensors, pointers, sizes)(pointers, tensors)
 
-    def run(self, p: Prepared, pointers: list[int], tensors: Sequence[torch.Tensor]) -> Any:
-        if self.current() != p.ordinal:
-            with torch.cuda.device(p.ordinal):
-                return self.run_here(p, pointers, tensors)
-        return self.run_here(p, pointers, tensors)
+    def key(self, tensors: Sequence[torch.Tensor]) -> Any:
+        """What a call is found by: the shapes that determine its symbolic sizes."""
+        return tuple(tensors[i].shape for i in self.sources)
 
-    def run_here(self, p: Prepared, pointers: list[int], tensors: Sequence[torch.Tensor]) -> Any:
-        """The call on the current device."""
-        if p.direct is not None:
-            inputs, given = tensors[: self.count], tensors[self.count :]
-            return p.direct(*inputs, out=(given[0] if len(given) == 1 else given) if given else None)
-        made = list(tensors)
-        if p.kept is not None:
-            made += p.kept(*tensors[: self.count])
-            pointers += map(data_ptr, made[len(tensors) :])
-        for shape, dtype in p.allocations:
-            t = self.allocate(shape, dtype=dtype, device=p.device)
-            made.append(t)
-            pointers.append(t.data_ptr())
-        try:
-            steps = p.spare.pop()
-        except IndexError:  # all are in use by other threads
-            steps = tuple(s.copy() for s in p.steps)
-        stream = self.stream(p.ordinal)
-        for step in steps:
-            step(stream, pointers)
-        p.spare.append(steps)
-        return made[p.results[0]] if p.single else tuple(made[i] for i in p.results)
+    def known(self, among: Calls, tensors: Sequence[torch.Tensor], alignment: Alignment) -> Direct | Recorded | None:
+        return next(
+            (p for p in among.get(self.key(tensors), ()) if p.alignment == alignment and p.fits(*tensors)), None
+        )
 
     # -- preparing
 
@@ -479,88 +526,67 @@ class Dispatch:
         return self
 
     def loaded(self, ordinal: int) -> Binaries:
-        if ordinal not in self.of_device:
-            with self.lock:
-                if ordinal not in self.of_device:
-                    self.of_device[ordinal] = self.binaries(ordinal)
-        return self.of_device[ordinal]
+        with self.lock:
+            if ordinal not in self.on_device:
+                self.on_device[ordinal] = self.binaries(ordinal)
+            return self.on_device[ordinal]
 
     def prepared(
-        self, tensors: Sequence[torch.Tensor], pointers: Sequence[int], given: int, sizes: Mapping[str, int]
-    ) -> Prepared:
-        """The call for tensors of this layout, the last `given` of which are results."""
-        known = self.into if given else self.ready
-        key = self.key(tensors)
+        self, tensors: Sequence[torch.Tensor], pointers: Sequence[int], sizes: Mapping[str, int]
+    ) -> Direct | Recorded:
+        """The call for tensors of this layout."""
+        among = self.ready if len(tensors) == self.inputs else self.into
         alignment = alignment_of(pointers)
-        for p in known.get(key, ()):
-            if p.alignment == alignment and p.fits(*tensors):
-                return p
-        new = self.prepare(tensors, alignment, given, sizes)
         with self.lock:
-            if sum(map(len, known.values())) >= MOST_PREPARED:
-                known.clear()
-            known[key] = [*known.get(key, ()), new]
-        return new
-
-    def prepare(
-        self, tensors: Sequence[torch.Tensor], alignment: tuple[bool, ...] | None, given: int, sizes: Mapping[str, int]
-    ) -> Prepared:
-        device = tensors[0].device
-        ordinal = device.index or 0
-        host = self.hosts[self.table.file(sizes)]
-        p = Prepared(
-            fits=layout_of(tensors),
-            alignment=alignment,
-            tracked=any(t.requires_grad for t in tensors),
-            device=device,
-            ordinal=ordinal,
-        )
-        if not host.kernels:
-            p.direct = host.names(no_launch)["run"]
-            return p
-        binaries = self.loaded(ordinal)
-        names = host.names(self.launcher(binaries))
-        recorder = Recorder(binaries, self.stream(ordinal))
-        recorded = host.names(recorder.launch, recorder)
-        places = [recorder.place(t, a) for t, a in zip(tensors, alignment or [True] * len(tensors), strict=True)]
-        inputs, results = places[: self.count], places[self.count :]
-        run = recorded["run"]
-        if "keep" in names:  # what is computed ahead runs as it stands; what is left for each call is recorded
-            p.kept = kept_by(names, run)
-            kept = p.kept(*tensors[: self.count])
-            inputs += [recorder.place(t, t.data_ptr() % ALIGNMENT == 0) for t in kept]
-            run = recorded["rest"]
-        try:
-            found = run(*inputs, out=(results[0] if given == 1 else tuple(results)) if given else None)
-        except TypeError:
-            p.direct, p.kept = names["run"], None
-            return p
-        outputs = found if isinstance(found, tuple) else (found,)
-        p.allocations, p.steps = tuple(recorder.allocations), tuple(recorder.steps)
-        p.spare, p.results = [p.steps], tuple(o.number for o in outputs)
-        p.single = not isinstance(found, tuple)
+            p = self.known(among, tensors, alignment)
+            if p is None:
+                p = self.prepare(tensors, alignment, sizes)
+                if len(among) >= MOST_PREPARED:
+                    among.clear()
+                key = self.key(tensors)
+                among[key] = (p, *among.get(key, ())[: MOST_LAYOUTS - 1])
         return p
 
-    def launcher(self, binaries: Binaries) -> OnLaunch:
-        """Launches kernels on the current stream, on tensors."""
+    def prepare(
+        self, tensors: Sequence[torch.Tensor], alignment: Alignment, sizes: Mapping[str, int]
+    ) -> Direct | Recorded:
+        device = tensors[0].device
+        ordinal = device.index or 0
+        tracked = any(t.requires_grad for t in tensors)
+        common = layout_of(tensors), alignment, tracked, self.hooks, device, ordinal, self.inputs
+        file = self.table.file(sizes)
+        names = self.names(file, ordinal)
+        if not self.hosts[file].kernels:
+            return Direct(*common, names["run"])
+        recorder = Recorder(self.loaded(ordinal), self.hooks.stream(ordinal))
+        recorded = self.hosts[file].names(recorder.launch, recorder)
+        places = [recorder.place(t, a) for t, a in zip(tensors, alignment or [True] * len(tensors), strict=True)]
+        inputs, out = places[: self.inputs], places[self.inputs :]
+        run, kept = recorded["run"], None
+        if "keep" in names:  # what is computed ahead runs as it stands; what is left for each call is recorded
+            kept = kept_by(names, run)
+            inputs += [recorder.place(t, t.data_ptr() % ALIGNMENT == 0) for t in kept(*tensors[: self.inputs])]
+            run = recorded["rest"]
+        try:
+            found = run(*inputs, out=None if not out else out[0] if len(out) == 1 else tuple(out))
+        except TypeError:  # Unrecordable, or an operator between Places
+            return Direct(*common, names["run"])
+        outputs = found if isinstance(found, tuple) else (found,)
+        numbers, single = tuple(o.number for o in outputs), not isinstance(found, tuple)
+        return Recorded(*common, kept, tuple(recorder.allocations), tuple(recorder.steps), numbers, single)
+
+    def names(self, file: str, ordinal: int) -> dict[str, Any]:
+        """What a file defines, with kernels that are launched on the current stream of a device."""
 
         def launch(kernel: str, grid: Sequence[int], given: Sequence[Any], named: Mapping[str, Any]) -> None:
-            stream = self.stream(binaries.ordinal)
+            stream = self.hooks.stream(ordinal)
             pointers = [a.data_ptr() for a in given if isinstance(a, torch.Tensor)]
-            binaries.launch(kernel, grid, given, named, stream)(stream, pointers)
+            self.loaded(ordinal).launch(kernel, grid, given, named, stream)(stream, pointers)
 
-        return launch
-
-
-data_ptr = torch.Tensor.data_ptr
-
-
-def key_of_shapes(sources: Sequence[int]) -> Callable[[Sequence[Any]], Any]:
-    """What a call is found by: the shapes of these arguments."""
-    if len(sources) == 1:
-        (only,) = sources
-        return lambda args: args[only].shape
-    return lambda args: tuple(args[i].shape for i in sources)
+        with self.lock:  # one for all calls: it may keep what it computes ahead
+            if (file, ordinal) not in self.live:
+                self.live[file, ordinal] = self.hosts[file].names(launch)
+            return self.live[file, ordinal]
 
 
 def kept_by(names: Mapping[str, Any], run: Any) -> Callable[..., Sequence[torch.Tensor]]:
@@ -575,16 +601,3 @@ def kept_by(names: Mapping[str, Any], run: Any) -> Callable[..., Sequence[torch.
         return found if isinstance(found, tuple) else (found,)
 
     return kept
-
-
-def no_launch(kernel: str, grid: Sequence[int], given: Sequence[Any], named: Mapping[str, Any]) -> None:
-    raise LaunchError(f"{kernel} is not a kernel of this file")
-
-
-def torch_hooks() -> tuple[Callable[[int], int], Callable[[], int]]:
-    """PyTorch's current stream of a device, as the driver's handle, and its current device; 0 without CUDA."""
-    stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
-    current = getattr(torch._C, "_cuda_getDevice", None)
-    if stream is None or current is None or not torch.cuda.is_available():
-        return (lambda ordinal: 0), (lambda: 0)
-    return stream, current

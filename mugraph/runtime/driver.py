@@ -162,7 +162,8 @@ class Launch:
     """One kernel launch.  `arguments` are in the kernel's order: a Slot, or an integer of 32 bits."""
 
     __slots__ = (
-        "arguments", "attribute", "config", "context", "driver", "function", "pack", "pick", "shape", "tables", "values"
+        "arguments", "attribute", "config", "config_at", "context", "driver", "function", "launch", "pack", "pick",
+        "shape", "tables", "values",
     )  # fmt: skip
 
     def __init__(
@@ -173,7 +174,7 @@ class Launch:
         shape: Shape,
         arguments: Sequence[Slot | int],
     ) -> None:
-        self.driver, self.function, self.context = driver, function, context
+        self.driver, self.function, self.context, self.launch = driver, function, context, driver.launch
         self.shape, self.arguments = shape, tuple(arguments)
         places = [a.place for a in arguments if isinstance(a, Slot)]
         numbers = [a & 0xFFFFFFFF for a in arguments if not isinstance(a, Slot)]
@@ -188,6 +189,7 @@ class Launch:
         self.attribute = Attribute(id=SERIALIZATION)
         self.attribute.value[0] = 1
         self.config = Config(grid=shape.grid, block=(shape.threads, 1, 1), shared=shape.shared)
+        self.config_at = ctypes.byref(self.config)
         if shape.dependent:
             self.config.attributes, self.config.attribute_count = ctypes.addressof(self.attribute), 1
 
@@ -195,14 +197,14 @@ class Launch:
         """Raises LaunchError where the driver refuses."""
         self.pack(self.values, 0, *self.pick(pointers))
         self.config.stream = stream
-        if code := self.driver.launch(ctypes.byref(self.config), self.function, self.tables, None):
+        if code := self.launch(self.config_at, self.function, self.tables, None):
             self.failed(code)
 
     def failed(self, code: int) -> None:
         """A thread that has not used the device yet has no context: it gets one, and the launch is repeated."""
         if code == INVALID_CONTEXT:
             self.driver.call("cuCtxSetCurrent", self.context)
-            code = self.driver.launch(ctypes.byref(self.config), self.function, self.tables, None)
+            code = self.launch(self.config_at, self.function, self.tables, None)
         if code:
             raise LaunchError(f"a launch of {self.shape} failed: {self.driver.reason(code)}")
 
