@@ -25,14 +25,16 @@ import threading
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import count
+from operator import index, itemgetter
 from types import CodeType, SimpleNamespace
 from typing import Any, TypeAlias
 
 import torch
 
 from mugraph.errors import CacheError, CompileError, LaunchError, TargetMismatchError
-from mugraph.runtime.driver import Clear, Driver, Launch, Shape, Slot
+from mugraph.runtime.driver import Clear, Driver, Launch, Shape, Slot, picker
 
 ALIGNMENT = 16
 MOST_PREPARED, MOST_LAYOUTS = 16_384, 8  # sizes, and layouts of each, that are kept prepared
@@ -382,11 +384,11 @@ class Torch:
 
 
 def present_torch() -> Torch:
-    """The real one; without CUDA, device 0 and its default stream are current."""
+    """The real one.  Without CUDA there is device 0 with its stream 0, and all of these are functions in C as well."""
     stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
     current = getattr(torch._C, "_cuda_getDevice", None)
     if stream is None or current is None or not torch.cuda.is_available():
-        return Torch(lambda ordinal: 0, lambda: 0)
+        return Torch(stream=index, current=int)
     return Torch(stream, current)
 
 
@@ -422,14 +424,13 @@ class Direct(Prepared):
 class Recorded(Prepared):
     """What is left of a call: allocations, and steps that want pointers.
 
-    `kept` gives further tensors, computed ahead.  `results` are the numbers of those returned; `single`: as one tensor,
-    not as a tuple.  `spare` holds sets of steps that no call is using; another thread makes a set of its own."""
+    `kept` gives further tensors, computed ahead; `allocations` one each.  `result` picks what is returned among all.
+    `spare` holds sets of steps that no call is using: another thread makes a set of its own."""
 
     kept: Callable[..., Sequence[torch.Tensor]] | None
-    allocations: tuple[tuple[tuple[int, ...], Any], ...]
+    allocations: Sequence[Callable[[], torch.Tensor]]
     steps: tuple[Launch | Clear, ...]
-    results: tuple[int, ...]
-    single: bool
+    result: Callable[[Sequence[torch.Tensor]], Any]
     spare: list[tuple[Launch | Clear, ...]] = field(default_factory=list)
 
     def __call__(self, pointers: list[int], tensors: Sequence[torch.Tensor]) -> Any:
@@ -441,16 +442,19 @@ class Recorded(Prepared):
         if self.kept is not None:
             every += self.kept(*tensors[: self.inputs])
             pointers += map(data_ptr, every[len(tensors) :])
-        for shape, dtype in self.allocations:
-            t = hooks.empty(shape, dtype=dtype, device=self.device)
+        for allocate in self.allocations:
+            t = allocate()
             every.append(t)
             pointers.append(t.data_ptr())
-        steps = self.spare.pop() if self.spare else tuple(s.copy() for s in self.steps)
+        try:
+            steps = self.spare.pop()
+        except IndexError:
+            steps = tuple(s.copy() for s in self.steps)
         stream = hooks.stream(ordinal)
         for step in steps:
             step(stream, pointers)
         self.spare.append(steps)
-        return every[self.results[0]] if self.single else tuple(every[i] for i in self.results)
+        return self.result(every)
 
 
 Admit: TypeAlias = Callable[
@@ -496,10 +500,14 @@ class Dispatch:
         if out is None and not named and len(args) == self.inputs:
             try:
                 pointers = list(map(data_ptr, args))
-                alignment = alignment_of(pointers)
-                p = self.last
-                if p is None or p.alignment != alignment or not p.fits(*args):
-                    self.last = p = self.known(self.ready, args, alignment)
+                low = 0
+                for x in pointers:
+                    low |= x
+                p = self.last  # of an aligned call
+                if p is None or low % ALIGNMENT or not p.fits(*args):
+                    p = self.known(self.ready, args, alignment_of(pointers))
+                    if not low % ALIGNMENT:
+                        self.last = p
             except (AttributeError, TypeError, RuntimeError):
                 p = None  # no tensor, or one without memory: `admit` says which
             if p is not None and not (p.tracked and torch.is_grad_enabled()):
@@ -571,9 +579,9 @@ class Dispatch:
             found = run(*inputs, out=None if not out else out[0] if len(out) == 1 else tuple(out))
         except TypeError:  # Unrecordable, or an operator between Places
             return Direct(*common, names["run"])
-        outputs = found if isinstance(found, tuple) else (found,)
-        numbers, single = tuple(o.number for o in outputs), not isinstance(found, tuple)
-        return Recorded(*common, kept, tuple(recorder.allocations), tuple(recorder.steps), numbers, single)
+        make = [partial(self.hooks.empty, shape, dtype=d, device=device) for shape, d in recorder.allocations]
+        result = picker([o.number for o in found]) if isinstance(found, tuple) else itemgetter(found.number)
+        return Recorded(*common, kept, make, tuple(recorder.steps), result)
 
     def names(self, file: str, ordinal: int) -> dict[str, Any]:
         """What a file defines, with kernels that are launched on the current stream of a device."""

@@ -233,7 +233,7 @@ class Clear:
         return self
 
 
-def picker(places: Sequence[int]) -> Callable[[Sequence[int]], tuple[int, ...]]:
+def picker(places: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
     """Takes the elements at these places of a sequence, as a tuple."""
     if len(places) > 1:
         return itemgetter(*places)
