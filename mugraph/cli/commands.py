@@ -221,6 +221,13 @@ def optimize(
     workers: Annotated[int | None, typer.Option(help="How many processes search.")] = None,
     address: Annotated[str | None, typer.Option(help="The Ray cluster, host:port or auto (default: one here).")] = None,
     out: Annotated[Path | None, typer.Option("-o", "--out", help="Directory to write.")] = None,
+    aot: Annotated[
+        str | None,
+        typer.Option(
+            metavar="80,90",
+            help="Also write cubins for these architectures, and a loader that needs no compiler, to DIR/aot.",
+        ),
+    ] = None,
     explain: Annotated[
         bool, typer.Option("--explain", help="Print the laws that lead to each kernel, and what it costs.")
     ] = False,
@@ -238,8 +245,11 @@ def optimize(
 
     if out is not None:
         pipeline.check_writable(out)
+    arches = parse_arches(aot, out)
     space = space_of(settings.effort.get(effort)).but(**({} if split else {"split": False}))
     chosen = parse_target(target)
+    if arches and chosen.kind == "torch":
+        raise SettingError("--aot compiles kernels, and the target is torch", remedy="give --target cuda:90, say")
     program = program_of(subject, shapes or [])
     with engine_of(engine, workers, address) as running:
         result = pipeline.optimize(
@@ -249,9 +259,11 @@ def optimize(
         say(f"found in the cache: {result.directory}")
     if out is not None:
         with pipeline.interruptible() as interrupted:  # what was found is written, whatever comes
-            result = replace(result, directory=result.save(out))
+            result = replace(result, directory=result.save(out, arches))
         result = replace(result, interrupted=result.interrupted or interrupted())
         say(f"wrote {', '.join(sorted(result.files()))} and manifest.json to {out}")
+        if arches:
+            say(f"wrote cubins for {', '.join(f'sm_{a}' for a in arches)} and aot.py to {out / pipeline.AOT}")
     if as_json:
         print_document(summary(result) | ({"explanation": result.explain()} if explain else {}))
     else:
@@ -264,6 +276,23 @@ def optimize(
         say("interrupted: this is the best so far" + ("" if out else ", and it was not saved"))
     say(how_to_use(result, " --shapes ".join([subject, *(shapes or [])]), out))
     return code
+
+
+def parse_arches(text: str | None, out: Path | None) -> list[int]:
+    """`80,90` as numbers.  Raises SettingError, UnknownTargetError."""
+    from mugraph.runtime.compile import SHARED_LIMITS, check_arch
+
+    if text is None:
+        return []
+    if out is None:
+        raise SettingError("--aot writes files", remedy="name a directory with -o")
+    words = [w.strip() for w in text.split(",")]
+    if not all(w.isdecimal() for w in words) or len(set(words)) < len(words):
+        known = ",".join(map(str, SHARED_LIMITS))
+        raise SettingError(f"--aot {text} is no list of architectures", remedy=f"write --aot {known}, or some of them")
+    for w in words:
+        check_arch(int(w))
+    return [int(w) for w in words]
 
 
 def summary(result: Result) -> dict[str, Any]:
