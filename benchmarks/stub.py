@@ -24,6 +24,7 @@ class _Launch(ctypes.Structure):
         ("block", ctypes.c_uint * 3),
         ("shared", ctypes.c_uint),
         ("dependent", ctypes.c_uint),
+        ("parameter_count", ctypes.c_uint),
         ("stream", ctypes.c_uint64),
         ("parameters", ctypes.c_uint64 * MOST_PARAMETERS),
     )
@@ -31,7 +32,8 @@ class _Launch(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Launched:
-    """One launch as the driver got it: `parameters` are the first 8 bytes of each argument."""
+    """One launch as the driver got it; `parameters` are the bytes of each argument that the cubin declares, as an
+    unsigned number."""
 
     name: str
     grid: tuple[int, ...]
@@ -53,12 +55,9 @@ class Stub:
         self.library = ctypes.CDLL(self.path)
         self.library.stub_launch.restype = ctypes.POINTER(_Launch)
 
-    def reset(self, arch: int = 90, parameters: int = MOST_PARAMETERS) -> None:
-        """Forgets all launches; the device is one of this architecture.  `parameters`: how many a launch has."""
-        self.library.stub_reset(arch, parameters)
-
-    def parameters(self, count: int) -> None:
-        self.library.stub_parameters(count)
+    def reset(self, arch: int = 90) -> None:
+        """Forgets all launches; the device is one of this architecture, and this thread has not used it yet."""
+        self.library.stub_reset(arch)
 
     def record(self, on: bool) -> None:
         self.library.stub_record(int(on))
@@ -89,7 +88,7 @@ class Stub:
                     x.shared,
                     bool(x.dependent),
                     x.stream,
-                    tuple(x.parameters),
+                    tuple(x.parameters[: x.parameter_count]),
                 )
             )
         return found

@@ -262,8 +262,9 @@ class Host:
 
     def names(self, launch: OnLaunch, like_torch: Any = torch) -> dict[str, Any]:
         """What the file defines, where kernels are launched by `launch`."""
-        found = {**HOST_NAMES, "torch": like_torch, **{k: Kernel(k, launch) for k in self.kernels}}
+        found = {**HOST_NAMES, "torch": torch, **{k: Kernel(k, launch) for k in self.kernels}}
         exec(self.code, found)
+        found["torch"] = like_torch  # what its functions see when they are called
         return found
 
 
