@@ -26,7 +26,8 @@ from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import count
+from itertools import accumulate, count
+from math import prod
 from operator import index, itemgetter
 from types import CodeType, SimpleNamespace
 from typing import Any, TypeAlias
@@ -36,7 +37,7 @@ import torch
 from mugraph.errors import CacheError, CompileError, LaunchError, TargetMismatchError
 from mugraph.runtime.driver import Clear, Driver, Launch, Shape, Slot, picker
 
-ALIGNMENT = 16
+ALIGNMENT, ROOM = 16, 256  # bytes: what kernels ask of addresses, and the distances of what lies in one allocation
 MOST_PREPARED, MOST_LAYOUTS = 16_384, 8  # sizes, and layouts of each, that are kept prepared
 COMPILED_BY = ("num_warps", "num_stages", "maxnreg", "launch_pdl")  # arguments of a launch for the compiler
 
@@ -276,8 +277,8 @@ class Unrecordable(TypeError):
 
 
 class Place:
-    """What `run` sees of a tensor while it is recorded: its number among the pointers of a call, and whether its
-    address is divisible by 16."""
+    """What `run` sees of a tensor while it is recorded.  `aligned`: its address is divisible by 16.  `number`: where
+    its pointer is among those of a call, once the recording is complete."""
 
     __slots__ = ("aligned", "device", "dtype", "number", "recorder", "shape", "strides")
 
@@ -285,18 +286,19 @@ class Place:
         self, recorder: Recorder, shape: Sequence[int], strides: Sequence[int], dtype: Any, aligned: bool
     ) -> None:
         self.recorder, self.shape, self.strides, self.dtype = recorder, tuple(shape), tuple(strides), dtype
-        self.aligned, self.device = aligned, recorder
-        self.number = recorder.count
-        recorder.count += 1
+        self.aligned, self.device, self.number = aligned, recorder, -1
 
     def stride(self, at: int | None = None) -> Any:
         return self.strides if at is None else self.strides[at]
 
+    @property
+    def size(self) -> int:
+        """In bytes."""
+        return int(self.dtype.itemsize) * prod(self.shape)
+
     def zero_(self) -> Place:
-        size = self.dtype.itemsize
-        for n in self.shape:
-            size *= n
-        self.recorder.steps.append(self.recorder.clear(self.number, size))
+        binaries = self.recorder.binaries
+        self.recorder.steps.append(lambda: Clear(binaries.driver, binaries.context, self.number, self.size))
         return self
 
     def __getattr__(self, name: str) -> Any:
@@ -304,13 +306,13 @@ class Place:
 
 
 class Recorder:
-    """What stands for torch while `run` is recorded: allocations and launches are written down."""
+    """What stands for torch while `run` is recorded: allocations and launches are written down.  Steps are made when
+    all Places have their numbers."""
 
     def __init__(self, binaries: Binaries, stream: int) -> None:
         self.binaries, self.stream = binaries, stream
-        self.count = 0
-        self.allocations: list[tuple[tuple[int, ...], Any]] = []
-        self.steps: list[Launch | Clear] = []
+        self.allocated: list[Place] = []
+        self.steps: list[Callable[[], Launch | Clear]] = []
 
     def place(self, t: torch.Tensor, aligned: bool) -> Place:
         return Place(self, t.shape, t.stride(), t.dtype, aligned)
@@ -319,14 +321,11 @@ class Recorder:
         strides = [1]
         for n in reversed(shape[1:]):
             strides.insert(0, strides[0] * max(n, 1))
-        self.allocations.append((tuple(shape), dtype))
-        return Place(self, shape, strides[: len(shape)], dtype, True)
+        self.allocated.append(Place(self, shape, strides[: len(shape)], dtype, True))
+        return self.allocated[-1]
 
     def launch(self, kernel: str, grid: Sequence[int], given: Sequence[Any], named: Mapping[str, Any]) -> None:
-        self.steps.append(self.binaries.launch(kernel, grid, given, named, self.stream))
-
-    def clear(self, place: int, size: int) -> Clear:
-        return Clear(self.binaries.driver, self.binaries.context, place, size)
+        self.steps.append(partial(self.binaries.launch, kernel, grid, given, named, self.stream))
 
     def __getattr__(self, name: str) -> Any:
         found = getattr(torch, name)
@@ -425,11 +424,14 @@ class Direct(Prepared):
 class Recorded(Prepared):
     """What is left of a call: allocations, and steps that want pointers.
 
-    `kept` gives further tensors, computed ahead; `allocations` one each.  `result` picks what is returned among all.
-    `spare` holds sets of steps that no call is using: another thread makes a set of its own."""
+    `kept` gives further tensors, computed ahead; `allocations` one result each; `room` the memory between launches, cut
+    at `offsets`.  `result` picks what is returned among all tensors.  `spare` holds sets of steps that no call is
+    using: another thread makes a set of its own."""
 
     kept: Callable[..., Sequence[torch.Tensor]] | None
     allocations: Sequence[Callable[[], torch.Tensor]]
+    room: Callable[[], torch.Tensor] | None
+    offsets: Sequence[int]
     steps: tuple[Launch | Clear, ...]
     result: Callable[[Sequence[torch.Tensor]], Any]
     spare: list[tuple[Launch | Clear, ...]] = field(default_factory=list)
@@ -447,6 +449,9 @@ class Recorded(Prepared):
             t = allocate()
             every.append(t)
             pointers.append(t.data_ptr())
+        if self.room is not None:
+            room = self.room()  # it lives until all is launched; what comes later on the stream may have it
+            pointers += map(room.data_ptr().__add__, self.offsets)
         try:
             steps = self.spare.pop()
         except IndexError:
@@ -574,15 +579,23 @@ class Dispatch:
         run, kept = recorded["run"], None
         if "keep" in names:  # what is computed ahead runs as it stands; what is left for each call is recorded
             kept = kept_by(names, run)
-            inputs += [recorder.place(t, t.data_ptr() % ALIGNMENT == 0) for t in kept(*tensors[: self.inputs])]
+            further = [recorder.place(t, t.data_ptr() % ALIGNMENT == 0) for t in kept(*tensors[: self.inputs])]
+            inputs, places = [*inputs, *further], [*places, *further]
             run = recorded["rest"]
         try:
             found = run(*inputs, out=None if not out else out[0] if len(out) == 1 else tuple(out))
         except TypeError:  # Unrecordable, or an operator between Places
             return Direct(*common, names["run"])
-        make = [partial(self.hooks.empty, shape, dtype=d, device=device) for shape, d in recorder.allocations]
-        result = picker([o.number for o in found]) if isinstance(found, tuple) else itemgetter(found.number)
-        return Recorded(*common, kept, make, tuple(recorder.steps), result)
+        returned = found if isinstance(found, tuple) else (found,)
+        results = [a for a in recorder.allocated if a in returned]
+        between = [a for a in recorder.allocated if a not in returned]
+        for number, place in enumerate((*places, *results, *between)):
+            place.number = number
+        make = [partial(self.hooks.empty, a.shape, dtype=a.dtype, device=device) for a in results]
+        *offsets, end = accumulate((-(-a.size // ROOM) * ROOM for a in between), initial=0)
+        room = partial(self.hooks.empty, (end,), dtype=torch.uint8, device=device) if end else None
+        pick = picker([o.number for o in found]) if isinstance(found, tuple) else itemgetter(found.number)
+        return Recorded(*common, kept, make, room, offsets, tuple(s() for s in recorder.steps), pick)
 
     def names(self, file: str, ordinal: int) -> dict[str, Any]:
         """What a file defines, with kernels that are launched on the current stream of a device."""

@@ -97,7 +97,7 @@ def test_a_cubin_holds_the_entry_that_the_index_names(files: Files, tmp_path: Pa
         cubin.write_bytes(b.image)
         text = subprocess.run([tools / "nvdisasm", "-c", cubin], capture_output=True, text=True, check=True).stdout
         assert re.findall(r"\.global\s+(\w+)$", text, re.M) == [b.entry]
-        assert f"sm_{b.arch}" in text
+        assert re.search(rf"(sm_|EF_CUDA_SM){b.arch}\D", text)
 
 
 def test_the_index_says_what_the_kernels_need_and_what_made_them(files: Files) -> None:
