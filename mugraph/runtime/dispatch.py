@@ -598,12 +598,23 @@ class Dispatch:
         return Recorded(*common, kept, make, room, offsets, tuple(s() for s in recorder.steps), pick)
 
     def names(self, file: str, ordinal: int) -> dict[str, Any]:
-        """What a file defines, with kernels that are launched on the current stream of a device."""
+        """What a file defines, with kernels that are launched on the current stream of a device.  Launches that no call
+        is using are kept for the next one with the same grid, numbers and alignment."""
+        spare: dict[Any, list[Launch]] = {}
 
         def launch(kernel: str, grid: Sequence[int], given: Sequence[Any], named: Mapping[str, Any]) -> None:
+            pointers = [a.data_ptr() for a in given if not isinstance(a, int)]
+            numbers = tuple(a for a in given if isinstance(a, int))
+            if len(spare) >= MOST_PREPARED:
+                spare.clear()
+            ready = spare.setdefault((kernel, grid, numbers, alignment_of(pointers), *named.values()), [])
             stream = self.hooks.stream(ordinal)
-            pointers = [a.data_ptr() for a in given if isinstance(a, torch.Tensor)]
-            self.loaded(ordinal).launch(kernel, grid, given, named, stream)(stream, pointers)
+            try:
+                step = ready.pop()
+            except IndexError:
+                step = self.loaded(ordinal).launch(kernel, grid, given, named, stream)
+            step(stream, pointers)
+            ready.append(step)
 
         with self.lock:  # one for all calls: it may keep what it computes ahead
             if (file, ordinal) not in self.live:

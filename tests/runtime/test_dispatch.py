@@ -338,11 +338,15 @@ def test_torch_calls_between_kernels_run_as_they_stand(compiler: Compiler, stub:
     artefact = Artefact(made(graph, emit(plan_graph(graph)), [90], compiler=compiler))
     artefact.signature.device = "cpu"
     call = artefact.dispatch(driver=stub.path)
-    out = call(*drawn(graph))
-    (launch,) = stub.launches
-    assert launch.parameters[1] == out.data_ptr()
-    ((only,),) = call.ready.values()
-    assert isinstance(only, Direct)
+    tensors = drawn(graph)
+    outs = [call(*tensors), call(*tensors), call(*drawn(graph, 9))]
+    assert [x.parameters[1] for x in stub.launches] == [out.data_ptr() for out in outs]
+    assert [x.grid[0] for x in stub.launches] == [2, 2, 3]
+    assert all(isinstance(p, Direct) for found in call.ready.values() for p in found)
+    crooked = torch.empty(5 * 24 + 1, dtype=torch.float16)[1:].view(5, 24)
+    call(*tensors, out=crooked)
+    assert stub.launches[3].parameters[1] == crooked.data_ptr()
+    assert len(stub.launches[3].parameters) > len(stub.launches[0].parameters)
 
 
 def test_nothing_is_launched_for_no_blocks() -> None:
