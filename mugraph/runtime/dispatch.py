@@ -28,7 +28,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import accumulate, count
 from math import prod
-from operator import index, itemgetter
+from operator import index, itemgetter, mul
 from types import CodeType, SimpleNamespace
 from typing import Any, TypeAlias
 
@@ -124,10 +124,6 @@ class Binary:
     shared: int
     image: bytes
 
-    @property
-    def aligned(self) -> bool:
-        return any(isinstance(kind, str) and kind.endswith(":16") for kind in self.parameters.values())
-
     def arguments(self, given: Sequence[Any]) -> list[Any] | None:
         """What a launch passes on, of the arguments of `run`; None where they are not what this cubin assumes."""
         passed = []
@@ -150,7 +146,7 @@ class Binaries:
 
     def __init__(self, driver: Driver, ordinal: int, binaries: Sequence[Binary]) -> None:
         arch = driver.arch(ordinal)
-        self.driver, self.ordinal, self.arch = driver, ordinal, arch
+        self.driver, self.ordinal = driver, ordinal
         self.context = driver.context(ordinal)
         self.binaries = [b for b in binaries if b.arch == arch]
         if binaries and not self.binaries:
@@ -315,13 +311,13 @@ class Recorder:
         self.steps: list[Callable[[], Launch | Clear]] = []
 
     def place(self, t: torch.Tensor, aligned: bool) -> Place:
-        return Place(self, t.shape, t.stride(), t.dtype, aligned)
+        """Where a dimension has one element, its stride is never used: it may be what the aligned kernel wants."""
+        dense = dense_strides(t.shape)
+        strides = [d if n <= 1 else s for n, s, d in zip(t.shape, t.stride(), dense, strict=True)]
+        return Place(self, t.shape, strides, t.dtype, aligned)
 
     def empty(self, shape: Sequence[int], *, dtype: Any, device: Any) -> Place:
-        strides = [1]
-        for n in reversed(shape[1:]):
-            strides.insert(0, strides[0] * max(n, 1))
-        self.allocated.append(Place(self, shape, strides[: len(shape)], dtype, True))
+        self.allocated.append(Place(self, shape, dense_strides(shape), dtype, True))
         return self.allocated[-1]
 
     def launch(self, kernel: str, grid: Sequence[int], given: Sequence[Any], named: Mapping[str, Any]) -> None:
@@ -332,6 +328,12 @@ class Recorder:
         if not isinstance(found, torch.dtype):
             raise Unrecordable(name)
         return found
+
+
+def dense_strides(shape: Sequence[int]) -> tuple[int, ...]:
+    """Those of a contiguous tensor of that shape, in elements."""
+    inner = accumulate((max(n, 1) for n in reversed(shape[1:])), mul, initial=1)
+    return tuple(inner)[::-1] if shape else ()
 
 
 def address(value: Any) -> int:
@@ -551,10 +553,10 @@ class Dispatch:
         """The call for tensors of this layout."""
         among = self.ready if len(tensors) == self.inputs else self.into
         alignment = alignment_of(pointers)
-        with self.lock:
-            p = self.known(among, tensors, alignment)
-            if p is None:
-                p = self.prepare(tensors, alignment, sizes)
+        p = self.known(among, tensors, alignment)
+        if p is None:
+            p = self.prepare(tensors, alignment, sizes)
+            with self.lock:  # held for no more than this, as what is prepared may compute ahead, with a lock of its own
                 if len(among) >= MOST_PREPARED:
                     among.clear()
                 key = self.key(tensors)

@@ -279,6 +279,21 @@ def test_strides_decide_between_the_kernels(
         assert two.parameters[6:8] == other.stride()
 
 
+def test_the_stride_of_one_row_does_not_matter(calls: Callable[[str], Dispatch], stub: Stub) -> None:
+    graph, call = PROGRAMS["rmsnorm_linear"](), calls("rmsnorm_linear")
+    _, g, w = drawn(graph)
+    row = torch.ones(256, 1, dtype=torch.float16).T
+    assert row.stride() == (1, 1)
+    call(row, g, w)
+    call(torch.ones(1, 256, dtype=torch.float16), g, w)
+    assert stub.launches[0].parameters[4:] == stub.launches[1].parameters[4:]
+
+
+@pytest.mark.parametrize("shape", [(), (5,), (1,), (3, 1, 5), (4, 5, 1), (0, 7), (7, 0), (2, 0, 3), (1, 1, 1)])
+def test_dense_strides_are_those_of_torch(shape: tuple[int, ...]) -> None:
+    assert dispatch.dense_strides(shape) == torch.empty(shape).stride()
+
+
 def test_a_stride_beyond_31_bits_is_refused(calls: Callable[[str], Dispatch]) -> None:
     binaries = calls("rmsnorm_linear").loaded(0)
     general = binaries.binaries[-1]
@@ -477,6 +492,25 @@ def test_threads_with_streams_of_their_own_do_not_mix_arguments(calls: Callable[
         x, g, w = small if launch.parameters[4] == 3 else large
         assert launch.parameters[:3] == (x.data_ptr(), g.data_ptr(), w.data_ptr())
         assert launch.grid == ((2,) if x is small[0] else (6,)) + (1, 1)
+
+
+def test_threads_that_prepare_and_compute_ahead_at_once_do_not_wait_for_each_other(
+    calls: Callable[[str], Dispatch], stub: Stub
+) -> None:
+    graph, call = PROGRAMS["scaled_ahead"](), calls("scaled_ahead")
+    weights = [drawn(graph)[1] for _ in range(4)]
+
+    def use(i: int) -> None:
+        for j in range(40):
+            call(drawn(graph, 1 + j)[0], weights[(i + j) % 4])
+
+    threads = [threading.Thread(target=use, args=(i,), daemon=True) for i in range(4)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join(timeout=60)
+    assert not any(t.is_alive() for t in threads)
+    assert len(stub.launches) == 4 * 40 + 4  # and the sum ahead once for each of the weights
 
 
 def test_a_launch_in_use_is_not_handed_out_again(calls: Callable[[str], Dispatch], stub: Stub) -> None:
