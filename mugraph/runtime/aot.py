@@ -30,7 +30,7 @@ from mugraph.transpiler.torch import TORCH_DTYPES
 KERNEL, HOST, LIBRARY, LOADER = "kernel.py", "host.py", "library.py", "aot.py"
 MOST_SIZES = 4_096  # combinations of symbolic sizes at which the host part is run
 ERRORS = (
-    "MugraphError", "CacheError", "CompileError", "LaunchError", "TargetMismatchError", "MugraphWarning",
+    "Location", "MugraphError", "CacheError", "CompileError", "LaunchError", "TargetMismatchError", "MugraphWarning",
     "TargetWarning",
 )  # fmt: skip
 
@@ -261,39 +261,44 @@ TAIL = '''# -- the front door
 
 
 def load(directory: Path | str = Path(__file__).parent, driver: str = DRIVER) -> Dispatch:
-    """The program of this directory, to be called with tensors."""
-    return open_artefact(directory, driver)'''
+    """The program of a directory that `--aot` wrote, to be called with tensors."""
+    return Artefact.read(directory).dispatch(driver=driver)'''
 
 
 def loader_text() -> str:
     """`aot.py`: the texts of `driver`, `dispatch` and `artefact`, with the errors that they raise, as one module."""
-    package = files("mugraph.runtime")
-    imports: set[str] = set()
-    bodies = [chosen_classes(files("mugraph").joinpath("errors.py").read_text(encoding="utf-8"), ERRORS)]
+    imports: list[ast.stmt] = list(ast.parse("from typing import ClassVar").body)
+    parts = [chosen_classes(files("mugraph").joinpath("errors.py").read_text(encoding="utf-8"), ERRORS)]
     for name in ("driver", "dispatch", "artefact"):
-        text = package.joinpath(f"{name}.py").read_text(encoding="utf-8")
-        body, found = without_imports(text)
-        imports |= found
-        bodies.append(f"# -- {name}\n\n\n{body}")
-    imports |= {"from typing import ClassVar"}
-    future = "from __future__ import annotations"
-    text = "\n\n\n".join(bodies).replace(
-        "def load(directory: Path | str, driver", "def open_artefact(directory: Path | str, driver"
-    )
-    return "\n\n".join([HEAD, future, "\n".join(sorted(imports - {future})), text, TAIL]) + "\n"
+        text = files("mugraph.runtime").joinpath(f"{name}.py").read_text(encoding="utf-8")
+        tree = ast.parse(text)
+        imports += (found := [n for n in tree.body if isinstance(n, ast.Import | ast.ImportFrom)])
+        body = text.splitlines()[max(n.end_lineno or 0 for n in found) :]
+        what = "\n".join(f"# {line}".rstrip() for line in (ast.get_docstring(tree) or "").splitlines())
+        parts.append(f"# -- {name}\n#\n{what}\n\n" + "\n".join(body).strip("\n"))
+    head = [HEAD, "from __future__ import annotations", joined_imports(imports)]
+    return "\n\n".join(head) + "\n\n\n" + "\n\n\n".join([*parts, TAIL]) + "\n"
 
 
-def without_imports(text: str) -> tuple[str, set[str]]:
-    """A module's text below its imports, and its imports from elsewhere than mugraph."""
-    tree = ast.parse(text)
-    found = [n for n in tree.body if isinstance(n, ast.Import | ast.ImportFrom)]
-    outside = {
-        ast.unparse(n) for n in found if not (isinstance(n, ast.ImportFrom) and (n.module or "").startswith("mugraph"))
-    }
-    last = max(n.end_lineno or 0 for n in found)
-    return "\n".join(text.splitlines()[last:]).strip("\n"), outside
+def joined_imports(found: Sequence[ast.stmt]) -> str:
+    """These imports, each module once, those of the standard library first; none from mugraph."""
+    plain = sorted({a.name for n in found if isinstance(n, ast.Import) for a in n.names})
+    named: dict[str, set[str]] = {}
+    for n in found:
+        if isinstance(n, ast.ImportFrom) and n.module != "__future__" and not (n.module or "").startswith("mugraph"):
+            named.setdefault(n.module or "", set()).update(a.name for a in n.names)
+    own = [f"import {name}" for name in plain if name != "torch"]
+    own += [f"from {module} import {', '.join(sorted(named[module], key=constants_first))}" for module in sorted(named)]
+    return "\n".join([*own, "", "import torch"])
+
+
+def constants_first(name: str) -> tuple[bool, str]:
+    return not name[0].isupper(), name
 
 
 def chosen_classes(text: str, names: Sequence[str]) -> str:
+    """The classes of a module with their decorators."""
+    lines = text.splitlines()
     found = {n.name: n for n in ast.parse(text).body if isinstance(n, ast.ClassDef)}
-    return "\n\n\n".join(ast.get_source_segment(text, found[name]) or "" for name in names)
+    starts = {n: min([c.lineno, *(d.lineno for d in c.decorator_list)]) - 1 for n, c in found.items()}
+    return "\n\n\n".join("\n".join(lines[starts[n] : found[n].end_lineno]) for n in names)

@@ -178,8 +178,3 @@ class Artefact:
         if timed is not None and timed["driver"] != (version := driver.version()):
             text = f"{self.where} was timed with driver version {timed['driver']}, this is {version}"
             warnings.warn(TargetWarning(text), stacklevel=4)
-
-
-def load(directory: Path | str, driver: str = DRIVER) -> Dispatch:
-    """The program of a directory that `--aot` wrote, to be called with tensors; `warmup()` loads its kernels."""
-    return Artefact.read(directory).dispatch(driver=driver)

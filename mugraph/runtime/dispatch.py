@@ -13,7 +13,7 @@ written down.  All that is left for a call is to allocate, to put pointers into 
 A `Dispatch` is what is called.  It finds the `Prepared` by the sizes of its arguments; where there is none yet, it
 has the arguments checked, asks the `Table` which file serves these sizes, and prepares.
 
-A kernel may have several cubins: an aligned one, which takes for granted that pointers and strides divide by 16, and a
+A kernel may have several cubins: an aligned one, which takes for granted that 16 divides pointers and strides, and a
 general one.  The first whose assumptions hold is launched.
 
 This text is part of `aot.py` as it stands, so it imports torch and the standard library alone.

@@ -127,7 +127,11 @@ def test_the_loader_reads_as_one_module_and_imports_torch_and_the_standard_libra
     compile(text, "aot.py", "exec")
     imports = {line.split()[1].partition(".")[0] for line in text.splitlines() if re.match(r"(import|from) \w", line)}
     assert imports <= {*sys.stdlib_module_names, "torch"}
-    assert "mugraph." not in text
+    assert not re.search(r"^(from|import) mugraph", text, re.M)
+    for tool in (["check", "--select", "E,F,W,I,B,UP"], ["format", "--check"]):
+        command = [sys.executable, "-m", "ruff", *tool, "--line-length", "120", "--isolated", "-"]
+        done = subprocess.run(command, input=text, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout
 
 
 def test_sizes_are_tried_on_both_sides_of_every_power_of_two() -> None:
