@@ -30,7 +30,7 @@ from mugraph.errors import MugraphError
 from mugraph.ir.axes import size_value
 from mugraph.ir.graph import Program
 from mugraph.pipeline import emit, finished
-from mugraph.runtime.aot import made
+from mugraph.runtime.aot import HOST, made
 from mugraph.runtime.artefact import Artefact
 from mugraph.runtime.compile import Compiler
 from mugraph.runtime.dispatch import Dispatch, Recorded
@@ -61,7 +61,7 @@ def measure(name: str, rounds: int, library: str, compiler: Compiler) -> Row:
     )
     assert isinstance(found.accepted, Verified)
     source = emit(found.accepted, Target("triton", arch))
-    artefact = Artefact(made(program, source, [arch], compiler=compiler))
+    artefact = Artefact(made(program, {HOST: source}, [arch], compiler=compiler))
     artefact.signature.device = "cuda" if on_device else "cpu"
     dispatch, tensors = artefact.dispatch(driver=library).warmup(), arguments(program, artefact.signature.device)
     with torch.no_grad():

@@ -189,9 +189,9 @@ class Result:
     def aot(self, arches: Sequence[int]) -> dict[str, bytes]:
         """Files that run the program on these architectures without a compiler, by name: cubins, an index, the host
         part of the source, and `aot.py`, which loads them.  Raises CompileError, UnknownTargetError."""
-        from mugraph.runtime.aot import made
+        from mugraph.runtime.aot import HOST, made
 
-        return made(self.program, self.source, arches)
+        return made(self.program, {HOST: self.source}, arches)
 
     @property
     def unchanged(self) -> bool:

@@ -1,6 +1,6 @@
 """Makes what `artefact` reads: cubins of an emitted file, its host part, and a loader that needs no compiler.
 
-    files = made(program, source, [80, 90])      # by name: aot.py, host.py, index.json, *.cubin
+    files = made(program, {"host.py": source}, [80, 90])      # by name: aot.py, host.py, index.json, *.cubin
 
 Which cubins there have to be is found by running the host part on tensors without memory, at sizes on both sides of
 each power of two: a constant of a kernel changes there or nowhere.
@@ -27,7 +27,7 @@ from mugraph.runtime.dispatch import HOST_NAMES, Host, Range, Table, parted
 from mugraph.transpiler.signature import bindings, size_text
 from mugraph.transpiler.torch import TORCH_DTYPES
 
-KERNEL, HOST, LIBRARY, LOADER = "kernel.py", "host.py", "library.py", "aot.py"
+HOST, LOADER = "host.py", "aot.py"
 MOST_SIZES = 4_096  # combinations of symbolic sizes at which the host part is run
 ERRORS = (
     "Location", "MugraphError", "CacheError", "CompileError", "LaunchError", "TargetMismatchError", "MugraphWarning",
@@ -37,7 +37,7 @@ ERRORS = (
 Wanted = tuple[str, tuple[tuple[str, Any], ...], tuple[tuple[str, Any], ...]]  # kernel, options, constants
 
 
-def whole_range(program: Program, file: str = HOST) -> Table:
+def whole_range(program: Program, file: str) -> Table:
     """The table that serves every size by one file."""
     dims = program.dims()
     if not dims:
@@ -47,40 +47,39 @@ def whole_range(program: Program, file: str = HOST) -> Table:
 
 def made(
     program: Program,
-    source: str,
+    sources: Mapping[str, str],
     arches: Sequence[int],
     *,
     table: Table | None = None,
-    library: str | None = None,
     timed: Mapping[str, Any] | None = None,
     compiler: Compiler | None = None,
 ) -> dict[str, bytes]:
     """The files of an artefact for these architectures.
 
-    `table` says which sizes are served by the emitted file (`host.py`) and which by `library`, the text of torch code
-    (`library.py`); without one, all by the first.  `timed` names the device and the driver version that the kernels
-    were timed with, None where they were not.  Raises CompileError where a kernel does not compile, CacheError where
-    the table does not fit the program, UnknownTargetError for an unknown architecture."""
+    `sources` are emitted files of the program, under the names that their host parts get; `table` says which sizes each
+    of them serves, without one the first serves all.  One without kernels is the program as library calls.  `timed`
+    names the device and the driver version that the kernels were timed with, None where they were not.  Raises
+    CompileError where a kernel does not compile, CacheError where the table does not fit the program or the sources,
+    UnknownTargetError for an unknown architecture."""
     if compiler is None:
         with Compiler() as own:
-            return made(program, source, arches, table=table, library=library, timed=timed, compiler=own)
-    table = table or whole_range(program)
+            return made(program, sources, arches, table=table, timed=timed, compiler=own)
+    table = table or whole_range(program, next(iter(sources)))
     for d in program.dims():
         if d.name == table.dim:
             table.check_covers(d.min, d.max)
-    texts = {HOST: source, **({LIBRARY: library} if library is not None else {})}
-    if missing := set(table.files) - set(texts):
-        raise CacheError(f"the table names {min(missing)}, which is not given", remedy=f"name {', '.join(texts)}")
+    if missing := set(table.files) - set(sources):
+        raise CacheError(f"the table names {min(missing)}, which is not given", remedy=f"name {', '.join(sources)}")
     found: dict[str, bytes] = {}
     hosts: dict[str, list[str]] = {}
+    binaries: list[dict[str, Any]] = []
     for name in table.files:
-        text, signatures = host_part(texts[name])
+        text, signatures = host_part(sources[name])
         found[name], hosts[name] = text.encode(), list(signatures)
-    binaries = []
-    if HOST in found:
-        for b, image in compiled(program, source, arches, compiler):
-            found[b["file"]] = image
-            binaries.append(b)
+        for b, image in compiled(program, sources[name], arches, compiler):
+            file = f"{b['kernel']}.sm_{b['arch']}.{len(binaries)}.cubin"
+            binaries.append({"file": file, "host": name, **b})
+            found[file] = image
     index = {
         "schema_version": INDEX_VERSION,
         "program": signature_of(program),
@@ -91,11 +90,8 @@ def made(
         "timed": dict(timed) if timed is not None else None,
         "files": {name: digest(content) for name, content in found.items()},
     }
-    return {
-        **found,
-        LOADER: loader_text().encode(),
-        INDEX: json.dumps(sealed(index), indent=1, ensure_ascii=False).encode(),
-    }
+    text = json.dumps(sealed(index), indent=1, ensure_ascii=False)
+    return {**found, LOADER: loader_text().encode(), INDEX: text.encode()}
 
 
 def signature_of(program: Program) -> dict[str, Any]:
@@ -143,7 +139,6 @@ def compiled(
     text, signatures = host_part(source)
     host = Host.of(text, list(signatures), HOST)
     for arch in arches:
-        number = 0
         for kernel, options, constants in wanted(program, host):
             types, _ = signatures[kernel]
             fixed = {n: f"tl.{v}" if isinstance(v, str) else v for n, v in constants}
@@ -154,7 +149,6 @@ def compiled(
                     needs = f"{kernel} needs {b['shared']} bytes of shared memory"
                     raise CompileError(needs, op=f"sm_{arch}", remedy="use smaller tiles")
                 entry = {
-                    "file": f"{kernel}.sm_{arch}.{number}.cubin",
                     "kernel": kernel,
                     "arch": arch,
                     "parameters": parameters,
@@ -162,7 +156,6 @@ def compiled(
                     "options": dict(options),
                 }
                 yield {**entry, **{k: b[k] for k in ("entry", "shared", "ptxas")}}, b["image"]
-                number += 1
 
 
 def unique(*kinds: dict[str, Any]) -> list[dict[str, Any]]:

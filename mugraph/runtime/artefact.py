@@ -152,7 +152,7 @@ class Artefact:
         return Artefact(files, str(place))
 
     def binary(self, data: Mapping[str, Any]) -> Binary:
-        fields = ("kernel", "arch", "entry", "parameters", "constants", "options", "shared")
+        fields = ("host", "kernel", "arch", "entry", "parameters", "constants", "options", "shared")
         return Binary(**{f: data[f] for f in fields}, image=self.files[data["file"]])
 
     @property

@@ -109,12 +109,13 @@ class Table:
 
 @dataclass(frozen=True)
 class Binary:
-    """A cubin for `sm_<arch>`.
+    """A cubin for `sm_<arch>`, of a kernel that the host part of the file `host` launches.
 
     `parameters` are those of the kernel in order, each with what the cubin takes for granted: `*fp16` a pointer,
     `*fp16:16` one that 16 divides, `i32` and `i32:16` integers of 32 bits, a number that very value.  `constants` and
     `options` are those that a launch has to ask for.  `shared` is in bytes, `image` is the cubin."""
 
+    host: str
     kernel: str
     arch: int
     entry: str
@@ -177,25 +178,33 @@ class Binaries:
                     self.functions[id(b)] = self.driver.function(b.image, b.entry, b.shared, self.ordinal)
         return self.functions[id(b)]
 
-    def choose(self, kernel: str, given: Sequence[Any], named: Mapping[str, Any]) -> tuple[Binary, list[Any]]:
+    def choose(
+        self, host: str, kernel: str, given: Sequence[Any], named: Mapping[str, Any]
+    ) -> tuple[Binary, list[Any]]:
         """The first cubin that a launch can use, and what it is passed."""
-        options, constants = parted(named)
-        same = [b for b in self.binaries if (b.kernel, b.options, b.constants) == (kernel, options, constants)]
+        wanted = host, kernel, *parted(named)
+        same = [b for b in self.binaries if (b.host, b.kernel, b.options, b.constants) == wanted]
         for b in same:
             if (passed := b.arguments(given)) is not None:
                 return b, passed
         if not same:
-            wanted = ", ".join(f"{k}={v}" for k, v in named.items())
-            raise CompileError(f"there is no cubin of {kernel} for {wanted}", op=kernel, remedy="make them again")
+            asked = ", ".join(f"{k}={v}" for k, v in named.items())
+            raise CompileError(f"there is no cubin of {kernel} for {asked}", op=kernel, remedy="make them again")
         raise LaunchError(
             f"{kernel} takes sizes and strides of 31 bits", op=kernel, remedy="pass smaller or denser tensors"
         )
 
     def launch(
-        self, kernel: str, grid: Sequence[int], given: Sequence[Any], named: Mapping[str, Any], stream: int
+        self,
+        host: str,
+        kernel: str,
+        grid: Sequence[int],
+        given: Sequence[Any],
+        named: Mapping[str, Any],
+        stream: int,
     ) -> Launch:
         """The launch, ready but for its pointers: that of a Place at its number, those of tensors in their order."""
-        b, passed = self.choose(kernel, given, named)
+        b, passed = self.choose(host, kernel, given, named)
         function = self.function(b, stream)
         x, y, z = (*grid, 1, 1)[:3]
         shape = Shape((x, y, z), 32 * b.options["num_warps"], b.shared, bool(b.options.get("launch_pdl")))
@@ -305,8 +314,8 @@ class Recorder:
     """What stands for torch while `run` is recorded: allocations and launches are written down.  Steps are made when
     all Places have their numbers."""
 
-    def __init__(self, binaries: Binaries, stream: int) -> None:
-        self.binaries, self.stream = binaries, stream
+    def __init__(self, binaries: Binaries, host: str, stream: int) -> None:
+        self.binaries, self.host, self.stream = binaries, host, stream
         self.allocated: list[Place] = []
         self.steps: list[Callable[[], Launch | Clear]] = []
 
@@ -321,7 +330,7 @@ class Recorder:
         return self.allocated[-1]
 
     def launch(self, kernel: str, grid: Sequence[int], given: Sequence[Any], named: Mapping[str, Any]) -> None:
-        self.steps.append(partial(self.binaries.launch, kernel, grid, given, named, self.stream))
+        self.steps.append(partial(self.binaries.launch, self.host, kernel, grid, given, named, self.stream))
 
     def __getattr__(self, name: str) -> Any:
         found = getattr(torch, name)
@@ -574,7 +583,7 @@ class Dispatch:
         names = self.names(file, ordinal)
         if not self.hosts[file].kernels:
             return Direct(*common, names["run"])
-        recorder = Recorder(self.loaded(ordinal), self.hooks.stream(ordinal))
+        recorder = Recorder(self.loaded(ordinal), file, self.hooks.stream(ordinal))
         recorded = self.hosts[file].names(recorder.launch, recorder)
         places = [recorder.place(t, a) for t, a in zip(tensors, alignment or [True] * len(tensors), strict=True)]
         inputs, out = places[: self.inputs], places[self.inputs :]
@@ -614,7 +623,7 @@ class Dispatch:
             try:
                 step = ready.pop()
             except IndexError:
-                step = self.loaded(ordinal).launch(kernel, grid, given, named, stream)
+                step = self.loaded(ordinal).launch(file, kernel, grid, given, named, stream)
             step(stream, pointers)
             ready.append(step)
 

@@ -28,9 +28,10 @@ from mugraph.errors import (
     UnknownTargetError,
 )
 from mugraph.ir.axes import Dim
+from mugraph.ir.resize import resized
 from mugraph.ir.types import DType
 from mugraph.pipeline import Result, load
-from mugraph.runtime.aot import HOST, LIBRARY, host_part, loader_text, made, turning_points, whole_range
+from mugraph.runtime.aot import HOST, host_part, loader_text, made, turning_points, whole_range
 from mugraph.runtime.artefact import INDEX, Artefact, digest, sealed
 from mugraph.runtime.cache import Cache
 from mugraph.runtime.compile import Compiler
@@ -49,7 +50,7 @@ Files = dict[str, bytes]
 
 @pytest.fixture(scope="module")
 def files() -> Files:
-    return made(PROGRAM, SOURCE, [80, 90])
+    return made(PROGRAM, {HOST: SOURCE}, [80, 90])
 
 
 @pytest.fixture(scope="module")
@@ -199,7 +200,7 @@ def test_a_changed_file_is_refused(files: Files, kind: str, change: Callable[[by
     assert "--aot" in str(caught.value)
 
 
-@pytest.mark.parametrize("name", [INDEX, "host.py", "rmsnorm_linear.sm_90.0.cubin"])
+@pytest.mark.parametrize("name", [INDEX, "host.py", "rmsnorm_linear.sm_90.2.cubin"])
 def test_a_missing_file_is_refused(files: Files, name: str, tmp_path: Path) -> None:
     place = write(files, tmp_path / "aot")
     Artefact.read(place)
@@ -238,7 +239,7 @@ def test_another_architecture_is_refused(files: Files, stub: Stub) -> None:
 
 
 def test_a_cubin_that_the_driver_refuses_is_an_error_with_a_remedy(files: Files, stub: Stub) -> None:
-    name = "rmsnorm_linear.sm_90.0.cubin"
+    name = "rmsnorm_linear.sm_90.2.cubin"
     broken = files | {name: b"no cubin"}
     stub.reset(90)
     with pytest.raises(CompileError, match="invalid image"):
@@ -268,7 +269,7 @@ def test_another_device_or_driver_than_it_was_timed_with_gives_a_warning(files: 
 
 def test_an_architecture_that_nobody_knows_is_refused() -> None:
     with pytest.raises(UnknownTargetError, match="sm_70"):
-        made(PROGRAM, SOURCE, [70])
+        made(PROGRAM, {HOST: SOURCE}, [70])
 
 
 class TooLarge(Compiler):
@@ -278,17 +279,19 @@ class TooLarge(Compiler):
 
 def test_a_kernel_that_does_not_fit_is_refused() -> None:
     with pytest.raises(CompileError, match="300000 bytes of shared memory"):
-        made(PROGRAM, SOURCE, [90], compiler=TooLarge())
+        made(PROGRAM, {HOST: SOURCE}, [90], compiler=TooLarge())
 
 
 # -- ranges of sizes
 
 
+LIBRARY = "library.py"
+
+
 def test_ranges_are_served_by_kernels_and_by_the_library(stub: Stub) -> None:
     stub.reset(90)
     table = Table("B", (Range(1, 16, HOST), Range(17, 4096, LIBRARY)))
-    found = made(PROGRAM, SOURCE, [90], table=table, library=torch_code.emit(PROGRAM))
-    artefact = Artefact(found)
+    artefact = Artefact(made(PROGRAM, {HOST: SOURCE, LIBRARY: torch_code.emit(PROGRAM)}, [90], table=table))
     artefact.signature.device = "cpu"
     call = artefact.dispatch(driver=stub.path)
     call(*arguments(16))
@@ -302,12 +305,28 @@ def test_ranges_are_served_by_kernels_and_by_the_library(stub: Stub) -> None:
     assert [type(p) for found in call.ready.values() for p in found] == [Recorded, Direct]
 
 
+def test_ranges_may_have_kernels_of_the_same_name(stub: Stub) -> None:
+    stub.reset(90)
+    finer = emit(plan_graph(resized(GRAPH, {}, {"n": 32})))
+    table = Table("B", (Range(1, 16, "few.py"), Range(17, 4096, "many.py")))
+    artefact = Artefact(made(PROGRAM, {"many.py": SOURCE, "few.py": finer}, [90], table=table))
+    artefact.signature.device = "cpu"
+    call = artefact.dispatch(driver=stub.path).warmup()
+    assert stub.loads == 4
+    call(*arguments(16))
+    call(*arguments(17))
+    assert [x.grid[0] for x in stub.launches] == [128 // 32, 2 * 128 // 64]
+    assert len({b.image for b in artefact.binaries}) == 4
+    few, many = stub.launches
+    assert (few.name, few.shared) != (many.name, many.shared)
+
+
 def test_a_table_that_names_an_absent_file_or_leaves_sizes_out_is_refused() -> None:
     with pytest.raises(CacheError, match=r"names library\.py"):
-        made(PROGRAM, SOURCE, [90], table=Table("B", (Range(1, 4096, LIBRARY),)))
+        made(PROGRAM, {HOST: SOURCE}, [90], table=Table("B", (Range(1, 4096, LIBRARY),)))
     with pytest.raises(CacheError, match=r"serves B = 1\.\.16"):
-        made(PROGRAM, SOURCE, [90], table=Table("B", (Range(1, 16, HOST),)))
-    assert whole_range(PROGRAM) == Table("B", (Range(1, 4096, HOST),))
+        made(PROGRAM, {HOST: SOURCE}, [90], table=Table("B", (Range(1, 16, HOST),)))
+    assert whole_range(PROGRAM, HOST) == Table("B", (Range(1, 4096, HOST),))
 
 
 # -- results

@@ -20,7 +20,7 @@ from mugraph.ir.graph import BlockGraph, Equation, KernelGraph, Load, Program, S
 from mugraph.ir.ops import Elementwise, Kernel
 from mugraph.ir.types import DType, Input, Output, Storage, tensor
 from mugraph.runtime import dispatch
-from mugraph.runtime.aot import host_part, made
+from mugraph.runtime.aot import HOST, host_part, made
 from mugraph.runtime.artefact import Artefact
 from mugraph.runtime.compile import Compiler
 from mugraph.runtime.dispatch import Direct, Dispatch, Host, Range, Recorded, Table
@@ -93,7 +93,7 @@ def files(compiler: Compiler) -> Callable[[str], Mapping[str, bytes]]:
     @cache
     def found(name: str) -> Mapping[str, bytes]:
         graph = PROGRAMS[name]()
-        return made(graph, emit(plan_graph(graph)), [90], compiler=compiler)
+        return made(graph, {HOST: emit(plan_graph(graph))}, [90], compiler=compiler)
 
     return found
 
@@ -299,7 +299,7 @@ def test_a_stride_beyond_31_bits_is_refused(calls: Callable[[str], Dispatch]) ->
     general = binaries.binaries[-1]
     given = [torch.empty(8)] * 4 + [5, 256, 2**31, 1, 1, 128, 1, 128, 1]
     with pytest.raises(LaunchError, match="31 bits"):
-        binaries.choose("rmsnorm_linear", given, general.options)
+        binaries.choose(HOST, "rmsnorm_linear", given, general.options)
 
 
 # -- what the host part does beside launching
@@ -350,7 +350,7 @@ def test_work_ahead_is_launched_once_for_all_sizes(calls: Callable[[str], Dispat
 
 def test_torch_calls_between_kernels_run_as_they_stand(compiler: Compiler, stub: Stub) -> None:
     graph = BLOCKS["library_and_kernel"]()
-    artefact = Artefact(made(graph, emit(plan_graph(graph)), [90], compiler=compiler))
+    artefact = Artefact(made(graph, {HOST: emit(plan_graph(graph))}, [90], compiler=compiler))
     artefact.signature.device = "cpu"
     call = artefact.dispatch(driver=stub.path)
     tensors = drawn(graph)
@@ -625,7 +625,7 @@ def test_a_device_computes_from_cubins_what_triton_computes(name: str, compiler:
     major, minor = torch.cuda.get_device_capability()
     graph = PROGRAMS[name]()
     source = emit(plan_graph(graph))
-    call = Artefact(made(graph, source, [10 * major + minor], compiler=compiler)).dispatch().warmup()
+    call = Artefact(made(graph, {HOST: source}, [10 * major + minor], compiler=compiler)).dispatch().warmup()
     run = load_module(source, name).run
     for size in (5, 17):
         tensors = [torch.randn(t.shape).to(t.dtype).cuda() for t in drawn(graph, size)]
