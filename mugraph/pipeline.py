@@ -186,12 +186,53 @@ class Result:
             store.put(key, files, {"program": self.program.name, "arch": arch})
         return Artefact(files)
 
-    def aot(self, arches: Sequence[int]) -> dict[str, bytes]:
+    def aot(self, arches: Sequence[int], sizes: Sequence[int] = ()) -> dict[str, bytes]:
         """Files that run the program on these architectures without a compiler, by name: cubins, an index, the host
-        part of the source, and `aot.py`, which loads them.  Raises CompileError, UnknownTargetError."""
+        part of the source, and `aot.py`, which loads them.  With `sizes`, each range of sizes has what `by_size` finds
+        for it, and its certificate is among the files.  Raises CompileError, UnknownTargetError, and as `by_size`."""
         from mugraph.runtime.aot import HOST, made
+        from mugraph.runtime.dispatch import Range, Table
 
-        return made(self.program, {HOST: self.source}, arches)
+        if not sizes:
+            return made(self.program, {HOST: self.source}, arches)
+        found = {f"host_{low}.py": (low, high, r) for (low, high), r in self.by_size(sizes).items()}
+        table = Table(self.program.dims()[0].name, tuple(Range(low, high, n) for n, (low, high, _) in found.items()))
+        files = made(self.program, {n: r.source for n, (_, _, r) in found.items()}, arches, table=table)
+        proofs = {f"certificate_{low}.json": r.certificate.to_json().encode() for low, _, r in found.values()}
+        return files | proofs
+
+    def by_size(self, sizes: Sequence[int]) -> dict[tuple[int, int], Result]:
+        """The results for ranges of the symbolic size, by their first and last size.
+
+        Structures are searched for at these sizes and at the one that this result is for; each then serves the sizes
+        next to its own, by the model of the device.  The program as library calls is among the candidates.  Raises
+        SettingError unless the program has one symbolic size, VerificationError where a source disagrees with
+        float64, MugraphError where MUGRAPH_DISALLOW_SEARCH is set."""
+        program, target, c = self.program, self.target, self.certificate
+        if len(program.dims()) != 1:
+            raise SettingError(
+                f"{program.name} has {len(program.dims())} symbolic sizes", remedy="ranges are of one: leave out sizes"
+            )
+        if settings.disallow_search.get():
+            raise MugraphError(
+                f"MUGRAPH_DISALLOW_SEARCH forbids a search for other sizes of {program.name}", remedy="leave out sizes"
+            )
+        (dim,) = program.dims()
+
+        def accept(graph: KernelGraph, cuts: tuple[str, ...] = ()) -> tuple[Verified, str]:
+            return accepted(program, graph, target, 2.0**c.delta_requested_log2, c.seed, cuts)
+
+        space = SearchSpace(sizes=tuple(sizes))
+        found = search(program, accept=accept, accept_cut=accept, space=space, on=device(_device_name(target)))
+        results = {}
+        for s in found.structures:
+            low, high = max(s.low, dim.min), min(s.high or dim.max, dim.max)
+            if low <= high:
+                assert isinstance(s.accepted, tuple)
+                verified, source = s.accepted
+                report = ReportText({"text": f"{dim} = {low}..{high}: {s.text}, {1e6 * s.seconds:.1f} µs at {s.at}"})
+                results[low, high] = _checked(verified, source, target, c.seed, report)
+        return results
 
     @property
     def unchanged(self) -> bool:
@@ -244,14 +285,14 @@ class Result:
             "report.json": json.dumps(_plain(self.report), indent=1),
         }
 
-    def save(self, directory: str | Path, aot: Sequence[int] = ()) -> Path:
-        """Writes the files and a manifest with their hashes, and under `aot/` what `aot` gives for these architectures.
-        The directory appears whole or not at all; one that is there is replaced only if it was written by `save`.
-        Raises CacheError where it cannot be written, and what `aot` raises."""
+    def save(self, directory: str | Path, aot: Sequence[int] = (), sizes: Sequence[int] = ()) -> Path:
+        """Writes the files and a manifest with their hashes, and under `aot/` what `aot` gives for these architectures
+        and sizes.  The directory appears whole or not at all; one that is there is replaced only if it was written by
+        `save`.  Raises CacheError where it cannot be written, and what `aot` raises."""
         place = check_writable(directory)
         files = {name: text.encode() for name, text in self.files().items()}
         if aot:
-            files |= {f"{AOT}/{name}": content for name, content in self.aot(aot).items()}
+            files |= {f"{AOT}/{name}": content for name, content in self.aot(aot, sizes).items()}
         manifest = {
             "schema_version": SCHEMA_VERSION,
             "program": self.program.name,

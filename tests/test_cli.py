@@ -182,8 +182,10 @@ def test_cubins_are_written_beside_the_result(inside: Path, capsys: pytest.Captu
     ("arguments", "text"),
     [
         ("--target cuda:90 --aot 90", "name a directory with -o"),
-        ("--target cuda:90 --aot ninety -o never", "is no list of architectures"),
-        ("--target cuda:90 --aot 90,90 -o never", "is no list of architectures"),
+        ("--target cuda:90 --aot ninety -o never", "--aot ninety is no list"),
+        ("--target cuda:90 --aot 90,90 -o never", "--aot 90,90 is no list"),
+        ("--target cuda:90 --aot 90 --sizes 0,5 -o never", "--sizes 0,5 is no list"),
+        ("--target cuda:90 --sizes 1,5 -o never", "is about what --aot writes"),
         ("--target cuda:90 --aot 70 -o never", "there is no architecture sm_70"),
         ("--target torch --aot 90 -o never", "the target is torch"),
     ],

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.programs import PROGRAMS
 from benchmarks.stub import Stub
 from mugraph import pipeline
 from mugraph.codegen.lower import plan_graph
@@ -23,13 +24,15 @@ from mugraph.errors import (
     CompileError,
     LaunchError,
     MugraphError,
+    SettingError,
     TargetMismatchError,
     TargetWarning,
     UnknownTargetError,
 )
-from mugraph.ir.axes import Dim
+from mugraph.ir.axes import Axis, Dim
+from mugraph.ir.ops import Contract
 from mugraph.ir.resize import resized
-from mugraph.ir.types import DType
+from mugraph.ir.types import DType, Input, Storage, tensor
 from mugraph.pipeline import Result, load
 from mugraph.runtime.aot import HOST, host_part, loader_text, made, turning_points, whole_range
 from mugraph.runtime.artefact import INDEX, Artefact, digest, sealed
@@ -40,7 +43,10 @@ from mugraph.runtime.load import Executable
 from mugraph.transpiler import torch as torch_code
 from mugraph.transpiler.target import Target
 from mugraph.transpiler.triton import emit
-from tests.graphs import rmsnorm_linear, rmsnorm_linear_fused
+from mugraph.verify.certificate import Certificate
+from tests.graphs import Builder, rmsnorm_linear, rmsnorm_linear_fused
+from tests.graphs import program as program_of
+from tests.runtime.test_dispatch import drawn
 
 GRAPH = rmsnorm_linear_fused(DType.f16, 256, 128)
 PROGRAM = rmsnorm_linear(DType.f16, 256, 128)
@@ -355,6 +361,44 @@ def fresh(result: Result) -> Result:
     return pipeline.replace(result)
 
 
+def test_ranges_of_sizes_have_structures_of_their_own(stub: Stub, monkeypatch: pytest.MonkeyPatch) -> None:
+    stub.reset(90)
+    program = PROGRAMS["low_rank_chain"]
+    result = pipeline.optimize(program, target="cuda:90")
+    files = result.aot([90], sizes=(1, 64, 1024))
+    artefact = Artefact(files)
+    ranges = artefact.table.ranges
+    assert len(ranges) > 1
+    assert (ranges[0].low, ranges[-1].high) == (program.dims()[0].min, program.dims()[0].max)
+    texts = {r.file: files[r.file] for r in ranges}
+    assert len(set(texts.values())) == len(ranges)
+    assert host_part(result.source)[0].encode() == texts[artefact.table.file({"B": 16})]
+    for r in ranges:
+        certificate = Certificate.from_json(files[f"certificate_{r.low}.json"].decode())
+        assert certificate.tiers[0] == "tested"
+        assert any(report.counted for report in certificate.numerics)
+    artefact.signature.device = "cpu"
+    call = artefact.dispatch(driver=stub.path)
+    launched = {}
+    for r in ranges:
+        before = len(stub.launches)
+        call(*drawn(program, min(r.high, 2000)))
+        launched[r.file] = [x.name for x in stub.launches[before:]]
+    assert len(set(map(str, launched.values()))) == len(ranges)
+    monkeypatch.setenv("MUGRAPH_DISALLOW_SEARCH", "1")
+    with pytest.raises(MugraphError, match="forbids a search for other sizes"):
+        result.by_size((1, 64))
+
+
+def test_ranges_are_of_one_symbolic_size() -> None:
+    x, y = (tensor(n, (Axis(n, Dim(n.upper(), 1, 8)),), DType.f32) for n in "ab")
+    b = Builder({"a": x, "b": y})
+    b.add("c", Contract(()), "a", "b")
+    outer = program_of("outer", [Input(t, Storage(DType.f32)) for t in (x, y)], b, "c")
+    with pytest.raises(SettingError, match="has 2 symbolic sizes"):
+        pipeline.optimize(outer, target="torch").by_size((1, 4))
+
+
 @pytest.fixture
 def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: Any, **kwargs: Any) -> None:
@@ -366,7 +410,7 @@ def no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_result_is_saved_with_cubins_and_runs_from_them(
     result: Result, device: Stub, tmp_path: Path, no_compiler: None, files: Files, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Result, "aot", lambda self, arches: files)
+    monkeypatch.setattr(Result, "aot", lambda self, *given: files)
     place = result.save(tmp_path / "out", [80, 90])
     assert {p.name for p in (place / "aot").iterdir()} == set(files)
     monkeypatch.setenv("MUGRAPH_DISALLOW_SEARCH", "1")
@@ -382,7 +426,7 @@ def test_a_result_is_saved_with_cubins_and_runs_from_them(
 def test_an_edited_cubin_beside_a_result_is_refused(
     result: Result, tmp_path: Path, files: Files, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Result, "aot", lambda self, arches: files)
+    monkeypatch.setattr(Result, "aot", lambda self, *given: files)
     place = result.save(tmp_path / "out", [90])
     load(place)
     cubin = next((place / "aot").glob("*.cubin"))
