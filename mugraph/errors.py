@@ -33,6 +33,7 @@ __all__ = [
     "SettingError",
     "ShapeError",
     "TargetMismatchError",
+    "TargetWarning",
     "UnknownTargetError",
     "UnsupportedOpError",
     "VerificationError",
@@ -238,3 +239,7 @@ class FallbackWarning(MugraphWarning):
 
 class CacheWarning(MugraphWarning):
     """A cache entry was ignored or could not be written."""
+
+
+class TargetWarning(MugraphWarning):
+    """Kernels run elsewhere than they were timed."""

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mugraph import __version__, settings
 from mugraph.codegen.lower import lower
@@ -75,7 +75,12 @@ from mugraph.verify.numeric import Checked, draw_inputs, numeric_check
 from mugraph.viz.mermaid import draw_mermaid
 from mugraph.viz.svg import draw_svg
 
+if TYPE_CHECKING:
+    from mugraph.runtime.artefact import Artefact
+    from mugraph.runtime.dispatch import Dispatch
+
 SCHEMA_VERSION = 2
+AOT = "aot"  # the folder of a saved result that runs without a compiler
 DELTA = 2.0**-40
 AS_IT_STANDS, FOUND, CALLS = "the program as it stands", "the kernels found", "the calls found"  # what is measured
 COMPILED = ", compiled"
@@ -113,7 +118,10 @@ class Result:
 
     @cached_property
     def executable(self) -> Executable:
-        """The loaded source behind a check of its arguments.  Raises CompileError if it does not load."""
+        """The loaded source behind a check of its arguments; Triton compiles a kernel at its first launch.  Raises
+        CompileError if it does not load, MugraphError for kernels where MUGRAPH_DISALLOW_SEARCH is set."""
+        if self.has_kernels and settings.disallow_search.get():
+            raise _not_compiled(self, "launching them through Triton")
         name = f"{self.program.name}_{self.target}"
         module = load_module(self.source, name)
         if self.target.kind == "torch":
@@ -123,7 +131,12 @@ class Result:
     def __call__(self, *args: Any, out: Any = None, **named: Any) -> Any:
         """Runs the emitted source.  `out` receives the results, unless the program has an input of that name, which
         it then is.  Raises LaunchError for arguments that do not fit the program's signature, and
-        TargetMismatchError where there is no device of the target."""
+        TargetMismatchError where there is no device of the target.
+
+        Kernels are launched from cubins after `warmup()`, or where they were saved with the result; else Triton
+        compiles and launches them."""
+        if (ready := self.__dict__.get("dispatch")) is not None:
+            return ready(*args, out=out, **named)
         if self.target.kind == "triton" and not _device_is_there(self.target):
             if settings.interpret.get():
                 return _interpreted(self, args, out, named)
@@ -131,7 +144,110 @@ class Result:
                 f"this result is for {self.target}, and there is no such device here",
                 remedy="give target='torch', or set MUGRAPH_INTERPRET=1 to run the kernels under Triton's interpreter",
             )
+        if self.has_kernels and (self._saved_binaries is not None or settings.disallow_search.get()):
+            return self.dispatch(*args, out=out, **named)
         return self.executable(*args, out=out, **named)
+
+    @property
+    def has_kernels(self) -> bool:
+        """Whether the source holds kernels of ours."""
+        return "@triton.jit" in self.source
+
+    # -- without a compiler
+
+    def warmup(self) -> Result:
+        """Compiles all kernels for the present device, at all sizes, and loads them: no later call compiles, loads or
+        searches, so it may be captured in a CUDA graph.  What was saved with the result, or is in the cache, is not
+        compiled again.  Returns this result.
+
+        Raises TargetMismatchError where there is no such device, CompileError where a kernel does not compile or load,
+        and MugraphError where it would have to be compiled and MUGRAPH_DISALLOW_SEARCH is set."""
+        if self.has_kernels:
+            self.dispatch.warmup(_current_device())
+        return self
+
+    @cached_property
+    def dispatch(self) -> Dispatch:
+        """What launches the kernels from cubins (`runtime.dispatch`), behind a check of the arguments."""
+        artefact = self._saved_binaries or self._cached_binaries()
+        library = settings.driver.get()
+        arguments = Executable(self.program, _no_run, devices=("cuda",))
+        return artefact.dispatch(arguments.admit, library)
+
+    @cached_property
+    def _saved_binaries(self) -> Artefact | None:
+        """The cubins beside a saved result, if there are any for the present device."""
+        if self.directory is None or not (self.directory / AOT / "index.json").is_file():
+            return None
+        from mugraph.runtime.artefact import Artefact
+
+        found = Artefact.read(self.directory / AOT)
+        return found if _present_arch(self.target) in found.arches else None
+
+    def _cached_binaries(self) -> Artefact:
+        from mugraph.runtime.artefact import Artefact
+
+        arch = _present_arch(self.target)
+        store = None if settings.skip_cache.get() else Cache().binaries
+        key = key_of(self.source, {"sizes": str(self.program.dims())}, f"cuda:{arch}", dict(_versions()))
+        entry = store.get(key) if store is not None else None
+        if entry is not None:
+            return Artefact(entry.files, str(entry.path))
+        if settings.disallow_search.get():
+            raise _not_compiled(self, f"compiling them for sm_{arch}")
+        files = self.aot([arch])
+        if store is not None:
+            store.put(key, files, {"program": self.program.name, "arch": arch})
+        return Artefact(files)
+
+    def aot(self, arches: Sequence[int], sizes: Sequence[int] = ()) -> dict[str, bytes]:
+        """Files that run the program on these architectures without a compiler, by name: cubins, an index, the host
+        part of the source, and `aot.py`, which loads them.  With `sizes`, each range of sizes has what `by_size` finds
+        for it, and its certificate is among the files.  Raises CompileError, UnknownTargetError, and as `by_size`."""
+        from mugraph.runtime.aot import HOST, made
+        from mugraph.runtime.dispatch import Range, Table
+
+        if not sizes:
+            return made(self.program, {HOST: self.source}, arches)
+        found = {f"host_{low}.py": (low, high, r) for (low, high), r in self.by_size(sizes).items()}
+        table = Table(self.program.dims()[0].name, tuple(Range(low, high, n) for n, (low, high, _) in found.items()))
+        files = made(self.program, {n: r.source for n, (_, _, r) in found.items()}, arches, table=table)
+        proofs = {f"certificate_{low}.json": r.certificate.to_json().encode() for low, _, r in found.values()}
+        return files | proofs
+
+    def by_size(self, sizes: Sequence[int]) -> dict[tuple[int, int], Result]:
+        """The results for ranges of the symbolic size, by their first and last size.
+
+        Structures are searched for at these sizes and at the one that this result is for; each then serves the sizes
+        next to its own, by the model of the device.  The program as library calls is among the candidates.  Raises
+        SettingError unless the program has one symbolic size, VerificationError where a source disagrees with
+        float64, MugraphError where MUGRAPH_DISALLOW_SEARCH is set."""
+        program, target, c = self.program, self.target, self.certificate
+        if len(program.dims()) != 1:
+            raise SettingError(
+                f"{program.name} has {len(program.dims())} symbolic sizes", remedy="ranges are of one: leave out sizes"
+            )
+        if settings.disallow_search.get():
+            raise MugraphError(
+                f"MUGRAPH_DISALLOW_SEARCH forbids a search for other sizes of {program.name}", remedy="leave out sizes"
+            )
+        (dim,) = program.dims()
+
+        def accept(graph: KernelGraph, cuts: tuple[str, ...] = ()) -> tuple[Verified, str]:
+            return accepted(program, graph, target, 2.0**c.delta_requested_log2, c.seed, cuts)
+
+        space = SearchSpace(sizes=tuple(sizes))
+        found = search(program, accept=accept, accept_cut=accept, space=space, on=device(_device_name(target)))
+        results = {}
+        for s in found.structures:
+            low, high = max(s.low, dim.min), min(s.high or dim.max, dim.max)
+            if low <= high:
+                assert isinstance(s.accepted, tuple)
+                verified, source = s.accepted
+                report = ReportText({"text": f"{dim} = {low}..{high}: {s.text}, {1e6 * s.seconds:.1f} µs at {s.at}"})
+                tuning = partial(tuned, target=target, level=self.tuning.level, symbolic=s.at)
+                results[low, high] = _checked(verified, source, target, c.seed, report, tuning=tuning)
+        return results
 
     @property
     def unchanged(self) -> bool:
@@ -196,25 +312,28 @@ class Result:
             "report.json": json.dumps(_plain(self.report), indent=1),
         }
 
-    def save(self, directory: str | Path) -> Path:
-        """Writes the files and a manifest with their hashes.  The directory appears whole or not at all; one that is
-        there is replaced only if it was written by `save`.  Raises CacheError where it cannot be written."""
+    def save(self, directory: str | Path, aot: Sequence[int] = (), sizes: Sequence[int] = ()) -> Path:
+        """Writes the files and a manifest with their hashes, and under `aot/` what `aot` gives for these architectures
+        and sizes.  The directory appears whole or not at all; one that is there is replaced only if it was written by
+        `save`.  Raises CacheError where it cannot be written, and what `aot` raises."""
         place = check_writable(directory)
-        files = self.files()
+        files = {name: text.encode() for name, text in self.files().items()}
+        if aot:
+            files |= {f"{AOT}/{name}": content for name, content in self.aot(aot, sizes).items()}
         manifest = {
             "schema_version": SCHEMA_VERSION,
             "program": self.program.name,
             "target": str(self.target),
             "notes": list(self.notes),
             "versions": dict(_versions()),
-            "files": {name: hashlib.sha256(text.encode()).hexdigest() for name, text in files.items()},
+            "files": {name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
         }
         draft = place.parent / f".{place.name}-{uuid.uuid4().hex}"
         old = place.parent / f".{place.name}-old-{uuid.uuid4().hex}"
         try:
-            draft.mkdir(parents=True)
-            for name, text in {**files, "manifest.json": json.dumps(manifest, indent=1)}.items():
-                (draft / name).write_text(text, encoding="utf-8")
+            (draft / AOT if aot else draft).mkdir(parents=True)
+            for name, content in {**files, "manifest.json": json.dumps(manifest, indent=1).encode()}.items():
+                (draft / name).write_bytes(content)
             if place.exists():
                 place.rename(old)
             draft.rename(place)
@@ -294,11 +413,12 @@ def load(directory: str | Path) -> Result:
                 f"{place} has schema version {manifest.get('schema_version')}, this is {SCHEMA_VERSION}",
                 remedy="run mugraph optimize again",
             )
-        files = {name: (place / name).read_text(encoding="utf-8") for name in manifest["files"]}
+        contents = {name: (place / name).read_bytes() for name in manifest["files"]}
+        files = {name: content.decode() for name, content in contents.items() if not name.startswith(f"{AOT}/")}
     except (OSError, ValueError, KeyError, AttributeError, RecursionError) as error:
         raise CacheError(f"{place} is no saved result: {error}", remedy="run mugraph optimize again") from error
-    for name, text in files.items():
-        if hashlib.sha256(text.encode()).hexdigest() != manifest["files"][name]:
+    for name, content in contents.items():
+        if hashlib.sha256(content).hexdigest() != manifest["files"][name]:
             raise CacheError(f"{place / name} was edited", remedy="run mugraph optimize again")
     try:
         found = _read(files, parse_target(manifest["target"]), tuple(manifest.get("notes", ())))
@@ -811,6 +931,8 @@ def tuned(verified: Verified, target: Target, level: Tune, symbolic: int = 16) -
     not compile for the target."""
     if target.kind == "torch" or level == "none" or not verified.graph.kernels():
         return verified, AS_LOWERED
+    if settings.disallow_search.get():
+        return verified, Tuned("none", notes=("the kernels were not compiled: MUGRAPH_DISALLOW_SEARCH forbids it",))
     if find_spec("triton") is None:
         return verified, Tuned("none", notes=("the kernels were not compiled, as Triton is not installed",))
     with shared_compilers() as compilers, _timer(verified.program, target, level, symbolic) as timer:
@@ -955,6 +1077,35 @@ def _device_is_there(target: Target) -> bool:
         return False
     major, minor = torch.cuda.get_device_capability()
     return target.arch in (None, 10 * major + minor)
+
+
+def _current_device() -> int:
+    import torch
+
+    return torch.cuda.current_device() if torch.cuda.is_available() else 0
+
+
+def _present_arch(target: Target) -> int:
+    """The compute capability of the current device.  Raises TargetMismatchError where it is not the target's."""
+    from mugraph.runtime.driver import driver_of
+
+    arch = driver_of(settings.driver.get()).arch(_current_device())
+    if target.arch not in (None, arch):
+        raise TargetMismatchError(
+            f"this result is for {target}, the device is sm_{arch}", remedy=f"optimize it for cuda:{arch}"
+        )
+    return arch
+
+
+def _not_compiled(result: Result, what: str) -> MugraphError:
+    return MugraphError(
+        f"the kernels of {result.program.name} are not compiled, and MUGRAPH_DISALLOW_SEARCH forbids {what}",
+        remedy="save them with the result (mugraph optimize ... --aot), or call warmup() once with the same cache",
+    )
+
+
+def _no_run(*tensors: Any, out: Any = None) -> Any:
+    raise AssertionError("a dispatch launches by itself")
 
 
 def _device_name(target: Target) -> str:

@@ -172,6 +172,9 @@ debug_dir: Setting[Path | None] = Setting(
 )
 interpret = _switch("interpret", False, "run emitted kernels under the Triton interpreter")
 calibration = _switch("calibration", True, "predict with what `mugraph calibrate` measured, where it did")
+driver: Setting[str] = Setting(
+    "driver", "MUGRAPH_DRIVER", lambda: "libcuda.so.1", str, "a library's name or path", "the CUDA driver's library"
+)
 no_color: Setting[bool] = Setting(
     "no_color", "NO_COLOR", lambda: False, _presence, "any text", "write plain text on terminals"
 )
@@ -194,6 +197,7 @@ SETTINGS: tuple[Setting[object], ...] = cast(
         debug_dir,
         interpret,
         calibration,
+        driver,
         no_color,
     ),
 )

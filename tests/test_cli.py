@@ -170,6 +170,35 @@ def test_nothing_better_than_the_baseline_has_a_code_of_its_own(
     assert note.startswith("nothing was searched")
 
 
+def test_cubins_are_written_beside_the_result(inside: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = "optimize model.py:bare --shapes x=Bx64:f16 --shapes w=64x32:f16 --target cuda:90 --aot 80,90 -o ahead"
+    ends(arguments, 0, "wrote cubins for sm_80, sm_90 and aot.py to ahead/aot", capsys=capsys)
+    index = json.loads((inside / "ahead/aot/index.json").read_text())
+    assert {b["arch"] for b in index["binaries"]} == {80, 90}
+    assert {p.name for p in (inside / "ahead/aot").iterdir()} == {*index["files"], "index.json", "aot.py"}
+    assert mg.load(inside / "ahead").directory == inside / "ahead"
+    ends("verify ahead", 0, capsys=capsys)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ("--target cuda:90 --aot 90", "name a directory with -o"),
+        ("--target cuda:90 --aot ninety -o never", "--aot ninety is no list"),
+        ("--target cuda:90 --aot 90,90 -o never", "--aot 90,90 is no list"),
+        ("--target cuda:90 --aot 90 --sizes 0,5 -o never", "--sizes 0,5 is no list"),
+        ("--target cuda:90 --sizes 1,5 -o never", "is about what --aot writes"),
+        ("--target cuda:90 --aot 70 -o never", "there is no architecture sm_70"),
+        ("--target torch --aot 90 -o never", "the target is torch"),
+    ],
+)
+def test_architectures_that_cannot_be_compiled_for_are_refused_before_the_search(
+    arguments: str, text: str, inside: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert ends(f"optimize model.py:mlp {arguments}", 2, text, capsys=capsys) == ""
+    assert not (inside / "never").exists()
+
+
 def test_an_interrupted_search_is_saved_and_has_its_code(
     inside: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

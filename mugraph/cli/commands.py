@@ -224,6 +224,17 @@ def optimize(
     workers: Annotated[int | None, typer.Option(help="How many processes search.")] = None,
     address: Annotated[str | None, typer.Option(help="The Ray cluster, host:port or auto (default: one here).")] = None,
     out: Annotated[Path | None, typer.Option("-o", "--out", help="Directory to write.")] = None,
+    aot: Annotated[
+        str | None,
+        typer.Option(
+            metavar="80,90",
+            help="Also write cubins for these architectures, and a loader that needs no compiler, to DIR/aot.",
+        ),
+    ] = None,
+    sizes: Annotated[
+        str | None,
+        typer.Option(metavar="1,64,256", help="With --aot: search at these sizes too; each range has its own kernels."),
+    ] = None,
     explain: Annotated[
         bool, typer.Option("--explain", help="Print the laws that lead to each kernel, and what it costs.")
     ] = False,
@@ -241,8 +252,14 @@ def optimize(
 
     if out is not None:
         pipeline.check_writable(out)
+    arches = parse_arches(aot, out)
+    others = parse_numbers("--sizes", sizes, "1,64,256")
+    if others and not arches:
+        raise SettingError("--sizes is about what --aot writes", remedy="give --aot 90, say")
     space = space_of(settings.effort.get(effort)).but(**({} if split else {"split": False}))
     chosen = parse_target(target)
+    if arches and chosen.kind == "torch":
+        raise SettingError("--aot compiles kernels, and the target is torch", remedy="give --target cuda:90, say")
     program = program_of(subject, shapes or [])
     with engine_of(engine, workers, address) as running:
         result = pipeline.optimize(
@@ -259,9 +276,11 @@ def optimize(
         say(f"found in the cache: {result.directory}")
     if out is not None:
         with pipeline.interruptible() as interrupted:  # what was found is written, whatever comes
-            result = replace(result, directory=result.save(out))
+            result = replace(result, directory=result.save(out, arches, others))
         result = replace(result, interrupted=result.interrupted or interrupted())
         say(f"wrote {', '.join(sorted(result.files()))} and manifest.json to {out}")
+        if arches:
+            say(f"wrote cubins for {', '.join(f'sm_{a}' for a in arches)} and aot.py to {out / pipeline.AOT}")
     if as_json:
         print_document(summary(result) | ({"explanation": result.explain()} if explain else {}))
     else:
@@ -274,6 +293,26 @@ def optimize(
         say("interrupted: this is the best so far" + ("" if out else ", and it was not saved"))
     say(how_to_use(result, " --shapes ".join([subject, *(shapes or [])]), out))
     return code
+
+
+def parse_arches(text: str | None, out: Path | None) -> list[int]:
+    """`80,90` as numbers.  Raises SettingError, UnknownTargetError."""
+    from mugraph.runtime.compile import SHARED_LIMITS, check_arch
+
+    found = parse_numbers("--aot", text, ",".join(map(str, SHARED_LIMITS)))
+    if found and out is None:
+        raise SettingError("--aot writes files", remedy="name a directory with -o")
+    for arch in found:
+        check_arch(arch)
+    return found
+
+
+def parse_numbers(option: str, text: str | None, example: str) -> list[int]:
+    """Different numbers above 0 with commas between, none where there is no text.  Raises SettingError."""
+    words = [w.strip() for w in text.split(",")] if text is not None else []
+    if not all(w.isdecimal() and int(w) > 0 for w in words) or len(set(words)) < len(words):
+        raise SettingError(f"{option} {text} is no list of different numbers", remedy=f"write {option} {example}")
+    return [int(w) for w in words]
 
 
 def summary(result: Result) -> dict[str, Any]:

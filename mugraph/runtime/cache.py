@@ -109,11 +109,17 @@ class Cache:
         """The results of jobs (`runtime.engine`), which go with the others."""
         return Cache(self.path / "jobs")
 
+    @property
+    def binaries(self) -> Cache:
+        """Compiled kernels (`runtime.aot`)."""
+        return Cache(self.path / "binaries")
+
     def clear(self) -> int:
         """Removes all entries, broken ones and abandoned drafts included; how many.  Other files are left alone."""
         count = 0
-        if self.jobs.path.is_dir():
-            self.jobs.clear()
+        for part in (self.jobs, self.binaries):
+            if part.path.is_dir():
+                part.clear()
         for path in self._children():
             if _KEY.fullmatch(path.name) or _DRAFT.fullmatch(path.name):
                 count += bool(_KEY.fullmatch(path.name))

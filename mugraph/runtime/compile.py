@@ -76,16 +76,32 @@ class Compiler:
         """Each kernel of the file, or these alone, compiled for `sm_<arch>`; `options` (num_warps, num_stages, maxnreg)
         override the file's.  Raises CompileError where Triton or ptxas refuses or takes longer than `timeout` seconds,
         UnknownTargetError for an architecture without a table entry."""
-        if arch not in SHARED_LIMITS:
-            known = ", ".join(map(str, SHARED_LIMITS))
-            raise UnknownTargetError(f"there is no architecture sm_{arch}", remedy=f"known: {known}")
+        check_arch(arch)
         names = None if only is None else list(only)
         request = {"source": source, "arch": arch, "options": dict(options or {}), "only": names}
+        return [Resources(arch=arch, **kernel) for kernel in self._ask("compile", arch, request)]
+
+    def binary(
+        self, source: str, arch: int, kernel: str, parameters: Mapping[str, Any], options: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """One kernel of the file as a cubin for `sm_<arch>`: `image`, `entry` (its name there), `shared` (bytes).
+        `parameters` are in the terms of `SIGNATURES`, types as `tl.bfloat16`.  Raises as `resources`."""
+        check_arch(arch)
+        request = {"source": source, "arch": arch, "kernel": kernel}
+        return dict(self._ask("binary", arch, {**request, "parameters": dict(parameters), "options": dict(options)}))
+
+    def _ask(self, kind: str, arch: int, request: Mapping[str, Any]) -> Any:
         try:
-            found = self._worker.ask("compile", request, self.timeout)
+            return self._worker.ask(kind, request, self.timeout)
         except WorkerError as error:
             raise CompileError(error.message, op=f"sm_{arch}") from error
-        return [Resources(arch=arch, **kernel) for kernel in found]
+
+
+def check_arch(arch: int) -> None:
+    """Raises UnknownTargetError for an architecture without a table entry."""
+    if arch not in SHARED_LIMITS:
+        known = ", ".join(map(str, SHARED_LIMITS))
+        raise UnknownTargetError(f"there is no architecture sm_{arch}", remedy=f"known: {known}")
 
 
 def resources(

@@ -187,14 +187,8 @@ class Executable:
         return f"Executable({self.program.name}: {self.signature})"
 
     def __call__(self, *args: Any, out: Any = None, **named: Any) -> Any:
-        if out is not None and "out" in self._names:
-            named, out = {**named, "out": out}, None
-        if named or len(args) != len(self._parameters):
-            args = self._bound(args, named)
-        sizes = self.check(*args)
-        if out is not None:
-            self._check_out(out, args, sizes)
-        readable = self._readable(args)
+        readable, given, _ = self.admit(args, out, named)
+        out = None if not given else given if len(self._results) > 1 else given[0]
         if args and args[0].is_cuda:
             import torch
 
@@ -203,6 +197,20 @@ class Executable:
         return self.run(*readable, out=out)
 
     # -- checks ------------------------------------------------------------------------------------------------------
+
+    def admit(
+        self, args: tuple[Any, ...], out: Any, named: Mapping[str, Any]
+    ) -> tuple[Sequence[Any], Sequence[Any], dict[str, int]]:
+        """What kernels can read of the arguments of a call, in order; the tensors of `out`; the symbolic sizes.  Raises
+        LaunchError where they do not fit."""
+        if out is not None and "out" in self._names:
+            named, out = {**named, "out": out}, None
+        if named or len(args) != len(self._parameters):
+            args = self._bound(args, named)
+        sizes = self.check(*args)
+        if out is None:
+            return self._readable(args), (), sizes
+        return self._readable(args), self._check_out(out, args, sizes), sizes
 
     def check(self, *args: Any) -> dict[str, int]:
         """The symbolic sizes of these arguments, by name.  Raises LaunchError where they do not fit."""
@@ -259,7 +267,7 @@ class Executable:
                     remedy = f"dimension {position} must be {size} = {expected}"
                     raise self._refusal(p, f"it is {_shown(t)}, with {known}", remedy)
 
-    def _check_out(self, out: Any, args: Sequence[Any], sizes: Mapping[str, int]) -> None:
+    def _check_out(self, out: Any, args: Sequence[Any], sizes: Mapping[str, int]) -> tuple[Any, ...]:
         import torch
 
         several = len(self._results) > 1
@@ -288,6 +296,7 @@ class Executable:
             if torch.is_grad_enabled() and (t.requires_grad or any(a.requires_grad for a in args)):
                 remedy = "call it under torch.no_grad(), or without out"
                 raise self._out_refusal(r, "autograd cannot follow a result that is written into a tensor", remedy)
+        return given
 
     def _bound(self, args: Sequence[Any], named: Mapping[str, Any]) -> tuple[Any, ...]:
         """All arguments in order, from those by position and those by name."""

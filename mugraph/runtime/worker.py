@@ -64,27 +64,12 @@ def compile_kernels(
 ) -> list[dict[str, Any]]:
     """What ptxas gives each kernel of the file, or some of them, for `sm_<arch>`."""
     import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
 
     module = load(source)
     found = []
     for name in module.SIGNATURES if only is None else only:
         parameters, defaults = module.SIGNATURES[name]
-        signature: dict[str, str] = {}
-        constants: dict[str, Any] = {}
-        facts: dict[tuple[int, ...], list[list[Any]]] = {}
-        for i, (parameter, kind) in enumerate(parameters.items()):
-            if not isinstance(kind, str):
-                signature[parameter], constants[parameter] = "constexpr", kind
-                continue
-            base, _, divisor = kind.partition(":")
-            signature[parameter] = base
-            if divisor:
-                facts[(i,)] = [["tt.divisibility", int(divisor)]]
-        code = ASTSource(fn=getattr(module, name), signature=signature, constexprs=constants, attrs=facts)
-        chosen = {**defaults, "enable_fp_fusion": True, **options}
-        compiled = triton.compile(code, target=GPUTarget("cuda", arch, 32), options=chosen)
+        compiled = compiled_kernel(module, name, parameters, arch, {**defaults, **options})
         binary = Path(_FILES.name) / "kernel.cubin"
         binary.write_bytes(compiled.asm["cubin"])
         tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -97,6 +82,46 @@ def compile_kernels(
             }
         )
     return found
+
+
+def compile_binary(
+    source: str, arch: int, kernel: str, parameters: dict[str, Any], options: dict[str, Any]
+) -> dict[str, Any]:
+    """One kernel of the file as a cubin for `sm_<arch>`: its bytes, the name of its entry and what a launch needs."""
+    import triton.language as tl
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    given = {n: getattr(tl, k[3:]) if isinstance(k, str) and k.startswith("tl.") else k for n, k in parameters.items()}
+    compiled = compiled_kernel(load(source), kernel, given, arch, options)
+    m = compiled.metadata
+    if m.global_scratch_size or getattr(m, "profile_scratch_size", 0):
+        raise ValueError(f"{kernel} wants scratch memory, which a launch without Triton does not give it")
+    ptxas = str(get_ptxas(arch).version)
+    return {"image": compiled.asm["cubin"], "entry": m.name, "shared": m.shared, "ptxas": ptxas}
+
+
+def compiled_kernel(
+    module: ModuleType, name: str, parameters: dict[str, Any], arch: int, options: dict[str, Any]
+) -> Any:
+    """A kernel as Triton compiles it; `parameters` are those of `SIGNATURES`."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature: dict[str, str] = {}
+    constants: dict[str, Any] = {}
+    facts: dict[tuple[int, ...], list[list[Any]]] = {}
+    for i, (parameter, kind) in enumerate(parameters.items()):
+        if not isinstance(kind, str):
+            signature[parameter], constants[parameter] = "constexpr", kind
+            continue
+        base, _, divisor = kind.partition(":")
+        signature[parameter] = base
+        if divisor:
+            facts[(i,)] = [["tt.divisibility", int(divisor)]]
+    code = ASTSource(fn=getattr(module, name), signature=signature, constexprs=constants, attrs=facts)
+    target = GPUTarget("cuda", arch, 32)
+    return triton.compile(code, target=target, options={"enable_fp_fusion": True, **options})
 
 
 def read_usage(tools: Path, binary: Path) -> dict[str, int]:
@@ -139,8 +164,13 @@ def job(run: str, request: dict[str, Any]) -> Any:
 
 
 KINDS: dict[str, Callable[..., Any]] = {
-    "interpret": interpret, "compile": compile_kernels, "time": time_file, "probe": probe, "job": job,
-}  # fmt: skip
+    "interpret": interpret,
+    "compile": compile_kernels,
+    "binary": compile_binary,
+    "time": time_file,
+    "probe": probe,
+    "job": job,
+}
 
 
 def serve() -> None:

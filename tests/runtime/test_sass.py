@@ -40,6 +40,7 @@ def test_instructions_are_counted_by_what_they_do():
         "wide_loads": 1,
         "narrow_loads": 1,
         "matrix_ops": 1,
+        "loop_instructions": 3,  # of the inner loop, which has the matrix multiply
     }
 
 
@@ -48,6 +49,11 @@ def test_a_spill_in_a_loop_is_not_taken_for_one_outside():
         "LDG.E.U16 R9, desc[UR4][R2.64]", "STL [R1], R9"
     )
     assert (read_code(moved)["spills"], read_code(moved)["spills_outside"]) == (2, 1)
+
+
+def test_without_matrix_multiplies_the_main_loop_is_the_one_that_loads():
+    without = KERNEL.replace("HMMA.16816.F32 R8, R4, R6, R8", "FADD R8, R4, R6")
+    assert read_code(without)["loop_instructions"] == 6
 
 
 def test_nothing_is_nothing():
