@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from mugraph import __version__, settings
-from mugraph.codegen.lower import lower
+from mugraph.codegen.lower import Options, lower, refuse_packed
 from mugraph.codegen.stabilise import stabilise
 from mugraph.errors import (
     CacheError,
@@ -69,6 +69,8 @@ from mugraph.viz.svg import draw_svg
 
 SCHEMA_VERSION = 1
 DELTA = 2.0**-40
+TF32_UNIT = 2.0**-10  # an operand keeps 10 bits of its fraction
+F8_UNIT = 2.0**-13  # sm_90 sums products of f8 with 14 bits (DeepSeek-V3 technical report, 3.3.2)
 MOST_REFUSED = 3  # plans whose source disagrees with float64, before the program runs as library calls
 _log = logging.getLogger("mugraph.pipeline")
 
@@ -330,9 +332,10 @@ def optimize(
     Ctrl-C after the search ends the checks: the result then says which tiers it reached.  Only a result that another
     run would find again is kept in the cache.  Where the emitted source disagrees with float64, the next plan is tried
     (of MOST_REFUSED such plans); where none is left, or the search cannot handle the program, it runs as library
-    calls.  A note says why.
+    calls.  A note says why.  Products of f32 keep all their bits, unless the target asks otherwise (`cuda:90+tf32`).
     `effort` names a space where none is given: "none" searches nothing, and the program runs as library calls.
-    Raises GraphError for a malformed program, UnsupportedOpError where the target has no form for an operator,
+    Raises GraphError for a malformed program, UnsupportedOpError where the target has no form for an operator or
+    storage,
     VerificationError where no candidate passes, UnknownTargetError for an unknown target, SettingError for another
     argument that has a type or a value that it does not take.
     """
@@ -349,6 +352,7 @@ def optimize(
         say=say,
     )
     check(program)
+    refuse_packed(program)
     space, budget, number, delta = (options[n] for n in ("space", "budget_seconds", "seed", "delta"))
     program = program if space.ahead else program.without_constants()
     store = cache if cache is not None else Cache()
@@ -533,6 +537,7 @@ def from_graph(
     """
     chosen, number = parse_target(target), settings.seed.get(seed)
     fit_arguments(from_graph, {"program": program, "graph": graph, "delta": delta})
+    refuse_packed(program)
     stable = finished(graph, shared_values(program, graph) if nestings(program) else ())
     verified = verify_as_given(program, stable, delta=delta, seed=number)
     report = ReportText({"text": f"{graph.name}: a given graph, no search"})
@@ -571,7 +576,7 @@ def _checked(
             Checked(verified, _hash(source), numerics)  # refuses a source that disagrees with float64
             tell(f"numeric check passed: {len(numerics.rows)} comparisons with float64 ({numerics.how})")
         certificate = certificate.with_numerics(numerics)
-        notes = (*notes, *_numeric_notes(numerics))
+        notes = (*notes, *_numeric_notes(numerics, target))
     return Result(
         program=verified.program,
         graph=verified.graph,
@@ -584,12 +589,14 @@ def _checked(
     )
 
 
-def _numeric_notes(numerics: NumericReport) -> Iterator[str]:
+def _numeric_notes(numerics: NumericReport, target: Target) -> Iterator[str]:
     if not numerics.counted:
         yield f"the source was not compared with float64, as no input drawn has a result: {numerics.reasons}"
         return
     if any(r.excused for r in numerics.rows):
         yield "for inputs where the program as written overflows its types, the result is not exact either"
+    if numerics.how != "torch" and target.precision == "tf32":
+        yield "matrix multiplies of f32 operands keep 10 bits of their fraction (tf32), as the target asks"
     if numerics.how == "interpreted":
         yield "the kernels were checked under Triton's interpreter at reduced sizes, not on a device"
 
@@ -610,7 +617,7 @@ def emit(verified: Verified, target: Target) -> str:
     """The source of a verified μGraph for a target.  A graph without kernels of ours is torch code everywhere."""
     if target.kind == "torch" or not verified.graph.kernels():
         return torch_code.emit(verified.graph)
-    return triton_code.emit(lower(verified))
+    return triton_code.emit(lower(verified, Options(precision=target.precision, arch=target.arch)))
 
 
 def bounds_tier(verified: Verified, target: Target, source: str) -> Bounds | None:
@@ -643,8 +650,16 @@ def numeric_tier(verified: Verified, target: Target, source: str, seed: int) -> 
             seed=seed,
             device="cuda" if how == "device" else "cpu",
             beyond_eager=stable,
+            product_unit=product_unit(program, target) if how != "torch" else 0.0,
         )
     return report.as_written()
+
+
+def product_unit(program: Program, target: Target) -> float:
+    """The relative error of each product in a matrix multiply that instructions may make beyond their operands' own."""
+    if target.precision == "tf32":
+        return TF32_UNIT
+    return F8_UNIT if any(i.tensor.dtype.is_float and i.tensor.dtype.bits == 8 for i in program.inputs) else 0.0
 
 
 Run = Callable[..., Sequence[Any]]

@@ -30,6 +30,7 @@ from mugraph.codegen.plan import (
     Parameters,
     Piece,
     Plan,
+    Precision,
     Read,
     Role,
     Scope,
@@ -38,8 +39,8 @@ from mugraph.codegen.plan import (
     compute_of,
 )  # fmt: skip
 from mugraph.errors import UnsupportedOpError
-from mugraph.ir.axes import Axis, Monomial, Size, representative
-from mugraph.ir.graph import Accumulator, BlockGraph, Equation, KernelGraph, Load, Monoid, Step, Store
+from mugraph.ir.axes import Axis, Monomial, Size, largest, representative
+from mugraph.ir.graph import Accumulator, BlockGraph, Equation, KernelGraph, Load, Monoid, Program, Step, Store
 from mugraph.ir.ops import (
     Broadcast,
     Cast,
@@ -65,9 +66,11 @@ if TYPE_CHECKING:
     from mugraph.verify.equivalence import Verified
 
 SMALLEST_DOT = 16  # tl.dot wants at least 16 lanes on each side
+DEEPEST_I8 = (2**31 - 1) // 2**14  # products of two i8 that i32 holds the sum of; the instructions saturate beyond
 MOST_LANES = 2**20  # Triton's limit on the elements of a tile
 KEPT_LANES = 4096  # a statistic kept apart over a loop: 32 registers a thread at 4 warps
 KEPT_REGISTERS = 112  # values a thread holds beside its addresses
+KNOWS_E4M3 = 89  # the first compute capability with loads of f8e4m3
 STAGE_BYTES = 98304  # shared memory that the stages of a loop may fill
 
 
@@ -77,12 +80,15 @@ class Options:
 
     `dot`: matrix-multiply instructions for contractions ("auto"), or multiply-and-sum throughout ("never").
     `keep_statistics`: sums over the loop axis that are small stay as tiles and are reduced once after the loop.
+    `precision`: how f32 operands of matrix multiplies are taken.  `arch`: the compute capability that the plan is for.
     """
 
     num_warps: int | None = None
     num_stages: int | None = None
     dot: Literal["auto", "never"] = "auto"
     keep_statistics: bool = True
+    precision: Precision = "ieee"
+    arch: int | None = None
 
 
 def lower(verified: Verified, options: Options | None = None, observer: Observer | None = None) -> Plan:
@@ -102,9 +108,7 @@ def plan_graph(graph: KernelGraph, options: Options | None = None, observer: Obs
 def _plan(graph: KernelGraph, options: Options, observer: Observer | None) -> Plan:
     inputs = tuple(i.name for i in graph.inputs)
     outputs = tuple(o.value for o in graph.outputs)
-    for i in graph.inputs:
-        if i.storage.packing != 1 or i.tensor.dtype.bits < 8:
-            raise UnsupportedOpError(f"input {i.name} is packed", op="load", remedy="unpack it before the kernel")
+    refuse_packed(graph)
     for o in graph.outputs:
         if o.alias_of is not None:
             raise UnsupportedOpError(
@@ -146,7 +150,32 @@ def _plan(graph: KernelGraph, options: Options, observer: Observer | None) -> Pl
         for label, launches in ((base, mains), (f"{base}_combine", combines)):
             if launches:
                 calls.append(launches[0] if len(launches) == 1 else Beside(label, tuple(launches)))
-    return Plan(graph.name, tuple(buffers.values()), tuple(calls), inputs, outputs)
+    decoded = (DType.f8e4m3,) if options.arch is not None and options.arch < KNOWS_E4M3 else ()
+    return Plan(graph.name, tuple(buffers.values()), tuple(calls), inputs, outputs, None, options.precision, decoded)
+
+
+def refuse_packed(graph: Program) -> None:
+    """Raises UnsupportedOpError, with its name and type, for what is stored in less than a byte: a value that comes
+    from memory or goes there, or a tile of a kernel."""
+    stored: list[tuple[str, str, DType]] = []
+    for i in graph.inputs:
+        if i.storage.packing != 1:
+            raise UnsupportedOpError(
+                f"input {i.name} packs {i.storage.packing} values of {i.storage.dtype} into each stored element",
+                op="load", remedy="unpack it before the program",
+            )  # fmt: skip
+        stored.append(("load", f"input {i.name}", i.tensor.dtype))
+    stored += [("store", f"output {o.value}", graph.tensors()[o.value].dtype) for o in graph.outputs]
+    for e in graph.kernels():
+        stored += [("store", t.name, t.dtype) for t in e.targets]
+        assert isinstance(e.op, Kernel)
+        tiles = [t for b in e.op.blocks for x in (b, b.combine) if x for t in x.tensors().values()]
+        stored += [("cast", t.name, t.dtype) for t in tiles]
+    for op, name, dtype in stored:
+        if dtype.bits < 8:
+            raise UnsupportedOpError(
+                f"{name} is {dtype}, which takes less than a byte", op=op, remedy="keep it in i8 or u8"
+            )
 
 
 def _stored(block: BlockGraph, value: str) -> Tensor:
@@ -281,6 +310,7 @@ class _Resolver:
         for step in block.epilogue:
             self.step(step, self.alive)
         raw.items += [self.write(self.alive[s.value], s) for s in stores]
+        self.narrow()
         self.sweep()
         return self.scopes
 
@@ -426,6 +456,26 @@ class _Resolver:
             low += size
         loaded = replace(equation.target, dtype=self.values[args[0]].dtype)
         return self.define(loaded, lambda t: Read(t, tuple(pieces)))
+
+    def narrow(self) -> None:
+        """Factors of 8 bits that are widened are multiplied as they are: products are formed in the result's type."""
+
+        def bare(arg: str) -> str:
+            match self.defined[arg]:
+                case Equation(_, Cast(dtype), (below,)) if dtype.is_float == self.values[below].dtype.is_float:
+                    return below if self.values[below].dtype.bits == 8 < dtype.bits else arg
+            return arg
+
+        for scope in self.scopes:
+            for at, item in enumerate(scope.items):
+                e = item.equation if isinstance(item, Accumulator) else item
+                if not (isinstance(e, Equation) and isinstance(e.op, Contract) and len(e.args) == 2):
+                    continue
+                args = tuple(map(bare, e.args))
+                if self.values[args[0]].dtype is self.values[args[1]].dtype:
+                    e = replace(e, args=args)
+                    new = replace(item, equation=e) if isinstance(item, Accumulator) else e
+                    scope.items[at] = self.defined[e.target.name] = new
 
     def sweep(self) -> None:
         """Drops what no store needs."""
@@ -642,23 +692,32 @@ class _Planner:
         if self.options.dot == "never" or not isinstance(e.op, Contract) or len(e.args) != 2:
             return False
         s = self.sides(e, scope)
-        return bool(s.m and s.n and s.k) and all(self.values[a].dtype.is_float for a in e.args)
+        return bool(s.m and s.n and s.k) and (e.target.dtype.is_float or self.is_integer_dot(e))
+
+    def is_integer_dot(self, e: Equation) -> bool:
+        """i8 by i8 into i32, where no sum leaves it."""
+        assert isinstance(e.op, Contract)
+        depth = math.prod(largest(self.axes[a].size) for a in e.op.axes)
+        narrow = all(self.values[a].dtype is DType.i8 for a in e.args)
+        return narrow and e.target.dtype is DType.i32 and depth <= DEEPEST_I8
 
     def pad_dots(self) -> None:
-        """Each side of a matrix multiply gets at least 16 lanes, by the outermost axis of its first dimension."""
+        """Each side of a matrix multiply gets at least 16 lanes (32 along a sum of 8-bit products), by the outermost
+        axis of its first dimension."""
         for scope, e in self.equations():
             if self.is_dot(e, scope):
                 s = self.sides(e, scope)
-                for side in (s.m, s.n, s.k):
+                deep = SMALLEST_DOT * 16 // min(self.operand_dtype(e).bits, 16)
+                for side, least in ((s.m, SMALLEST_DOT), (s.n, SMALLEST_DOT), (s.k, deep)):
                     lanes = self.lanes_of(side, scope)
-                    lacking = SMALLEST_DOT // min(math.prod(self.lane_size(n, scope) for n in lanes), SMALLEST_DOT)
+                    lacking = least // min(math.prod(self.lane_size(n, scope) for n in lanes), least)
                     first = next(a for a in lanes[0] if a in self.extents[scope])
-                    self.widen(first, scope, lacking)
+                    self.widen(first, scope, lacking, least)
 
-    def widen(self, axis: str, scope: int, factor: int) -> None:
+    def widen(self, axis: str, scope: int, factor: int, least: int) -> None:
         old = self.extents[scope][axis]
         if old.at_launch:
-            new = replace(old, lanes=old.lanes * factor, tile=old.tile * factor, least=SMALLEST_DOT)
+            new = replace(old, lanes=old.lanes * factor, tile=old.tile * factor, least=max(old.least, least))
         else:
             new = replace(old, lanes=old.lanes * factor)
         for extents in self.extents:
@@ -696,7 +755,12 @@ class _Planner:
         self.lanes = ordered
 
     def operand_dtype(self, e: Equation) -> DType:
-        """The type the program multiplies in: that of the loads behind both operands, partial results aside."""
+        """The type the program multiplies in: that of the loads behind both operands, partial results aside.  Floats of
+        8 bits are multiplied as they are if both operands are, and as f16, which holds them, beside other types."""
+        given = {self.values[a].dtype for a in e.args}
+        if all(d.bits == 8 for d in given):
+            known = len(given) == 1 and (DType.f8e4m3 not in given or (self.options.arch or KNOWS_E4M3) >= KNOWS_E4M3)
+            return given.pop() if known else DType.f16
         direct = [self.values[a].dtype for a in e.args if isinstance(self.defined[a], Read) and not self.is_partial(a)]
         narrow = [d for d in direct if d in (DType.f16, DType.bf16)]
         loads = [d for a in e.args for d in self.origins(a, set()) if d.is_float]

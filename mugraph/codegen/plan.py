@@ -24,6 +24,7 @@ from mugraph.ir.types import DType, Tensor
 Role = Literal["grid", "loop", "whole"]
 Form = Literal["pointwise", "sum", "dot", "relabel"]
 Space = Literal["input", "output", "global", "workspace", "zeroed"]
+Precision = Literal["ieee", "tf32"]
 
 
 @dataclass(frozen=True)
@@ -268,8 +269,12 @@ class Buffer:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that a call of the program does, in order.  `ahead`: what is done once, on constant inputs alone; its
-    outputs are the last inputs of this plan."""
+    """Everything that a call of the program does, in order.
+
+    ahead       what is done once, on constant inputs alone; its outputs are the last inputs of this plan
+    precision   what matrix multiplies make of f32 operands: all of their bits ("ieee"), or 10 of the fraction ("tf32")
+    decoded     element types that the architecture has no loads for: they are read as bytes
+    """
 
     name: str
     buffers: tuple[Buffer, ...]
@@ -277,6 +282,8 @@ class Plan:
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     ahead: Plan | None = None
+    precision: Precision = "ieee"
+    decoded: tuple[DType, ...] = ()
 
     @property
     def parameters(self) -> tuple[str, ...]:
@@ -316,6 +323,7 @@ class Plan:
     def __str__(self) -> str:
         lines = [f"ahead {self.ahead}"] if self.ahead else []
         lines += [f"plan {self.name}({', '.join(self.inputs)}) -> {', '.join(self.outputs)}"]
+        lines += ["  f32 operands as tf32"] if self.precision == "tf32" else []
         lines += [f"  {b}" for b in self.buffers]
         lines += [f"  {line}" for c in self.calls for line in str(c).splitlines()]
         return "\n".join(lines)

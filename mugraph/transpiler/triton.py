@@ -13,7 +13,7 @@ import keyword
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 
 from mugraph.codegen.lower import divides
@@ -37,7 +37,7 @@ from mugraph.codegen.plan import (
     equation_text,
 )  # fmt: skip
 from mugraph.errors import UnsupportedOpError
-from mugraph.ir.axes import MAX_SIZE, Axis, Dim, Monomial, Size, dims_of, product
+from mugraph.ir.axes import MAX_SIZE, Axis, Size, dims_of, largest, product
 from mugraph.ir.graph import Equation, Program
 from mugraph.ir.ops import (
     Broadcast,
@@ -70,7 +70,20 @@ POINTER = {
 }  # fmt: skip
 RELATION = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
 NEUTRAL = {"sum": "0.0", "max": 'float("-inf")', "min": 'float("inf")'}
+
+
+def neutral(kind: str, dtype: DType) -> str:
+    """What leaves a sum or an extreme of such numbers as it is."""
+    if dtype.is_float or kind not in NEUTRAL:
+        return NEUTRAL[kind]
+    if kind == "sum":
+        return "0"
+    low = 0 if dtype in (DType.u8, DType.bool) else -(2 ** (dtype.bits - 1))
+    return str(low if kind == "max" else low + 2**dtype.bits - 1)
+
+
 LOG2E = 1.4426950408889634
+DEEPEST_F8 = 128  # products of f8 that sm_90 sums with 14 bits, before f32 takes the sum
 # Functions that take more than an expression, emitted where they are used.
 HELPERS = {
     "tanh": '''@triton.jit
@@ -88,6 +101,13 @@ def gelu_tanh(x):
     """gelu by tanh: 0.5 * (1 + tanh(u)) is the sigmoid of 2 * u."""
     u = 0.7978845608028654 * (x + 0.044715 * x * x * x)
     return x / (1.0 + tl.exp2(-2.0 * u * LOG2E))''',
+    "from_e4m3": '''@triton.jit
+def from_e4m3(code):
+    """Codes of f8e4m3 as f16: the same bits, with an exponent that is 8 too low; 127 is no number."""
+    low = code.to(tl.uint16) & 127
+    bits = ((code.to(tl.uint16) & 128) << 8) | (low << 7)
+    value = bits.to(tl.float16, bitcast=True).to(tl.float32) * 256.0
+    return tl.where(low == 127, float("nan"), value).to(tl.float16)''',
     "round_even": '''@triton.jit
 def round_even(x):
     """The nearest whole number, halves to even: 1.5 * 2**23 leaves no room for a fraction."""
@@ -342,8 +362,7 @@ class _Kernel:
         """Whether offsets along the axis may exceed 31 bits, in a dense layout at the largest admissible sizes."""
         axes = self.plan.buffer(buffer).tensor.axes
         inner = axes[[a.name for a in axes].index(axis) :]
-        bounds = {d.name: d.max for a in inner for d in dims_of(a.size)}
-        return math.prod(_largest(a.size, bounds) for a in inner) > MAX_SIZE
+        return math.prod(largest(a.size) for a in inner) > MAX_SIZE
 
     # -- tile dimensions -----------------------------------------------------------------------------------------
 
@@ -631,6 +650,7 @@ class _Kernel:
         want = self.lanes_of(own)
         var = self.name_of(("value", value.name), value.name)
         texts: list[str] = []
+        coded = value.dtype in self.plan.decoded
         for number, piece in enumerate(read.pieces):
             at = self.define_pointers(read, number)
             axes = [a.name for a in self.plan.buffer(piece.source).tensor.axes]
@@ -639,7 +659,7 @@ class _Kernel:
             mask = self.mask(used, want, self.piece_mask(piece, want))
             args = [" + ".join([at, *moving])]
             if mask:
-                args += [f"mask={mask}", "other=0" if not value.dtype.is_float else "other=0.0"]
+                args += [f"mask={mask}", "other=0.0" if value.dtype.is_float and not coded else "other=0"]
             texts.append(f"tl.load({', '.join(args)})")
         note = str(read)
         if len(texts) == 1:
@@ -652,6 +672,9 @@ class _Kernel:
                 self.put_call(f"{part} = tl.load", _split_args(t))
                 text = f"tl.where({' & '.join(self.piece_mask(piece, want))}, {part}, {text})" if text else part
             self.put(f"{var} = {text}", note)
+        if coded:
+            self.put(f"{var} = from_e4m3({var})")
+            self.tensors[value.name] = replace(value, dtype=DType.f16)
         self.var[value.name] = var
         if value.dtype.is_float and value.dtype is not DType.f32 and self.is_arithmetic(value.name):
             self.wide[value.name] = self.name_of(("wide", value.name), f"{value.name}_f32")
@@ -686,6 +709,11 @@ class _Kernel:
 
     def write(self, w: Write) -> None:
         buffer = self.plan.buffer(w.target).tensor
+        if buffer.dtype in self.plan.decoded:
+            raise UnsupportedOpError(
+                f"{w.target} is {buffer.dtype}, which the architecture does not store",
+                op="store", remedy="give it another type, or an architecture from sm_89 on",
+            )  # fmt: skip
         own = self.axes_of(w.value)
         want = self.lanes_of(own)
         axes = [a.name for a in buffer.axes]
@@ -759,8 +787,8 @@ class _Kernel:
             case SizeOf(axis):
                 if isinstance(axis.size, int):
                     self.literals.add(e.target.name)
-                    return _literal(Fraction(axis.size))
-                return f"{self.size(axis)}.to(tl.float32)"
+                    return str(axis.size) if integer else _literal(Fraction(axis.size))
+                return f"{self.size(axis)}.to({TL[e.target.dtype] if integer else 'tl.float32'})"
             case Iota(axis):
                 return self.position(axis.name)
             case Elementwise("div") if not integer and not literal and self.cheaper(e.args[1], want):
@@ -822,6 +850,10 @@ class _Kernel:
         e = c.equation
         want = self.lanes_of(a for x in e.args for a in self.axes_of(x))
         args = [self.operand(a, want) for a in e.args]
+        if len(args) > 1 and not e.target.dtype.is_float:  # products are formed in the type of their sum
+            dtype = TL[e.target.dtype]
+            args = [x if self.tensors[a].dtype is e.target.dtype else f"{_paren(x)}.to({dtype})"
+                    for a, x in zip(e.args, args, strict=True)]  # fmt: skip
         text = " * ".join(map(_paren, args)) if len(args) > 1 else args[0]
         if mask := self.mask(c.guards[0] if c.guards else (), want):
             text = f"tl.where({mask}, {text}, {neutral})"
@@ -829,7 +861,7 @@ class _Kernel:
 
     def reduced(self, c: Compute) -> str:
         kind = c.equation.op.kind if isinstance(c.equation.op, Reduce) else "sum"
-        text, lanes = self.product(c, NEUTRAL[kind])
+        text, lanes = self.product(c, neutral(kind, c.equation.target.dtype))
         return self.reduce(text, lanes, c.equation, kind)
 
     def reduce(self, text: str, lanes: tuple[Lane, ...], e: Equation, kind: str) -> str:
@@ -857,14 +889,18 @@ class _Kernel:
         result = [*batch, *m, *n]
         want = self.lanes_of(self.axes_of(e.target))
         plain = max(len(batch), len(m), len(n)) <= 1 and result == list(want)
-        args = [a, b, *([accumulator] if accumulator and plain else [])]
+        whole = plain and c.operand is not DType.i8  # an i32 accumulator is no argument to all versions of Triton
+        args = [a, b, *([accumulator] if accumulator and whole else [])]
         if c.operand is DType.f32:
-            args.append('input_precision="ieee"')
+            args.append(f'input_precision="{self.plan.precision}"')
+        if c.operand.is_float and c.operand.bits == 8:
+            depth = min(math.prod(self.scope.extent(a).lanes for lane in k for a in lane), DEEPEST_F8)
+            args.append(f"max_num_imprecise_acc={depth}")
         text = f"tl.dot({', '.join(args)})"
         if max(len(batch), len(m), len(n)) > 1:
             text = f"tl.reshape({text}, {self.shape(result)})"
         text = self.permuted(text, result, want)
-        return text if plain or not accumulator else f"{accumulator} + {text}"
+        return text if whole or not accumulator else f"{accumulator} + {text}"
 
     def side(
         self, c: Compute, number: int, have: Sequence[Lane], batch: list[Lane], rows: list[Lane], columns: list[Lane]
@@ -874,7 +910,7 @@ class _Kernel:
         dtype = self.tensors[value].dtype
         text = self.var[value] if dtype is c.operand else self.wide.get(value, self.var[value])
         if mask := self.mask(c.guards[number] if c.guards else (), have):
-            text = f"tl.where({mask}, {text}, 0.0)"
+            text = f"tl.where({mask}, {text}, {neutral('sum', dtype)})"
         if c.operand is DType.bf16:
             # the interpreter would multiply the codes of bf16 numbers: there, DOT is f32
             self.widen = True
@@ -899,12 +935,11 @@ class _Kernel:
         else:
             lanes = self.lanes_of(self.axes_of(e.target))
             var = self.name_of(("value", name), name)
-        neutral = NEUTRAL["sum" if a.monoid == "rescaled" else a.monoid]
+        start = neutral("sum" if a.monoid == "rescaled" else a.monoid, e.target.dtype)
+        dtype = "tl.float32" if e.target.dtype.is_float else TL[e.target.dtype]
         shape = self.shape(lanes) if lanes else "[]"
         text = (
-            f"tl.zeros({shape}, tl.float32)"
-            if neutral == "0.0" and lanes
-            else f"tl.full({shape}, {neutral}, tl.float32)"
+            f"tl.zeros({shape}, {dtype})" if start in ("0", "0.0") and lanes else f"tl.full({shape}, {start}, {dtype})"
         )
         self.put(f"{var} = {text}")
         self.var[name] = var
@@ -916,7 +951,7 @@ class _Kernel:
         note = equation_text(e)
         if a.deferred:
             var = self.name_of(("tile", name), f"{name}_tile")
-            text, _ = self.product(c, NEUTRAL[a.monoid])
+            text, _ = self.product(c, neutral(a.monoid, e.target.dtype))
             self.put(f"{var} = {self.joined(var, text, a.monoid)}", note)
             return
         var = self.name_of(("value", name), name)
@@ -999,9 +1034,12 @@ class _Kernel:
             counts.append(str(static))
         return " * ".join(counts)
 
+    def given(self, b: Buffer) -> str:
+        """A tensor as an argument in `run`."""
+        return _python(b.tensor.name) + (".view(torch.uint8)" if b.tensor.dtype in self.plan.decoded else "")
+
     def arguments(self) -> list[str]:
-        args = [b.tensor.name for b in self.buffers]
-        args = [_python(a) for a in args]
+        args = [self.given(b) for b in self.buffers]
         args += [_size_text(a.size) for a in self.sizes.values()]
         args += [f"*{_python(b.tensor.name)}.stride()" for b in self.buffers if b.tensor.dims]
         for name, e in self.lane_params.items():
@@ -1014,7 +1052,7 @@ class _Kernel:
 
     def bound(self) -> list[tuple[str, str, str]]:
         """Each parameter with its annotation and its argument in `run`, in order."""
-        found = [(self.pointer(b.tensor.name), "", _python(b.tensor.name)) for b in self.buffers]
+        found = [(self.pointer(b.tensor.name), "", self.given(b)) for b in self.buffers]
         found += [(self.name_of(("size", n), ""), "", _size_text(a.size)) for n, a in self.sizes.items()]
         for b in self.buffers:
             for at in range(len(b.tensor.dims)):
@@ -1028,7 +1066,10 @@ class _Kernel:
     def signature(self) -> list[tuple[str, str]]:
         """How the kernel compiles ahead of time for dense tensors with aligned bases: per parameter its type, `:16`
         where it is divisible by 16, or its constant value."""
-        found = [(self.pointer(b.tensor.name), f'"{POINTER[b.tensor.dtype]}:16"') for b in self.buffers]
+        coded = self.plan.decoded
+        types = [DType.u8 if b.tensor.dtype in coded else b.tensor.dtype for b in self.buffers]
+        names = [self.pointer(b.tensor.name) for b in self.buffers]
+        found = [(n, f'"{POINTER[t]}:16"') for n, t in zip(names, types, strict=True)]
         for name, axis in self.sizes.items():
             found.append((self.name_of(("size", name), ""), _int_type(axis.size, isinstance(axis.size, int))))
         for b in self.buffers:
@@ -1110,19 +1151,6 @@ def _split_args(call: str) -> list[str]:
             pieces.append(inner[start:i].strip())
             start = i + 1
     return [*pieces, inner[start:].strip()]
-
-
-def _largest(size: Size, bounds: Mapping[str, int]) -> int:
-    match size:
-        case int():
-            return size
-        case Dim():
-            return size.max
-        case Monomial(coefficient, powers):
-            value = coefficient
-            for d, p in powers:
-                value *= Fraction(bounds[d.name] if p > 0 else d.min) ** p
-            return math.ceil(value)
 
 
 def _int_type(size: Size, specialised: bool) -> str:
