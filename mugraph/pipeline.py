@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from mugraph import __version__, settings
+from mugraph.codegen.indirect import access_by_index
 from mugraph.codegen.lower import Options, lower, refuse_packed
 from mugraph.codegen.stabilise import stabilise
 from mugraph.errors import (
@@ -602,9 +603,9 @@ def _numeric_notes(numerics: NumericReport, target: Target) -> Iterator[str]:
 
 
 def finished(graph: KernelGraph, cuts: Sequence[str] = ()) -> KernelGraph:
-    """The μGraph as it is verified (part by part where it is cut) and lowered: exponentials stabilised, thread graphs
-    formed."""
-    stable = stabilise(graph, cuts)
+    """The μGraph as it is verified (part by part where it is cut) and lowered: exponentials stabilised, gathers and
+    scatters in the kernels that they are for, thread graphs formed."""
+    stable = access_by_index(stabilise(graph, cuts), cuts)
     equations = []
     for e in stable.equations:
         if isinstance(e.op, Kernel):

@@ -48,13 +48,16 @@ from mugraph.ir.ops import (
     Concat,
     Const,
     Contract,
+    CumSum,
     Elementwise,
+    Gather,
     Iota,
     Kernel,
     MaskedExp,
     Reduce,
     Rename,
     Reshape,
+    Scatter,
     Select,
     SizeOf,
     Slice,
@@ -285,6 +288,8 @@ class _Resolver:
         self.alive: dict[str, str] = {}
         self.scopes: list[_Raw] = []
 
+        self.scattered: dict[str, tuple[str, str, Scatter]] = {}  # what is added, at which indices
+
     def resolve(self) -> list[_Raw]:
         block = self.block
         stores = list(block.stores)
@@ -334,6 +339,13 @@ class _Resolver:
 
     def write(self, value: str, store: Store) -> Write:
         whole, index = self.views.get(store.target, (store.target, ()))
+        if value in self.scattered:
+            added, at, op = self.scattered[value]
+            if index or store.kind != "atomic":
+                raise refuse(op, "is added to a whole result by atomic stores alone")
+            places = {op.out.name: Index(None, value=at, within=op.out)}
+            index = tuple(places.get(a.name, Index(a.name)) for a in self.sources[store.target].axes)
+            value = added
         return Write(self.values[value], whole, store.kind, index)
 
     def define(self, wish: Tensor, make: Callable[[Tensor], Read | Equation | Accumulator]) -> str:
@@ -349,6 +361,12 @@ class _Resolver:
         match step:
             case Equation(_, op, args) if isinstance(op, Reshape | Transpose | Broadcast | Slice | Concat | Rename):
                 env[step.target.name] = self.view(step, [env[a] for a in args])
+            case Equation(_, Gather(axis), (arg, at)):
+                place = Index(None, value=env[at], within=next(a for a in self.values[env[arg]].axes if a.name == axis))
+                env[step.target.name] = self.under(env[arg], ((axis, place),), step)
+            case Equation(_, Scatter(kind="sum") as op, (arg, at)):
+                env[step.target.name] = name = self.names.fresh(step.target.name)
+                self.scattered[name] = env[arg], env[at], op
             case Equation(_, op, args):
                 if len(step.targets) != 1:
                     raise refuse(op, "has several results", step)
@@ -410,16 +428,24 @@ class _Resolver:
             at = moved.get(a.name, Index(a.name))
             if at.axis is not None:
                 axes.append(sizes.get(at.axis, a))
+            elif at.value is not None:
+                axes += [b for b in self.values[at.value].axes if b not in old.axes]
         wish = tensor(equation.target.name, tuple(axes), old.dtype)
         match item:
             case Read(_, pieces):
                 for p in pieces:
-                    if p.joined in moved and (moved[p.joined].start, moved[p.joined].step) != (0, 1):
+                    at = moved.get(p.joined or "", Index(p.joined))
+                    if (at.axis is None and p.joined) or (at.start, at.step) != (0, 1):
                         raise refuse(equation.op, "of a concatenation", equation)
                 new = tuple(
                     replace(
                         p,
-                        index=tuple(_composed(i, moved) for i in p.index),
+                        index=tuple(
+                            replace(i, value=self.under(i.value, index, equation))
+                            if i.value is not None
+                            else _composed(i, moved)
+                            for i in p.index
+                        ),
                         joined=moved[p.joined].axis if p.joined in moved else p.joined,
                     )
                     for p in pieces
@@ -483,8 +509,10 @@ class _Resolver:
         for scope in reversed(self.scopes):
             for item in reversed(scope.items):
                 match item:
-                    case Write(value):
-                        needed.add(value.name)
+                    case Write(value, index=index):
+                        needed |= {value.name, *(i.value for i in index if i.value)}
+                    case Read(value, pieces) if value.name in needed:
+                        needed |= {i.value for p in pieces for i in p.index if i.value}
                     case Accumulator(equation, _, scale) if equation.target.name in needed:
                         needed |= {*equation.args, *([scale] if scale else [])}
                     case Equation() if item.target.name in needed:
@@ -497,7 +525,7 @@ def _composed(i: Index, moved: dict[str, Index]) -> Index:
     if i.axis not in moved:
         return i
     at = moved[i.axis]
-    return Index(at.axis, i.start + i.step * at.start, i.step * at.step)
+    return replace(at, start=i.start + i.step * at.start, step=i.step * at.step)
 
 
 def _name(item: Read | Equation | Accumulator | Write) -> str:
@@ -616,9 +644,13 @@ class _Planner:
         for raw in self.raw:
             for item in raw.items:
                 if isinstance(item, Read):
-                    order |= {i.axis: None for p in item.pieces for i in p.index if i.axis}
+                    order |= {a: None for p in item.pieces for i in p.index for a in self.along(i)}
         order |= dict.fromkeys(self.axes)
         return [a for a in order if any(self.many(a, s) for s in range(len(self.raw)))]
+
+    def along(self, i: Index) -> tuple[str, ...]:
+        """The axes of a tile along which a position moves."""
+        return self.names(i.value) if i.value else (i.axis,) if i.axis else ()
 
     def flatten(self) -> list[tuple[str, ...]]:
         """Axes that every contraction and reduction treats alike share one tile dimension.
@@ -656,6 +688,8 @@ class _Planner:
                     marks.append([(axis == old, axis == new.name) for old, new in pairs])
                 case Broadcast(added):
                     marks.append(axis in {a.name for a in added})
+                case CumSum(along):
+                    marks.append(axis == along)
                 case _:
                     pass
         if not paired:
@@ -884,6 +918,8 @@ class _Planner:
                 form = "pointwise"
             case Rename() | Broadcast():
                 form = "relabel"
+            case CumSum():
+                form = "scan"
             case _:
                 raise refuse(e.op, "has no form inside a kernel", e)
         guards = self.guards(e, form, scope)
@@ -927,10 +963,16 @@ class _Planner:
             )
 
     def ordered(self, body: Sequence[Action], scope: int) -> list[Action]:
-        """Loads first, then steps as they come; of the matrix multiplies that are ready, the narrowest first, because
-        the last ones' layout is the one that the loop keeps (measured on a 16-wide dot beside a 64-wide one)."""
-        reads = [a for a in body if isinstance(a, Read)]
-        left = [a for a in body if not isinstance(a, Read)]
+        """Loads first, those by computed indices excepted, then steps as they come; of the matrix multiplies that are
+        ready, the narrowest first, because the last ones' layout is the one that the loop keeps (measured on a 16-wide
+        dot beside a 64-wide one)."""
+        computed = {n for a in body if not isinstance(a, Read) for n in _targets(a)}
+        left: list[Action] = []
+        reads: list[Action] = []
+        for a in body:
+            late = not isinstance(a, Read) or computed & set(_needs(a))
+            (left if late else reads).append(a)
+            computed |= set(_targets(a)) if late else set()
         ordered: list[Action] = []
         while left:
             waiting = {n for a in left for n in _targets(a)}
@@ -991,16 +1033,16 @@ class _Planner:
 
 def _targets(action: Action) -> tuple[str, ...]:
     c = compute_of(action)
-    return (c.equation.target.name,) if c else ()
+    return (c.equation.target.name,) if c else (action.value.name,) if isinstance(action, Read) else ()
 
 
 def _needs(action: Action) -> tuple[str, ...]:
     match action:
-        case Write(value):
-            return (value.name,)
+        case Write(value, index=index):
+            return (value.name, *(i.value for i in index if i.value))
         case Accumulate(compute, _, scale):
             return (*compute.equation.args, *((scale,) if scale else ()))
         case Compute(equation):
             return equation.args
-        case Read():
-            return ()
+        case Read(_, pieces):
+            return tuple(i.value for p in pieces for i in p.index if i.value)

@@ -22,7 +22,7 @@ from mugraph.ir.printer import op_head
 from mugraph.ir.types import DType, Tensor
 
 Role = Literal["grid", "loop", "whole"]
-Form = Literal["pointwise", "sum", "dot", "relabel"]
+Form = Literal["pointwise", "sum", "dot", "relabel", "scan"]
 Space = Literal["input", "output", "global", "workspace", "zeroed"]
 Precision = Literal["ieee", "tf32"]
 
@@ -60,15 +60,24 @@ class Extent:
 
 @dataclass(frozen=True)
 class Index:
-    """A position along an axis of a source: `start + step * axis`, or the constant `start`."""
+    """A position along an axis of a source: `start + step * axis`, or the constant `start`.
+
+    With `value`, a tile of integers, that stands in the place of the axis: an index along the axis `within`, negative
+    ones from its end.  What is out of its range is not loaded (but 0), and not stored.
+    """
 
     axis: str | None
     start: int = 0
     step: int = 1
+    value: str | None = None
+    within: Axis | None = None
 
     def __str__(self) -> str:
-        scaled = self.axis if self.step == 1 else f"{self.step}*{self.axis}"
-        return str(self.start) if self.axis is None else f"{self.start} + {scaled}" if self.start else str(scaled)
+        if self.axis is None and self.value is None:
+            return str(self.start)
+        name = self.axis or f"{self.value}[..]"
+        scaled = name if self.step == 1 else f"{self.step}*{name}"
+        return f"{self.start} + {scaled}" if self.start else scaled
 
 
 @dataclass(frozen=True)
@@ -138,7 +147,7 @@ class Accumulate:
 @dataclass(frozen=True)
 class Write:
     """Stores the value to the axes of `target` that bear its names; a partial value into the slab of its part.
-    `index`: the place along each axis of a target of which the value is a part."""
+    `index`: the place along each axis of a target of which the value is a part, or into which it is scattered."""
 
     value: Tensor
     target: str

@@ -36,8 +36,8 @@ from mugraph.codegen.plan import (
     Write,
     equation_text,
 )  # fmt: skip
-from mugraph.errors import UnsupportedOpError
-from mugraph.ir.axes import MAX_SIZE, Axis, Size, dims_of, largest, product
+from mugraph.errors import GraphError, UnsupportedOpError
+from mugraph.ir.axes import MAX_SIZE, Axis, Dim, Size, dims_of, largest, product
 from mugraph.ir.graph import Equation, Program
 from mugraph.ir.ops import (
     Broadcast,
@@ -45,6 +45,7 @@ from mugraph.ir.ops import (
     Compare,
     Const,
     Contract,
+    CumSum,
     Elementwise,
     Iota,
     MaskedExp,
@@ -325,6 +326,7 @@ class _Kernel:
         self.var: dict[str, str] = {}
         self.wide: dict[str, str] = {}
         self.literals: set[str] = set()
+        self.placed: set[tuple[str, str]] = set()
         self.axes: dict[str, Axis] = {}
         for scope in launch.scopes:
             self.axes |= {e.axis.name: e.axis for e in scope.extents}
@@ -506,7 +508,7 @@ class _Kernel:
     def loop(self, head: str, at: str, tail: bool) -> None:
         self.put(head)
         outer, self.indent = self.indent, self.indent + "    "
-        wide, literals = dict(self.wide), set(self.literals)
+        wide, literals, placed = dict(self.wide), set(self.literals), set(self.placed)
         self.offset, self.tail = at, tail
         loop = self.scope.loop
         assert loop
@@ -519,7 +521,7 @@ class _Kernel:
                 self.put(f"{name} = ({inside}){local}" if local else f"{name} = {inside}")
         for action in self.scope.body:
             self.act(action)
-        self.indent, self.wide, self.literals = outer, wide, literals
+        self.indent, self.wide, self.literals, self.placed = outer, wide, literals, placed
         self.offset, self.tail = "", False
 
     # -- positions and masks -------------------------------------------------------------------------------------
@@ -602,15 +604,19 @@ class _Kernel:
         fixed: list[str] = []
         moving: list[str] = []
         for axis, i in index:
-            stride = self.stride(buffer, axis) if i.axis or i.start else ""
+            stride = self.stride(buffer, axis) if i.axis or i.value or i.start else ""
             far = self.far(buffer, axis)
             if i.start:
                 start = str(i.start) if i.start >= 0 else f"({i.start})"
                 fixed.append(f"tl.cast({start}, tl.int64) * {stride}" if far else f"{start} * {stride}")
+            scaled = stride if i.step == 1 else f"{i.step} * {stride}"
+            moves = self.moves(i)
+            if i.value is not None and not (moves and not self.offset):  # what moves is not there before the loop
+                place = self.spread(self.place(i) + (".to(tl.int64)" if far else ""), self.lanes_along(i), want)
+                (moving if moves else fixed).append(f"{place} * {scaled}")
             if i.axis is None:
                 continue
             e = self.scope.extent(i.axis)
-            scaled = stride if i.step == 1 else f"{i.step} * {stride}"
             if self.many(i.axis):
                 name = self.index_name(e) + (".to(tl.int64)" if far else "")
                 fixed.append(f"{self.spread(name, (self.lane(i.axis),), want)} * {scaled}")
@@ -620,6 +626,47 @@ class _Kernel:
                 at = self.name_of(("at", i.axis, self.number), f"{i.axis}0")
                 moving.append(f"tl.cast({at}, tl.int64) * {scaled}" if far else f"{at} * {scaled}")
         return fixed, moving
+
+    def lanes_along(self, i: Index) -> tuple[Lane, ...]:
+        assert i.value is not None
+        return self.lanes_of(self.axes_of(i.value))
+
+    def moves(self, i: Index) -> bool:
+        """Whether an index by a value is another one in each iteration."""
+        return i.value in {_made(a) for a in self.scope.body if not isinstance(a, Write)}
+
+    def place(self, i: Index) -> str:
+        """The position that a value names, negative ones counted from the end of its axis."""
+        assert i.value is not None
+        assert i.within is not None
+        key = i.value, i.within.name
+        place = self.name_of(("place", key), f"{i.value}_{i.within.name}")
+        if key not in self.placed:
+            self.placed.add(key)
+            index, size = self.var[i.value], self.size(i.within)
+            self.put(f"{place} = tl.where({index} < 0, {index} + {size}, {index})")
+            if self.lanes_along(i):
+                self.put(f"{self.within(i)} = ({place} >= 0) & ({place} < {size})")
+        return place
+
+    def within(self, i: Index) -> str:
+        assert i.within is not None
+        return self.name_of(("within", i.value, i.within.name), f"in_{i.value}_{i.within.name}")
+
+    def indexed(self, index: Iterable[Index], want: Sequence[Lane]) -> list[str]:
+        """Masks of what values name within the axes that they are indices along."""
+        tests = []
+        for i in index:
+            if i.value is None or i.within is None:
+                continue
+            place, have = self.place(i), self.lanes_along(i)
+            if have:
+                tests.append(self.spread(self.within(i), have, want))
+                continue
+            if want:  # a comparison of numbers is no mask of a tile to the interpreter
+                place = f"tl.broadcast_to({place}, ({'1,' if len(want) == 1 else ', '.join('1' for _ in want)}))"
+            tests += [f"({place} >= 0)", f"({place} < {self.size(i.within)})"]
+        return tests
 
     def define_pointers(self, read: Read, number: int) -> str:
         piece = read.pieces[number]
@@ -633,16 +680,24 @@ class _Kernel:
         self.sum(name, [self.pointer(piece.source), *fixed])
         return name
 
-    def sum(self, name: str, terms: Sequence[str]) -> None:
+    def sum(self, name: str, terms: Sequence[str], sign: str = "+") -> None:
         """`name = a + b + ...`, over several statements if one is too long."""
         line = ""
         for t in terms:
-            candidate = f"{line} + {t}" if line else t
+            candidate = f"{line} {sign} {t}" if line else t
             if line and len(self.indent) + len(name) + 3 + len(candidate) > WIDTH:
                 self.put(f"{name} = {line}")
-                candidate = f"{name} + {t}"
+                candidate = f"{name} {sign} {t}"
             line = candidate
         self.put(f"{name} = {line}")
+
+    def argument(self, mask: str, value: str) -> str:
+        """A mask as an argument: by a name where it takes more than a line."""
+        if len(self.indent) + len(f"    mask={mask},") <= WIDTH:
+            return f"mask={mask}"
+        name = self.name_of(("mask of", value), f"in_{value}")
+        self.sum(name, mask.split(" & "), "&")
+        return f"mask={name}"
 
     def read(self, read: Read) -> None:
         value = read.value
@@ -655,11 +710,15 @@ class _Kernel:
             at = self.define_pointers(read, number)
             axes = [a.name for a in self.plan.buffer(piece.source).tensor.axes]
             _, moving = self.terms(piece.source, zip(axes, piece.index, strict=True), want)
-            used = [a for a in own if any(i.axis == a for i in piece.index)]
-            mask = self.mask(used, want, self.piece_mask(piece, want))
+            along = {a for i in piece.index for a in (self.axes_of(i.value) if i.value else (i.axis,))}
+            used = [a for a in own if a in along]
+            mask = self.mask(used, want, self.piece_mask(piece, want) + self.indexed(piece.index, want))
             args = [" + ".join([at, *moving])]
             if mask:
-                args += [f"mask={mask}", "other=0.0" if value.dtype.is_float and not coded else "other=0"]
+                args += [
+                    self.argument(mask, value.name),
+                    "other=0.0" if value.dtype.is_float and not coded else "other=0",
+                ]
             texts.append(f"tl.load({', '.join(args)})")
         note = str(read)
         if len(texts) == 1:
@@ -729,13 +788,13 @@ class _Kernel:
             for a in lane
             if a not in own
         ]
-        mask = self.mask(own, want, once)
+        mask = self.mask(own, want, once + self.indexed(w.index, want))
         at = self.name_of(("to", self.number, w.target, w.value.name), f"{w.target}_at")
         self.sum(at, [self.pointer(w.target), *fixed, *moving])
         if buffer.dtype.is_float and w.kind != "atomic" and buffer.dtype is not DType.f32:
             value = f"{value}.to({TL[buffer.dtype]})" if w.value.name not in self.literals else value
         head = "tl.atomic_add" if w.kind == "atomic" else "tl.store"
-        self.put_call(head, [at, value, *([f"mask={mask}"] if mask else [])], note=str(w))
+        self.put_call(head, [at, value, *([self.argument(mask, w.value.name)] if mask else [])], note=str(w))
 
     # -- computation ---------------------------------------------------------------------------------------------
 
@@ -772,6 +831,8 @@ class _Kernel:
                 return self.reduced(c)
             case "relabel":
                 return self.relabelled(c.equation)
+            case "scan":
+                return self.scanned(c.equation)
             case "pointwise":
                 return self.pointwise(c.equation)
 
@@ -821,6 +882,14 @@ class _Kernel:
     def cheaper(self, denominator: str, want: Sequence[Lane]) -> bool:
         """One reciprocal per row instead of a division per element."""
         return denominator not in self.literals and len(self.lanes_of(self.axes_of(denominator))) < len(want)
+
+    def scanned(self, e: Equation) -> str:
+        assert isinstance(e.op, CumSum)
+        want = self.lanes_of(self.axes_of(e.target))
+        text = self.operand(e.args[0], want)
+        if not self.many(e.op.axis):
+            return text
+        return f"tl.cumsum({text}, axis={want.index(self.lane(e.op.axis))})"
 
     def relabelled(self, e: Equation) -> str:
         (arg,) = e.args
@@ -1080,6 +1149,15 @@ class _Kernel:
         return found + ([("DOT", "tl.bfloat16")] if self.widen else [])
 
 
+def _made(action: Action) -> str:
+    """The name that an action gives to its result."""
+    match action:
+        case Compute(e) | Accumulate(Compute(e)):
+            return e.target.name
+        case Read(value) | Write(value):
+            return value.name
+
+
 def _keywords(parameters: Parameters) -> list[str]:
     return [f"{name}={value}" for name, value in parameters.options.items()]
 
@@ -1196,7 +1274,7 @@ def _run(
                 lines += groups[name].launch()
             case Torch(equation):
                 targets = ", ".join(_python(t.name) for t in equation.targets)
-                args = [_python(a) for a in equation.args]
+                args = [_python(a) for a in _operands(equation, plan)]
                 lines += call_lines(f"{targets} = {functions[equation.targets[0].name]}", args, "", "    ")
     made = _made_by_torch(plan)
     for i, name in enumerate(plan.outputs):
@@ -1256,10 +1334,30 @@ def _sizes(plan: Plan) -> list[str]:
     return [f"    {names[b.dim]} = {b.text(f'{_python(b.source)}.shape', names)}" for b in found]
 
 
+def _input(plan: Plan, name: str) -> Input:
+    t = plan.buffer(name).tensor
+    return Input(t, Storage(t.dtype))
+
+
+def _operands(equation: Equation, plan: Plan) -> tuple[str, ...]:
+    """The arguments of an equation, and what gives the sizes of its results that these do not."""
+
+    def sizes(names: Iterable[str]) -> set[Dim]:
+        try:
+            return {b.dim for b in bindings(Program(plan.name, tuple(_input(plan, n) for n in names), (), ()))}
+        except GraphError:  # some are not determined
+            return set()
+
+    found = equation.args
+    for d in (d for t in equation.targets for a in t.axes for d in dims_of(a.size)):
+        if d not in sizes(found):
+            found += tuple(n for n in plan.inputs if d in sizes((n,)))[:1]
+    return found
+
+
 def _torch_function(equation: Equation, plan: Plan, name: str) -> str:
     """A library call's meaning, or a plain equation, as a function of torch."""
-    inputs = tuple(Input(plan.buffer(a).tensor, Storage(plan.buffer(a).tensor.dtype)) for a in equation.args)
-    unique = tuple(dict.fromkeys(inputs))
+    unique = tuple(_input(plan, a) for a in dict.fromkeys(_operands(equation, plan)))
     outputs = tuple(Output(t.name, Storage(t.dtype)) for t in equation.targets)
     text = torch_code.emit(Program(name, unique, (equation,), outputs), name)
     return text.split("import torch\n", 1)[1].strip()
