@@ -503,7 +503,26 @@ def prefix_sums(dtype: DType = DType.f16) -> KernelGraph:
     return kernel_graph("prefix_sums", (x,), (block,), tensor("Y", (b, k), dtype))
 
 
+def nested_loops(dtype: DType = DType.f16, parts: int = 0) -> KernelGraph:
+    """A sum over two axes in a nest of two loops, both with tails; the outer one in parts, added atomically."""
+    b, k, j, n = axis("b", B), axis("k", 23), axis("j", 40), axis("n", 24)
+    x, w = inp("X", b, k, j, dtype=dtype), inp("W", k, j, n, dtype=dtype)
+    v = inp("V", k, dtype=dtype)
+    s = Builder(block=True)
+    loads = (s.load("x", x.tensor), s.load("w", w.tensor), s.load("v", v.tensor))
+    s.fn("xv", "mul", "x", "v")
+    s.acc("acc", Contract(("k", "j")), "xv", "w")
+    passes = (Pass((("k", 3), ("j", 16)), loads, s.take()),)
+    grid, split = (("b", 16), ("n", 16)), Split("k", parts) if parts else None
+    store = Store("acc", "Y", "atomic" if parts else "write")
+    block = BlockGraph(grid, split, passes, (), (), (store,))
+    out = tensor("Y", (b, n), DType.f32 if parts else dtype)
+    return kernel_graph("nested_loops", (x, w, v), (block,), out)
+
+
 BLOCKS: dict[str, Callable[..., KernelGraph]] = {
+    "nested_loops": nested_loops,
+    "nested_loops_in_parts": lambda dtype=DType.f16: nested_loops(dtype, parts=3),
     "gathered_rows": gathered_rows,
     "paged_sum": paged_sum,
     "scattered_rows": scattered_rows,

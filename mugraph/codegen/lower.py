@@ -264,9 +264,9 @@ def _only_loaded(graph: KernelGraph, views: Views, joints: set[str]) -> set[str]
 
 @dataclass
 class _Raw:
-    """A scope before decisions: its loop and its actions in order, values under names that are unique in the launch."""
+    """A scope before decisions: its loops, outermost first, and its actions in order; names are unique in the launch."""
 
-    loop: tuple[str, int] | None
+    loops: tuple[tuple[str, int], ...]
     items: list[Read | Equation | Accumulator | Write] = field(default_factory=list)
 
 
@@ -294,9 +294,7 @@ class _Resolver:
         block = self.block
         stores = list(block.stores)
         for p in block.passes:
-            if len(p.loops) > 1:
-                raise UnsupportedOpError("a nest of two loops in one pass", op="loop", remedy="loop over one axis")
-            raw = self.open(p.loops[0] if p.loops else None)
+            raw = self.open(p.loops)
             inside = dict(self.alive)
             self.loads(p.loads, inside)
             for step in p.body:
@@ -310,7 +308,7 @@ class _Resolver:
                 raw.items += [self.write(inside[s.value], s) for s in early]
             else:
                 self.alive = inside
-        raw = self.open(None)
+        raw = self.open(())
         self.loads(block.loads, self.alive)
         for step in block.epilogue:
             self.step(step, self.alive)
@@ -319,8 +317,8 @@ class _Resolver:
         self.sweep()
         return self.scopes
 
-    def open(self, loop: tuple[str, int] | None) -> _Raw:
-        self.scopes.append(_Raw(loop))
+    def open(self, loops: tuple[tuple[str, int], ...]) -> _Raw:
+        self.scopes.append(_Raw(loops))
         self.memo: dict[tuple[str, Map], str] = {}
         return self.scopes[-1]
 
@@ -587,13 +585,11 @@ class _Planner:
     # -- axes and tile dimensions --------------------------------------------------------------------------------
 
     def cover(self, raw: _Raw) -> dict[str, Extent]:
-        grid = dict(self.block.grid)
+        grid, loops = dict(self.block.grid), dict(raw.loops)
         found: dict[str, Extent] = {}
         for axis in self.axes_in(raw):
             size = axis.size
-            tile, role = (
-                (raw.loop[1], "loop") if raw.loop and raw.loop[0] == axis.name else (grid.get(axis.name), "grid")
-            )
+            tile, role = loops.get(axis.name, grid.get(axis.name)), "loop" if axis.name in loops else "grid"
             if tile is None:
                 found[axis.name] = self.whole(axis)
                 continue
@@ -875,17 +871,18 @@ class _Planner:
         raw = self.raw[number]
         before: list[Action] = []
         body: list[Action] = []
-        loop = raw.loop[0] if raw.loop else None
+        loops = [a for a, _ in raw.loops]
         varying: set[str] = set()
         for item in raw.items:
             action = self.action(item, number)
             self.refuse_large(item, number)
-            inside = loop is not None and self.varies(item, loop, varying)
+            inside = any(self.varies(item, loop, varying) for loop in loops)
             if inside:
                 varying.add(_name(item))
             (body if inside else before).append(action)
         extents = tuple(self.extents[number].values())
-        return Scope(extents, loop, tuple(before), tuple(self.ordered(body, number)))
+        outer, inner = (None, None, *loops)[-2:]
+        return Scope(extents, inner, tuple(before), tuple(self.ordered(body, number)), outer)
 
     def varies(self, item: Read | Equation | Accumulator | Write, loop: str, varying: set[str]) -> bool:
         match item:
@@ -1023,10 +1020,10 @@ class _Planner:
             sum(
                 self.size_of(self.names(i.value.name), s) * i.value.dtype.bits // 8
                 for i in raw.items
-                if isinstance(i, Read) and raw.loop[0] in self.names(i.value.name)
+                if isinstance(i, Read) and raw.loops[-1][0] in self.names(i.value.name)
             )
             for s, raw in enumerate(self.raw)
-            if raw.loop
+            if raw.loops
         ]
         return min(max(STAGE_BYTES // max(*tiles, 1), 2), 4) if tiles else 1
 

@@ -164,12 +164,14 @@ Action = Read | Compute | Accumulate | Write
 
 @dataclass(frozen=True)
 class Scope:
-    """A pass or the epilogue.  `before` runs once, `body` per tile of the loop; without a loop, `body` is empty."""
+    """A pass or the epilogue.  `before` runs once, `body` per tile of the loop, which may be inside an `outer` one;
+    without a loop, `body` is empty."""
 
     extents: tuple[Extent, ...]
     loop: str | None
     before: tuple[Action, ...]
     body: tuple[Action, ...]
+    outer: str | None = None
 
     def extent(self, axis: str) -> Extent:
         return next(e for e in self.extents if e.axis.name == axis)
@@ -225,10 +227,11 @@ class Launch:
         )
         lines.append(f"  tile dimensions: {', '.join('·'.join(lane) for lane in self.lanes)}")
         for scope in self.scopes:
-            lines.append("  scope" if scope.loop is None else f"  loop {scope.loop}")
+            loops = ", ".join(a for a in (scope.outer, scope.loop) if a)
+            lines.append(f"  loop {loops}" if loops else "  scope")
             lines += [f"    {e}" for e in scope.extents]
             lines += [f"    {a}" for a in scope.before]
-            lines += [f"    for {scope.loop}:"] if scope.body else []
+            lines += [f"    for {loops}:"] if scope.body else []
             lines += [f"      {a}" for a in scope.body]
         return "\n".join(lines)
 

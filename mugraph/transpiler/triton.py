@@ -12,7 +12,7 @@ import json
 import keyword
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 
@@ -321,7 +321,7 @@ class _Kernel:
         self.indent = "    "
         self.scope: Scope = launch.scopes[0]
         self.tail = False
-        self.offset = ""
+        self.offsets: dict[str, str] = {}  # of the loops around, by axis
         self.defined: set[str] = set()
         self.var: dict[str, str] = {}
         self.wide: dict[str, str] = {}
@@ -460,7 +460,7 @@ class _Kernel:
     def write_scope(self) -> None:
         scope = self.scope
         self.lines.append("")
-        self.tail, self.offset = False, ""
+        self.tail, self.offsets = False, {}
         for e in scope.extents:
             self.define_index(e)
         for action in scope.before:
@@ -473,15 +473,23 @@ class _Kernel:
                     self.define_pointers(action, i)
             if isinstance(action, Accumulate):
                 self.start(action)
-        self.loops(scope.extent(scope.loop))
+        if scope.outer:
+            self.around(scope.extent(scope.outer), scope.extent(scope.loop))
+        else:
+            self.loops(scope.extent(scope.loop))
         for action in scope.body:
             if isinstance(action, Accumulate) and action.deferred:
                 self.finish(action)
 
-    def loops(self, e: Extent) -> None:
-        """Full tiles without masks along the loop axis, then what is left with masks."""
+    def around(self, outer: Extent, inner: Extent) -> None:
+        """The outer loop of a nest, with masks throughout."""
+        low, high = self.limits(outer)
+        at = self.name_of(("at", outer.axis.name, self.number), f"{outer.axis.name}0")
+        self.loop(f"for {at} in range({low}, {high}, {outer.tile}):", at, outer, outer.tail, lambda: self.loops(inner))
+
+    def limits(self, e: Extent) -> tuple[str, str]:
+        """Where the loop over an axis begins and ends, for the part of a split that the block has."""
         axis, tile = e.axis, e.tile
-        at = self.name_of(("at", axis.name, self.number), f"{axis.name}0")
         low, high = "0", self.size(axis, runtime=True)
         if self.launch.split and self.launch.split[0] == axis.name and self.number == self.last_loop():
             parts = self.launch.split[1]
@@ -491,38 +499,53 @@ class _Kernel:
             self.put(f"{chunk} = tl.cdiv(tl.cdiv({size}, {tile}), {parts}) * {tile}")
             self.put(f"{low} = part * {chunk}")
             self.put(f"{high} = tl.maximum({low}, tl.minimum({low} + {chunk}, {size}))")
+        return low, high
+
+    def loops(self, e: Extent) -> None:
+        """Full tiles without masks along the loop axis, then what is left with masks."""
+        axis, tile = e.axis, e.tile
+        at = self.name_of(("at", axis.name, self.number), f"{axis.name}0")
+        low, high = self.limits(e)
         if not e.tail:
-            self.loop(f"for {at} in range({low}, {high}, {tile}):", at, tail=False)
+            self.loop(f"for {at} in range({low}, {high}, {tile}):", at, e, False, self.acts)
             return
         full = self.name_of(("full", axis.name, self.number), f"full_{axis.name}")
         begin = "" if low == "0" else f"{low} + "
         length = high if low == "0" else f"({high} - {low})"
         self.put(f"{full} = {begin}{length} // {tile} * {tile}")
         if not isinstance(axis.size, int) or axis.size >= tile:
-            self.loop(f"for {at} in range({low}, {full}, {tile}):", at, tail=False)
-        self.loop(f"for {at} in tl.range({full}, {high}, {tile}, num_stages=1):", at, tail=True)
+            self.loop(f"for {at} in range({low}, {full}, {tile}):", at, e, False, self.acts)
+        self.loop(f"for {at} in tl.range({full}, {high}, {tile}, num_stages=1):", at, e, True, self.acts)
 
     def last_loop(self) -> int:
         return max(i for i, s in enumerate(self.launch.scopes) if s.loop)
 
-    def loop(self, head: str, at: str, tail: bool) -> None:
+    def loop(self, head: str, at: str, e: Extent, tail: bool, body: Callable[[], None]) -> None:
         self.put(head)
         outer, self.indent = self.indent, self.indent + "    "
         wide, literals, placed = dict(self.wide), set(self.literals), set(self.placed)
-        self.offset, self.tail = at, tail
-        loop = self.scope.loop
-        assert loop
-        e = self.scope.extent(loop)
+        before, offsets = self.tail, dict(self.offsets)
+        self.offsets[e.axis.name] = at
+        if e.axis.name == self.scope.loop:
+            self.tail = tail
         if tail:
             name = self.mask_name(e)
             local = f" & ({self.local(e)} < {e.tile})" if e.padded else ""
-            inside = f"{at} + {self.index_name(e)} < {self.size(e.axis, runtime=True)}" if self.many(loop) else ""
+            many = self.many(e.axis.name)
+            inside = f"{at} + {self.index_name(e)} < {self.size(e.axis, runtime=True)}" if many else ""
             if inside:
                 self.put(f"{name} = ({inside}){local}" if local else f"{name} = {inside}")
+        body()
+        self.indent, self.wide, self.literals, self.placed = outer, wide, literals, placed
+        self.tail, self.offsets = before, offsets
+
+    def acts(self) -> None:
         for action in self.scope.body:
             self.act(action)
-        self.indent, self.wide, self.literals, self.placed = outer, wide, literals, placed
-        self.offset, self.tail = "", False
+
+    def in_tail(self, e: Extent) -> bool:
+        """Whether the present tile of a looped axis may be incomplete: that of an outer loop always may."""
+        return self.tail if e.axis.name == self.scope.loop else e.tail
 
     # -- positions and masks -------------------------------------------------------------------------------------
 
@@ -530,7 +553,7 @@ class _Kernel:
         return self.name_of(("index", e), f"i_{e.axis.name}")
 
     def mask_name(self, e: Extent) -> str:
-        return self.name_of(("mask", e, self.tail and e.role == "loop"), f"in_{e.axis.name}")
+        return self.name_of(("mask", e, e.role == "loop" and self.in_tail(e)), f"in_{e.axis.name}")
 
     def lane(self, axis: str) -> Lane:
         return next(lane for lane in self.launch.lanes if axis in lane)
@@ -586,7 +609,7 @@ class _Kernel:
         if not self.many(axis):
             return False
         e = self.scope.extent(axis)
-        return e.padded or (self.tail if e.role == "loop" else e.masked)
+        return e.padded or (self.in_tail(e) if e.role == "loop" else e.masked)
 
     def mask(self, axes: Iterable[str], want: Sequence[Lane], extra: Sequence[str] = ()) -> str:
         """The conjunction of the masks of these axes over the dimensions `want`; empty if there is none."""
@@ -611,7 +634,7 @@ class _Kernel:
                 fixed.append(f"tl.cast({start}, tl.int64) * {stride}" if far else f"{start} * {stride}")
             scaled = stride if i.step == 1 else f"{i.step} * {stride}"
             moves = self.moves(i)
-            if i.value is not None and not (moves and not self.offset):  # what moves is not there before the loop
+            if i.value is not None and not (moves and not self.offsets):  # what moves is not there before the loop
                 place = self.spread(self.place(i) + (".to(tl.int64)" if far else ""), self.lanes_along(i), want)
                 (moving if moves else fixed).append(f"{place} * {scaled}")
             if i.axis is None:
@@ -743,9 +766,10 @@ class _Kernel:
         if piece.joined is None:
             return []
         e = self.scope.extent(piece.joined)
-        at = f"{self.offset} + " if e.role == "loop" and self.offset else ""
+        offset = self.offsets.get(e.axis.name, "")
+        at = f"{offset} + " if e.role == "loop" and offset else ""
         if not self.many(piece.joined):
-            i = self.offset if e.role == "loop" else self.index_name(e) if e.role == "grid" else "0"
+            i = offset if e.role == "loop" else self.index_name(e) if e.role == "grid" else "0"
         else:
             i = at + self.index_name(e)
         lane = (self.lane(piece.joined),) if self.many(piece.joined) else ()
@@ -876,8 +900,8 @@ class _Kernel:
     def position(self, axis: str) -> str:
         e = self.scope.extent(axis)
         if not self.many(axis):
-            return self.offset if e.role == "loop" else self.index_name(e) if e.role == "grid" else "0"
-        return f"{self.offset} + {self.index_name(e)}" if e.role == "loop" else self.index_name(e)
+            return self.offsets[axis] if e.role == "loop" else self.index_name(e) if e.role == "grid" else "0"
+        return f"{self.offsets[axis]} + {self.index_name(e)}" if e.role == "loop" else self.index_name(e)
 
     def cheaper(self, denominator: str, want: Sequence[Lane]) -> bool:
         """One reciprocal per row instead of a division per element."""

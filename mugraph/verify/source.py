@@ -753,7 +753,7 @@ class _Reader:
     def unknown(self, kind: str, count: Any) -> Any:
         self.names += 1
         found = self.z3.Int(f"{kind} {self.names}")
-        self.holds += [found >= 0] + ([found < count] if count is not None else [])
+        self.holds += [found >= 0, found < count] if count is not None else []
         self.unknowns[str(found)] = found
         self.digits.append(str(found))
         return found
