@@ -444,10 +444,9 @@ COLUMNS = (4096, 1000, 1009, 1024, 32768, 128256, 131071)  # 1009 and 131071 are
 # -- by index
 
 
-def moe_ffn(experts: int = 8, k: int = 4096, n: int = 14336, rows: int = 16) -> mg.Program:
-    """The experts of Mixtral 8x7B, after routing: groups of up to 16 tokens that share an expert.  A place in a group
-    that no token takes has weight 0."""
-    groups = mg.Dim("G", 1, 4096)
+def moe_ffn(experts: int = 8, k: int = 4096, n: int = 14336, groups: int = 16, rows: int = 16) -> mg.Program:
+    """The experts of Mixtral 8x7B, after routing: groups of up to 16 tokens that share an expert, as many as 64 tokens
+    with two experts each need.  A place in a group that no token takes has weight 0."""
 
     @mg.program
     def moe_ffn(
@@ -536,7 +535,7 @@ FAMILIES: dict[str, Family] = {
     "swiglu_bwd": Family({"with the products": gated_mlp_bwd(), "14336 columns": swiglu_bwd()}, MANY),
     "rmsnorm_bwd": Family({"4096": rmsnorm_bwd()}, MANY),
     "lora_bwd": Family({"4096": lora_bwd()}, MANY),
-    "moe_ffn": Family({"Mixtral 8x7B": moe_ffn()}, SEVERAL),
+    "moe_ffn": Family({"Mixtral 8x7B": moe_ffn()}, FEW),
     "paged_attention": Family({"4096 keys": paged_attention()}, DECODE),
     "attention_bwd": Family(
         {"log-sum-exp saved": attention_bwd(), "softmax again": attention_bwd_of_softmax()}, (64, 1024, 4096)

@@ -461,7 +461,7 @@ def gathered_rows(dtype: DType = DType.f16, t_size: int = 20) -> KernelGraph:
 
 def paged_sum(dtype: DType = DType.f16) -> KernelGraph:
     """Queries against keys in pages, two pages an iteration; the table's entries count half pages."""
-    page, slot, b, p, d = axis("page", 12), axis("slot", 8), axis("b", B), axis("p", 5), axis("d", 24)
+    page, slot, b, p, d = axis("page", 16), axis("slot", 8), axis("b", B), axis("p", 5), axis("d", 24)
     q, k, table = inp("Q", b, d, dtype=dtype), inp("K", page, slot, d, dtype=dtype), inp("Table", b, p, dtype=DType.i32)
     s = Builder(block=True)
     first = (s.load("q", q.tensor),)

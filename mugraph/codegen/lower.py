@@ -264,7 +264,7 @@ def _only_loaded(graph: KernelGraph, views: Views, joints: set[str]) -> set[str]
 
 @dataclass
 class _Raw:
-    """A scope before decisions: its loops, outermost first, and its actions in order; names are unique in the launch."""
+    """A scope before decisions: its loops, outermost first, and its actions in order, whose names are unique."""
 
     loops: tuple[tuple[str, int], ...]
     items: list[Read | Equation | Accumulator | Write] = field(default_factory=list)
