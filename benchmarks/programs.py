@@ -441,6 +441,48 @@ CLASSIC = ("rmsnorm_linear", "gated_mlp", "lora", "gqa", "qk_norm_attention", "n
 COLUMNS = (4096, 1000, 1009, 1024, 32768, 128256, 131071)  # 1009 and 131071 are prime
 
 
+# -- by index
+
+
+def moe_ffn(experts: int = 8, k: int = 4096, n: int = 14336, groups: int = 16, rows: int = 16) -> mg.Program:
+    """The experts of Mixtral 8x7B, after routing: groups of up to 16 tokens that share an expert, as many as 64 tokens
+    with two experts each need.  A place in a group that no token takes has weight 0."""
+
+    @mg.program
+    def moe_ffn(
+        X: mg.f16[B, k],
+        Rows: mg.i32[groups, rows],
+        Expert: mg.i32[groups],
+        Weight: mg.f32[groups, rows],
+        W1: mg.f16[experts, k, n],
+        W2: mg.f16[experts, k, n],
+        W3: mg.f16[experts, n, k],
+    ):
+        x = X[Rows]
+        h = mg.silu(x @ W1[Expert]) * (x @ W2[Expert])
+        y = mg.cast(h @ W3[Expert], mg.f32) * Weight[:, :, None]
+        return mg.cast(mg.scatter_add(y, Rows, X.shape[0]), mg.f16)
+
+    return moe_ffn
+
+
+def paged_attention(pages: int = 4096, slots: int = 16, keys: int = 4096, heads: int = 8, group: int = 4, d: int = 128):
+    """Decoding with a paged cache, LLaMA-3-8B: the keys of each sequence lie in pages that its table names."""
+
+    @mg.program
+    def paged_attention(
+        Q: mg.f16[B, heads, group, d],
+        K: mg.f16[pages, slots, heads, d],
+        V: mg.f16[pages, slots, heads, d],
+        Table: mg.i32[B, keys // slots],
+    ):
+        s = mg.einsum("bhgd,bpthd->bhgpt", Q, K[Table]) * d**-0.5
+        e = mg.exp(s - mg.max(s, axis=(-2, -1), keepdims=True))
+        return mg.einsum("bhgpt,bpthd->bhgd", e / mg.sum(e, axis=(-2, -1), keepdims=True), V[Table])
+
+    return paged_attention
+
+
 def by_columns(make: Callable[[int], mg.Program]) -> Family:
     return Family({f"{k} columns": make(k) for k in COLUMNS}, MANY)
 
@@ -493,6 +535,8 @@ FAMILIES: dict[str, Family] = {
     "swiglu_bwd": Family({"with the products": gated_mlp_bwd(), "14336 columns": swiglu_bwd()}, MANY),
     "rmsnorm_bwd": Family({"4096": rmsnorm_bwd()}, MANY),
     "lora_bwd": Family({"4096": lora_bwd()}, MANY),
+    "moe_ffn": Family({"Mixtral 8x7B": moe_ffn()}, FEW),
+    "paged_attention": Family({"4096 keys": paged_attention()}, DECODE),
     "attention_bwd": Family(
         {"log-sum-exp saved": attention_bwd(), "softmax again": attention_bwd_of_softmax()}, (64, 1024, 4096)
     ),

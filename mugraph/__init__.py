@@ -22,8 +22,8 @@ _HOMES = {
     "mugraph.dsl.functions": """
     abs add amax amin arange attention cast causal_mask chunk concat cumsum div einsum exp expand gelu iota
     layer_norm linear log logsumexp mT masked_fill matmul max maximum mean min minimum mul neg permute pow
-    reciprocal relu repeat_interleave reshape rms_norm rsqrt sigmoid silu softmax split sqrt square squeeze
-    stack sub sum tanh transpose tril triu unsqueeze where
+    reciprocal relu repeat_interleave reshape rms_norm rsqrt scatter_add sigmoid silu softmax split sqrt square
+    squeeze stack sub sum take tanh transpose tril triu unsqueeze where
     """,
     "mugraph.search.space": "SearchSpace",
     "mugraph.search.report": "SearchReport",

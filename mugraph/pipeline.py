@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mugraph import __version__, settings
-from mugraph.codegen.lower import lower
+from mugraph.codegen.indirect import access_by_index
+from mugraph.codegen.lower import lower, refuse_packed
 from mugraph.codegen.plan import Trace
 from mugraph.codegen.stabilise import stabilise
 from mugraph.errors import (
@@ -84,6 +85,8 @@ AOT = "aot"  # the folder of a saved result that runs without a compiler
 DELTA = 2.0**-40
 AS_IT_STANDS, FOUND, CALLS = "the program as it stands", "the kernels found", "the calls found"  # what is measured
 COMPILED = ", compiled"
+TF32_UNIT = 2.0**-10  # an operand keeps 10 bits of its fraction
+F8_UNIT = 2.0**-13  # sm_90 sums products of f8 with 14 bits (DeepSeek-V3 technical report, 3.3.2)
 MOST_REFUSED = 3  # plans whose source disagrees with float64, before the program runs as library calls
 _log = logging.getLogger("mugraph.pipeline")
 
@@ -481,14 +484,15 @@ def optimize(
     Ctrl-C after the search ends the checks: the result then says which tiers it reached.  Only a result that another
     run would find again is kept in the cache.  Where the emitted source disagrees with float64, the next plan is tried
     (of MOST_REFUSED such plans); where none is left, or the search cannot handle the program, it runs as library
-    calls.  A note says why.
+    calls.  A note says why.  Products of f32 keep all their bits, unless the target asks otherwise (`cuda:90+tf32`).
     `effort` names a space where none is given: "none" searches nothing, and the program runs as library calls.
     `tune` says how the launch parameters of kernels are chosen (`runtime/tune.py`): "none" as lowered, "fit" (the
     default) so that no kernel spills in a loop, "model" and "measure" so that it is fast.  For the target `torch`,
     "measure" compares what was found with the program as it stands on this CPU, each eagerly and through
     `torch.compile`, at the size `space.symbolic` of symbolic dimensions.  What is not surely faster than the program as
     it stands does not run; `Result.choice` says what was measured.
-    Raises GraphError for a malformed program, UnsupportedOpError where the target has no form for an operator,
+    Raises GraphError for a malformed program, UnsupportedOpError where the target has no form for an operator or
+    storage,
     VerificationError where no candidate passes, UnknownTargetError for an unknown target, SettingError for another
     argument that has a type or a value that it does not take.
     """
@@ -518,6 +522,7 @@ def _found(program: Program, chosen: Target, options: Mapping[str, Any], written
     """`optimize` with its checked options."""
     check(program)
     cache, engine, say = options.get("cache"), options.get("engine"), options.get("say") or (lambda _: None)
+    refuse_packed(program)
     space, budget, number, delta = (options[n] for n in ("space", "budget_seconds", "seed", "delta"))
     level: Tune = options["tune"] if chosen.kind == "triton" else "none"
     measuring = options["tune"] == "measure" and chosen.kind == "torch"
@@ -836,6 +841,7 @@ def from_graph(
     """
     chosen, number = parse_target(target), settings.seed.get(seed)
     fit_arguments(from_graph, {"program": program, "graph": graph, "delta": delta})
+    refuse_packed(program)
     stable = finished(graph, shared_values(program, graph) if nestings(program) else ())
     verified = verify_as_given(program, stable, delta=delta, seed=number)
     report = ReportText({"text": f"{graph.name}: a given graph, no search"})
@@ -881,7 +887,7 @@ def _checked(
             Checked(verified, _hash(source), numerics)  # refuses a source that disagrees with float64
             tell(f"numeric check passed: {len(numerics.rows)} comparisons with float64 ({numerics.how})")
         certificate = certificate.with_numerics(numerics)
-        notes = (*notes, *_numeric_notes(numerics))
+        notes = (*notes, *_numeric_notes(numerics, target))
     return Result(
         program=verified.program,
         graph=verified.graph,
@@ -895,20 +901,22 @@ def _checked(
     )
 
 
-def _numeric_notes(numerics: NumericReport) -> Iterator[str]:
+def _numeric_notes(numerics: NumericReport, target: Target) -> Iterator[str]:
     if not numerics.counted:
         yield f"the source was not compared with float64, as no input drawn has a result: {numerics.reasons}"
         return
     if any(r.excused for r in numerics.rows):
         yield "for inputs where the program as written overflows its types, the result is not exact either"
+    if numerics.how != "torch" and target.precision == "tf32":
+        yield "matrix multiplies of f32 operands keep 10 bits of their fraction (tf32), as the target asks"
     if numerics.how == "interpreted":
         yield "the kernels were checked under Triton's interpreter at reduced sizes, not on a device"
 
 
 def finished(graph: KernelGraph, cuts: Sequence[str] = ()) -> KernelGraph:
-    """The μGraph as it is verified (part by part where it is cut) and lowered: exponentials stabilised, thread graphs
-    formed."""
-    stable = stabilise(graph, cuts)
+    """The μGraph as it is verified (part by part where it is cut) and lowered: exponentials stabilised, gathers and
+    scatters in the kernels that they are for, thread graphs formed."""
+    stable = access_by_index(stabilise(graph, cuts), cuts)
     equations = []
     for e in stable.equations:
         if isinstance(e.op, Kernel):
@@ -923,7 +931,7 @@ def emit(verified: Verified, target: Target, trace: Trace = (), compiled: bool =
     there is not."""
     if target.kind == "torch" or not verified.graph.kernels():
         return torch_code.emit(verified.graph, compiled=compiled)
-    return triton_code.emit(lower(verified, trace))
+    return triton_code.emit(lower(verified, trace, target.machine))
 
 
 def tuned(verified: Verified, target: Target, level: Tune, symbolic: int = 16) -> tuple[Verified, Tuned]:
@@ -936,7 +944,7 @@ def tuned(verified: Verified, target: Target, level: Tune, symbolic: int = 16) -
     if find_spec("triton") is None:
         return verified, Tuned("none", notes=("the kernels were not compiled, as Triton is not installed",))
     with shared_compilers() as compilers, _timer(verified.program, target, level, symbolic) as timer:
-        tuner = Tuner(device(_device_name(target)), compilers, target.arch, timer, symbolic)
+        tuner = Tuner(device(_device_name(target)), compilers, target.machine, timer, symbolic)
         try:
             return tuner.tuned(verified, level)
         except CompileError as error:
@@ -986,8 +994,16 @@ def numeric_tier(verified: Verified, target: Target, source: str, seed: int, tra
             seed=seed,
             device="cuda" if how == "device" else "cpu",
             beyond_eager=stable,
+            product_unit=product_unit(program, target) if how != "torch" else 0.0,
         )
     return report.as_written()
+
+
+def product_unit(program: Program, target: Target) -> float:
+    """The relative error of each product in a matrix multiply that instructions may make beyond their operands' own."""
+    if target.precision == "tf32":
+        return TF32_UNIT
+    return F8_UNIT if any(i.tensor.dtype.is_float and i.tensor.dtype.bits == 8 for i in program.inputs) else 0.0
 
 
 Run = Callable[..., Sequence[Any]]

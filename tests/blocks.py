@@ -15,13 +15,16 @@ from mugraph.ir.ops import (
     Concat,
     Const,
     Contract,
+    CumSum,
     Elementwise,
+    Gather,
     Iota,
     Kernel,
     Library,
     MaskedExp,
     Reduce,
     Rename,
+    Scatter,
     Select,
     SizeOf,
     Slice,
@@ -442,7 +445,89 @@ def symbolic_loop(dtype: DType = DType.f16) -> KernelGraph:
     return kernel_graph("symbolic_loop", (x, w), (block,), tensor("Y", (b, n), dtype))
 
 
+def gathered_rows(dtype: DType = DType.f16, t_size: int = 20) -> KernelGraph:
+    """Rows of X that an index names, times W; the index lies before the loop."""
+    t, b, k, n = axis("t", t_size), axis("b", B), axis("k", 40), axis("n", 24)
+    x, at, w = inp("X", t, k, dtype=dtype), inp("At", b, dtype=DType.i32), inp("W", k, n, dtype=dtype)
+    s = Builder(block=True)
+    first = (s.load("at", at.tensor),)
+    loads = (s.load("x", x.tensor), s.load("w", w.tensor))
+    s.add("rows", Gather("t"), "x", "at")
+    s.acc("acc", Contract(("k",)), "rows", "w")
+    passes = (Pass((), first, ()), Pass((("k", 16),), loads, s.take()))
+    block = BlockGraph((("b", 16), ("n", 16)), None, passes, (), (), (Store("acc", "Y"),))
+    return kernel_graph("gathered_rows", (x, at, w), (block,), tensor("Y", (b, n), dtype))
+
+
+def paged_sum(dtype: DType = DType.f16) -> KernelGraph:
+    """Queries against keys in pages, two pages an iteration; the table's entries count half pages."""
+    page, slot, b, p, d = axis("page", 16), axis("slot", 8), axis("b", B), axis("p", 5), axis("d", 24)
+    q, k, table = inp("Q", b, d, dtype=dtype), inp("K", page, slot, d, dtype=dtype), inp("Table", b, p, dtype=DType.i32)
+    s = Builder(block=True)
+    first = (s.load("q", q.tensor),)
+    loads = (s.load("k", k.tensor), s.load("table", table.tensor))
+    s.add("two", Const(Fraction(2), DType.i32))
+    s.fn("place", "mul", "table", "two")
+    s.add("keys", Gather("page"), "k", "place")
+    s.acc("acc", Contract(("p", "slot", "d")), "q", "keys")
+    passes = (Pass((), first, ()), Pass((("p", 2),), loads, s.take()))
+    block = BlockGraph((("b", 2),), None, passes, (), (), (Store("acc", "Y"),))
+    return kernel_graph("paged_sum", (q, k, table), (block,), tensor("Y", (b,), dtype))
+
+
+def scattered_rows(dtype: DType = DType.f16, looped: bool = False) -> KernelGraph:
+    """Rows added to the rows of Y that an index names, several to one; the rows on the grid, or in a loop."""
+    b, n, t = axis("b", B), axis("n", 24), axis("t", 20)
+    x, at = inp("X", b, n, dtype=dtype), inp("At", b, dtype=DType.i32)
+    s = Builder(block=True)
+    loads = (s.load("x", x.tensor), s.load("at", at.tensor))
+    s.fn("x2", "add", "x", "x")
+    s.add("y", Scatter(("b",), t), "x2", "at")
+    store = (Store("y", "Y", "atomic"),)
+    if looped:
+        block = BlockGraph((("n", 16),), None, (Pass((("b", 4),), loads, s.take()),), (), (), store)
+    else:
+        block = BlockGraph((("b", 4), ("n", 16)), None, (), loads, s.take(), store)
+    return kernel_graph("scattered_rows", (x, at), (block,), tensor("Y", (t, n), DType.f32))
+
+
+def prefix_sums(dtype: DType = DType.f16) -> KernelGraph:
+    """Prefix sums of whole rows in the tile."""
+    b, k = axis("b", B), axis("k", 21)
+    x = inp("X", b, k, dtype=dtype)
+    s = Builder(block=True)
+    loads = (s.load("x", x.tensor),)
+    s.fn("x2", "add", "x", "x")
+    s.add("y", CumSum("k"), "x2")
+    block = BlockGraph((("b", 4),), None, (), loads, s.take(), (Store("y", "Y"),))
+    return kernel_graph("prefix_sums", (x,), (block,), tensor("Y", (b, k), dtype))
+
+
+def nested_loops(dtype: DType = DType.f16, parts: int = 0) -> KernelGraph:
+    """A sum over two axes in a nest of two loops, both with tails; the outer one in parts, added atomically."""
+    b, k, j, n = axis("b", B), axis("k", 23), axis("j", 40), axis("n", 24)
+    x, w = inp("X", b, k, j, dtype=dtype), inp("W", k, j, n, dtype=dtype)
+    v = inp("V", k, dtype=dtype)
+    s = Builder(block=True)
+    loads = (s.load("x", x.tensor), s.load("w", w.tensor), s.load("v", v.tensor))
+    s.fn("xv", "mul", "x", "v")
+    s.acc("acc", Contract(("k", "j")), "xv", "w")
+    passes = (Pass((("k", 3), ("j", 16)), loads, s.take()),)
+    grid, split = (("b", 16), ("n", 16)), Split("k", parts) if parts else None
+    store = Store("acc", "Y", "atomic" if parts else "write")
+    block = BlockGraph(grid, split, passes, (), (), (store,))
+    out = tensor("Y", (b, n), DType.f32 if parts else dtype)
+    return kernel_graph("nested_loops", (x, w, v), (block,), out)
+
+
 BLOCKS: dict[str, Callable[..., KernelGraph]] = {
+    "nested_loops": nested_loops,
+    "nested_loops_in_parts": lambda dtype=DType.f16: nested_loops(dtype, parts=3),
+    "gathered_rows": gathered_rows,
+    "paged_sum": paged_sum,
+    "scattered_rows": scattered_rows,
+    "scattered_rows_in_a_loop": lambda dtype=DType.f16: scattered_rows(dtype, looped=True),
+    "prefix_sums": prefix_sums,
     "softmax_two_pass": softmax_two_pass,
     "softmax_two_pass_shifted": lambda dtype=DType.f16: softmax_two_pass(dtype, shifted=True),
     "softmax_in_tile": softmax_in_tile,

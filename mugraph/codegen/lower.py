@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from mugraph.codegen.passes import Names, Observer, names_of, prepare, refuse
 from mugraph.codegen.plan import (
+    ANY,
     Accumulate,
     Action,
     Beside,
@@ -27,6 +28,7 @@ from mugraph.codegen.plan import (
     Form,
     Index,
     Launch,
+    Machine,
     Options,
     Piece,
     Plan,
@@ -39,8 +41,8 @@ from mugraph.codegen.plan import (
     compute_of,
 )  # fmt: skip
 from mugraph.errors import UnsupportedOpError
-from mugraph.ir.axes import Axis, Monomial, Size, representative
-from mugraph.ir.graph import Accumulator, BlockGraph, Equation, KernelGraph, Load, Monoid, Step, Store
+from mugraph.ir.axes import Axis, Monomial, Size, largest, representative
+from mugraph.ir.graph import Accumulator, BlockGraph, Equation, KernelGraph, Load, Monoid, Program, Step, Store
 from mugraph.ir.ops import (
     Broadcast,
     Cast,
@@ -48,13 +50,16 @@ from mugraph.ir.ops import (
     Concat,
     Const,
     Contract,
+    CumSum,
     Elementwise,
+    Gather,
     Iota,
     Kernel,
     MaskedExp,
     Reduce,
     Rename,
     Reshape,
+    Scatter,
     Select,
     SizeOf,
     Slice,
@@ -66,23 +71,29 @@ if TYPE_CHECKING:
     from mugraph.verify.equivalence import Verified
 
 SMALLEST_DOT = 16  # tl.dot wants at least 16 lanes on each side
+DEEPEST_I8 = (2**31 - 1) // 2**14  # products of two i8 that i32 holds the sum of; the instructions saturate beyond
 MOST_LANES = 2**20  # Triton's limit on the elements of a tile
 KEPT_LANES = 4096  # a statistic kept apart over a loop: 32 registers a thread at 4 warps
 KEPT_REGISTERS = 112  # values a thread holds beside its addresses
+KNOWS_E4M3 = 89  # the first compute capability with loads of f8e4m3
 STAGE_BYTES = 98304  # shared memory that the stages of a loop may fill
 
 
 OptionsOf = Callable[[str], Options]
 
 
-def lower(verified: Verified, trace: Trace = (), observer: Observer | None = None) -> Plan:
+def lower(verified: Verified, trace: Trace = (), machine: Machine = ANY, observer: Observer | None = None) -> Plan:
     """The plan of a verified μGraph.  `trace` has choices for some of its kernels.  Raises UnsupportedOpError, with the
     operator's name, where there is no form, and ValueError for a choice that there is not."""
-    return plan_graph(verified.graph, trace, observer)
+    return plan_graph(verified.graph, trace, machine, observer)
 
 
 def plan_graph(
-    graph: KernelGraph, trace: Trace = (), observer: Observer | None = None, options: Options | None = None
+    graph: KernelGraph,
+    trace: Trace = (),
+    machine: Machine = ANY,
+    observer: Observer | None = None,
+    options: Options | None = None,
 ) -> Plan:
     """The plan of a μGraph.  What calls this answers for the graph's being right; `lower` takes verified ones only.
     `options`: of kernels of which the trace says nothing else."""
@@ -96,21 +107,19 @@ def plan_graph(
         return chosen.get(kernel, options or Options())
 
     if parts := graph.divided():
-        first, rest = (_plan(part, options_of, observer) for part in parts)
+        first, rest = (_plan(part, options_of, machine, observer) for part in parts)
         plan = replace(rest, ahead=first)
     else:
-        plan = _plan(graph, options_of, observer)
+        plan = _plan(graph, options_of, machine, observer)
     if unknown := chosen.keys() - met:
         raise ValueError(f"{graph.name} has no kernel {min(unknown)}")
     return plan
 
 
-def _plan(graph: KernelGraph, options_of: OptionsOf, observer: Observer | None) -> Plan:
+def _plan(graph: KernelGraph, options_of: OptionsOf, machine: Machine, observer: Observer | None) -> Plan:
     inputs = tuple(i.name for i in graph.inputs)
     outputs = tuple(o.value for o in graph.outputs)
-    for i in graph.inputs:
-        if i.storage.packing != 1 or i.tensor.dtype.bits < 8:
-            raise UnsupportedOpError(f"input {i.name} is packed", op="load", remedy="unpack it before the kernel")
+    refuse_packed(graph)
     for o in graph.outputs:
         if o.alias_of is not None:
             raise UnsupportedOpError(
@@ -148,15 +157,40 @@ def _plan(graph: KernelGraph, options_of: OptionsOf, observer: Observer | None) 
                     whole = parts[store.target][0] if store.target in parts else store.target
                     buffers[whole] = replace(buffers[whole], space="zeroed")
             tensors = everything | {n: b.tensor for n, b in buffers.items()}
-            mains.append(_Planner(prepare(block, observer), name, tensors, options, views).plan())
+            mains.append(_Planner(prepare(block, observer), name, tensors, options, machine, views).plan())
             if block.combine:
                 combine = prepare(block.combine, observer)
                 label = f"{name if split > 1 else base}_combine"
-                combines.append(_Planner(combine, label, tensors, combining, views).plan())
+                combines.append(_Planner(combine, label, tensors, combining, machine, views).plan())
         for label, launches in ((base, mains), (f"{base}_combine", combines)):
             if launches:
                 calls.append(launches[0] if len(launches) == 1 else Beside(label, tuple(launches)))
-    return Plan(graph.name, tuple(buffers.values()), tuple(calls), inputs, outputs)
+    decoded = (DType.f8e4m3,) if machine.arch is not None and machine.arch < KNOWS_E4M3 else ()
+    return Plan(graph.name, tuple(buffers.values()), tuple(calls), inputs, outputs, None, machine.precision, decoded)
+
+
+def refuse_packed(graph: Program) -> None:
+    """Raises UnsupportedOpError, with its name and type, for what is stored in less than a byte: a value that comes
+    from memory or goes there, or a tile of a kernel."""
+    stored: list[tuple[str, str, DType]] = []
+    for i in graph.inputs:
+        if i.storage.packing != 1:
+            raise UnsupportedOpError(
+                f"input {i.name} packs {i.storage.packing} values of {i.storage.dtype} into each stored element",
+                op="load", remedy="unpack it before the program",
+            )  # fmt: skip
+        stored.append(("load", f"input {i.name}", i.tensor.dtype))
+    stored += [("store", f"output {o.value}", graph.tensors()[o.value].dtype) for o in graph.outputs]
+    for e in graph.kernels():
+        stored += [("store", t.name, t.dtype) for t in e.targets]
+        assert isinstance(e.op, Kernel)
+        tiles = [t for b in e.op.blocks for x in (b, b.combine) if x for t in x.tensors().values()]
+        stored += [("cast", t.name, t.dtype) for t in tiles]
+    for op, name, dtype in stored:
+        if dtype.bits < 8:
+            raise UnsupportedOpError(
+                f"{name} is {dtype}, which takes less than a byte", op=op, remedy="keep it in i8 or u8"
+            )
 
 
 def _stored(block: BlockGraph, value: str) -> Tensor:
@@ -242,9 +276,9 @@ def _only_loaded(graph: KernelGraph, views: Views, joints: set[str]) -> set[str]
 
 @dataclass
 class _Raw:
-    """A scope before decisions: its loop and its actions in order, values under names that are unique in the launch."""
+    """A scope before decisions: its loops, outermost first, and its actions in order, whose names are unique."""
 
-    loop: tuple[str, int] | None
+    loops: tuple[tuple[str, int], ...]
     items: list[Read | Equation | Accumulator | Write] = field(default_factory=list)
 
 
@@ -266,13 +300,13 @@ class _Resolver:
         self.alive: dict[str, str] = {}
         self.scopes: list[_Raw] = []
 
+        self.scattered: dict[str, tuple[str, str, Scatter]] = {}  # what is added, at which indices
+
     def resolve(self) -> list[_Raw]:
         block = self.block
         stores = list(block.stores)
         for p in block.passes:
-            if len(p.loops) > 1:
-                raise UnsupportedOpError("a nest of two loops in one pass", op="loop", remedy="loop over one axis")
-            raw = self.open(p.loops[0] if p.loops else None)
+            raw = self.open(p.loops)
             inside = dict(self.alive)
             self.loads(p.loads, inside)
             for step in p.body:
@@ -286,16 +320,17 @@ class _Resolver:
                 raw.items += [self.write(inside[s.value], s) for s in early]
             else:
                 self.alive = inside
-        raw = self.open(None)
+        raw = self.open(())
         self.loads(block.loads, self.alive)
         for step in block.epilogue:
             self.step(step, self.alive)
         raw.items += [self.write(self.alive[s.value], s) for s in stores]
+        self.narrow()
         self.sweep()
         return self.scopes
 
-    def open(self, loop: tuple[str, int] | None) -> _Raw:
-        self.scopes.append(_Raw(loop))
+    def open(self, loops: tuple[tuple[str, int], ...]) -> _Raw:
+        self.scopes.append(_Raw(loops))
         self.memo: dict[tuple[str, Map], str] = {}
         return self.scopes[-1]
 
@@ -314,6 +349,13 @@ class _Resolver:
 
     def write(self, value: str, store: Store) -> Write:
         whole, index = self.views.get(store.target, (store.target, ()))
+        if value in self.scattered:
+            added, at, op = self.scattered[value]
+            if index or store.kind != "atomic":
+                raise refuse(op, "is added to a whole result by atomic stores alone")
+            places = {op.out.name: Index(None, value=at, within=op.out)}
+            index = tuple(places.get(a.name, Index(a.name)) for a in self.sources[store.target].axes)
+            value = added
         return Write(self.values[value], whole, store.kind, index)
 
     def define(self, wish: Tensor, make: Callable[[Tensor], Read | Equation | Accumulator]) -> str:
@@ -329,6 +371,12 @@ class _Resolver:
         match step:
             case Equation(_, op, args) if isinstance(op, Reshape | Transpose | Broadcast | Slice | Concat | Rename):
                 env[step.target.name] = self.view(step, [env[a] for a in args])
+            case Equation(_, Gather(axis), (arg, at)):
+                place = Index(None, value=env[at], within=next(a for a in self.values[env[arg]].axes if a.name == axis))
+                env[step.target.name] = self.under(env[arg], ((axis, place),), step)
+            case Equation(_, Scatter(kind="sum") as op, (arg, at)):
+                env[step.target.name] = name = self.names.fresh(step.target.name)
+                self.scattered[name] = env[arg], env[at], op
             case Equation(_, op, args):
                 if len(step.targets) != 1:
                     raise refuse(op, "has several results", step)
@@ -390,16 +438,24 @@ class _Resolver:
             at = moved.get(a.name, Index(a.name))
             if at.axis is not None:
                 axes.append(sizes.get(at.axis, a))
+            elif at.value is not None:
+                axes += [b for b in self.values[at.value].axes if b not in old.axes]
         wish = tensor(equation.target.name, tuple(axes), old.dtype)
         match item:
             case Read(_, pieces):
                 for p in pieces:
-                    if p.joined in moved and (moved[p.joined].start, moved[p.joined].step) != (0, 1):
+                    at = moved.get(p.joined or "", Index(p.joined))
+                    if (at.axis is None and p.joined) or (at.start, at.step) != (0, 1):
                         raise refuse(equation.op, "of a concatenation", equation)
                 new = tuple(
                     replace(
                         p,
-                        index=tuple(_composed(i, moved) for i in p.index),
+                        index=tuple(
+                            replace(i, value=self.under(i.value, index, equation))
+                            if i.value is not None
+                            else _composed(i, moved)
+                            for i in p.index
+                        ),
                         joined=moved[p.joined].axis if p.joined in moved else p.joined,
                     )
                     for p in pieces
@@ -437,14 +493,36 @@ class _Resolver:
         loaded = replace(equation.target, dtype=self.values[args[0]].dtype)
         return self.define(loaded, lambda t: Read(t, tuple(pieces)))
 
+    def narrow(self) -> None:
+        """Factors of 8 bits that are widened are multiplied as they are: products are formed in the result's type."""
+
+        def bare(arg: str) -> str:
+            match self.defined[arg]:
+                case Equation(_, Cast(dtype), (below,)) if dtype.is_float == self.values[below].dtype.is_float:
+                    return below if self.values[below].dtype.bits == 8 < dtype.bits else arg
+            return arg
+
+        for scope in self.scopes:
+            for at, item in enumerate(scope.items):
+                e = item.equation if isinstance(item, Accumulator) else item
+                if not (isinstance(e, Equation) and isinstance(e.op, Contract) and len(e.args) == 2):
+                    continue
+                args = tuple(map(bare, e.args))
+                if self.values[args[0]].dtype is self.values[args[1]].dtype:
+                    e = replace(e, args=args)
+                    new = replace(item, equation=e) if isinstance(item, Accumulator) else e
+                    scope.items[at] = self.defined[e.target.name] = new
+
     def sweep(self) -> None:
         """Drops what no store needs."""
         needed: set[str] = set()
         for scope in reversed(self.scopes):
             for item in reversed(scope.items):
                 match item:
-                    case Write(value):
-                        needed.add(value.name)
+                    case Write(value, index=index):
+                        needed |= {value.name, *(i.value for i in index if i.value)}
+                    case Read(value, pieces) if value.name in needed:
+                        needed |= {i.value for p in pieces for i in p.index if i.value}
                     case Accumulator(equation, _, scale) if equation.target.name in needed:
                         needed |= {*equation.args, *([scale] if scale else [])}
                     case Equation() if item.target.name in needed:
@@ -457,7 +535,7 @@ def _composed(i: Index, moved: dict[str, Index]) -> Index:
     if i.axis not in moved:
         return i
     at = moved[i.axis]
-    return Index(at.axis, i.start + i.step * at.start, i.step * at.step)
+    return replace(at, start=i.start + i.step * at.start, step=i.step * at.step)
 
 
 def _name(item: Read | Equation | Accumulator | Write) -> str:
@@ -503,9 +581,15 @@ class _Sides:
 
 class _Planner:
     def __init__(
-        self, block: BlockGraph, name: str, tensors: dict[str, Tensor], options: Options, views: Views
+        self,
+        block: BlockGraph,
+        name: str,
+        tensors: dict[str, Tensor],
+        options: Options,
+        machine: Machine,
+        views: Views,
     ) -> None:
-        self.block, self.name, self.options = block, name, options
+        self.block, self.name, self.options, self.machine = block, name, options, machine
         resolver = _Resolver(block, tensors, views)
         self.raw = resolver.resolve()
         self.values = resolver.values
@@ -519,13 +603,11 @@ class _Planner:
     # -- axes and tile dimensions --------------------------------------------------------------------------------
 
     def cover(self, raw: _Raw) -> dict[str, Extent]:
-        grid = dict(self.block.grid)
+        grid, loops = dict(self.block.grid), dict(raw.loops)
         found: dict[str, Extent] = {}
         for axis in self.axes_in(raw):
             size = axis.size
-            tile, role = (
-                (raw.loop[1], "loop") if raw.loop and raw.loop[0] == axis.name else (grid.get(axis.name), "grid")
-            )
+            tile, role = loops.get(axis.name, grid.get(axis.name)), "loop" if axis.name in loops else "grid"
             if tile is None:
                 found[axis.name] = self.whole(axis)
                 continue
@@ -576,9 +658,13 @@ class _Planner:
         for raw in self.raw:
             for item in raw.items:
                 if isinstance(item, Read):
-                    order |= {i.axis: None for p in item.pieces for i in p.index if i.axis}
+                    order |= {a: None for p in item.pieces for i in p.index for a in self.along(i)}
         order |= dict.fromkeys(self.axes)
         return [a for a in order if any(self.many(a, s) for s in range(len(self.raw)))]
+
+    def along(self, i: Index) -> tuple[str, ...]:
+        """The axes of a tile along which a position moves."""
+        return self.names(i.value) if i.value else (i.axis,) if i.axis else ()
 
     def flatten(self) -> list[tuple[str, ...]]:
         """Axes that every contraction and reduction treats alike share one tile dimension.
@@ -616,6 +702,8 @@ class _Planner:
                     marks.append([(axis == old, axis == new.name) for old, new in pairs])
                 case Broadcast(added):
                     marks.append(axis in {a.name for a in added})
+                case CumSum(along):
+                    marks.append(axis == along)
                 case _:
                     pass
         if not paired:
@@ -652,23 +740,32 @@ class _Planner:
         if self.options.dot == "never" or not isinstance(e.op, Contract) or len(e.args) != 2:
             return False
         s = self.sides(e, scope)
-        return bool(s.m and s.n and s.k) and all(self.values[a].dtype.is_float for a in e.args)
+        return bool(s.m and s.n and s.k) and (e.target.dtype.is_float or self.is_integer_dot(e))
+
+    def is_integer_dot(self, e: Equation) -> bool:
+        """i8 by i8 into i32, where no sum leaves it."""
+        assert isinstance(e.op, Contract)
+        depth = math.prod(largest(self.axes[a].size) for a in e.op.axes)
+        narrow = all(self.values[a].dtype is DType.i8 for a in e.args)
+        return narrow and e.target.dtype is DType.i32 and depth <= DEEPEST_I8
 
     def pad_dots(self) -> None:
-        """Each side of a matrix multiply gets at least 16 lanes, by the outermost axis of its first dimension."""
+        """Each side of a matrix multiply gets at least 16 lanes (32 along a sum of 8-bit products), by the outermost
+        axis of its first dimension."""
         for scope, e in self.equations():
             if self.is_dot(e, scope):
                 s = self.sides(e, scope)
-                for side in (s.m, s.n, s.k):
+                deep = SMALLEST_DOT * 16 // min(self.operand_dtype(e).bits, 16)
+                for side, least in ((s.m, SMALLEST_DOT), (s.n, SMALLEST_DOT), (s.k, deep)):
                     lanes = self.lanes_of(side, scope)
-                    lacking = SMALLEST_DOT // min(math.prod(self.lane_size(n, scope) for n in lanes), SMALLEST_DOT)
+                    lacking = least // min(math.prod(self.lane_size(n, scope) for n in lanes), least)
                     first = next(a for a in lanes[0] if a in self.extents[scope])
-                    self.widen(first, scope, lacking)
+                    self.widen(first, scope, lacking, least)
 
-    def widen(self, axis: str, scope: int, factor: int) -> None:
+    def widen(self, axis: str, scope: int, factor: int, least: int) -> None:
         old = self.extents[scope][axis]
         if old.at_launch:
-            new = replace(old, lanes=old.lanes * factor, tile=old.tile * factor, least=SMALLEST_DOT)
+            new = replace(old, lanes=old.lanes * factor, tile=old.tile * factor, least=max(old.least, least))
         else:
             new = replace(old, lanes=old.lanes * factor)
         for extents in self.extents:
@@ -706,7 +803,12 @@ class _Planner:
         self.lanes = ordered
 
     def operand_dtype(self, e: Equation) -> DType:
-        """The type the program multiplies in: that of the loads behind both operands, partial results aside."""
+        """The type the program multiplies in: that of the loads behind both operands, partial results aside.  Floats of
+        8 bits are multiplied as they are if both operands are, and as f16, which holds them, beside other types."""
+        given = {self.values[a].dtype for a in e.args}
+        if all(d.bits == 8 for d in given):
+            known = len(given) == 1 and (DType.f8e4m3 not in given or (self.machine.arch or KNOWS_E4M3) >= KNOWS_E4M3)
+            return given.pop() if known else DType.f16
         direct = [self.values[a].dtype for a in e.args if isinstance(self.defined[a], Read) and not self.is_partial(a)]
         narrow = [d for d in direct if d in (DType.f16, DType.bf16)]
         loads = [d for a in e.args for d in self.origins(a, set()) if d.is_float]
@@ -787,17 +889,18 @@ class _Planner:
         raw = self.raw[number]
         before: list[Action] = []
         body: list[Action] = []
-        loop = raw.loop[0] if raw.loop else None
+        loops = [a for a, _ in raw.loops]
         varying: set[str] = set()
         for item in raw.items:
             action = self.action(item, number)
             self.refuse_large(item, number)
-            inside = loop is not None and self.varies(item, loop, varying)
+            inside = any(self.varies(item, loop, varying) for loop in loops)
             if inside:
                 varying.add(_name(item))
             (body if inside else before).append(action)
         extents = tuple(self.extents[number].values())
-        return Scope(extents, loop, tuple(before), tuple(self.ordered(body, number)))
+        outer, inner = (None, None, *loops)[-2:]
+        return Scope(extents, inner, tuple(before), tuple(self.ordered(body, number)), outer)
 
     def varies(self, item: Read | Equation | Accumulator | Write, loop: str, varying: set[str]) -> bool:
         match item:
@@ -830,6 +933,8 @@ class _Planner:
                 form = "pointwise"
             case Rename() | Broadcast():
                 form = "relabel"
+            case CumSum():
+                form = "scan"
             case _:
                 raise refuse(e.op, "has no form inside a kernel", e)
         guards = self.guards(e, form, scope)
@@ -873,10 +978,16 @@ class _Planner:
             )
 
     def ordered(self, body: Sequence[Action], scope: int) -> list[Action]:
-        """Loads first, then steps as they come; of the matrix multiplies that are ready, the narrowest first, because
-        the last ones' layout is the one that the loop keeps (measured on a 16-wide dot beside a 64-wide one)."""
-        reads = [a for a in body if isinstance(a, Read)]
-        left = [a for a in body if not isinstance(a, Read)]
+        """Loads first, those by computed indices excepted, then steps as they come; of the matrix multiplies that are
+        ready, the narrowest first, because the last ones' layout is the one that the loop keeps (measured on a 16-wide
+        dot beside a 64-wide one)."""
+        computed = {n for a in body if not isinstance(a, Read) for n in _targets(a)}
+        left: list[Action] = []
+        reads: list[Action] = []
+        for a in body:
+            late = not isinstance(a, Read) or computed & set(_needs(a))
+            (left if late else reads).append(a)
+            computed |= set(_targets(a)) if late else set()
         ordered: list[Action] = []
         while left:
             waiting = {n for a in left for n in _targets(a)}
@@ -927,26 +1038,26 @@ class _Planner:
             sum(
                 self.size_of(self.names(i.value.name), s) * i.value.dtype.bits // 8
                 for i in raw.items
-                if isinstance(i, Read) and raw.loop[0] in self.names(i.value.name)
+                if isinstance(i, Read) and raw.loops[-1][0] in self.names(i.value.name)
             )
             for s, raw in enumerate(self.raw)
-            if raw.loop
+            if raw.loops
         ]
         return min(max(STAGE_BYTES // max(*tiles, 1), 2), 4) if tiles else 1
 
 
 def _targets(action: Action) -> tuple[str, ...]:
     c = compute_of(action)
-    return (c.equation.target.name,) if c else ()
+    return (c.equation.target.name,) if c else (action.value.name,) if isinstance(action, Read) else ()
 
 
 def _needs(action: Action) -> tuple[str, ...]:
     match action:
-        case Write(value):
-            return (value.name,)
+        case Write(value, index=index):
+            return (value.name, *(i.value for i in index if i.value))
         case Accumulate(compute, _, scale):
             return (*compute.equation.args, *((scale,) if scale else ()))
         case Compute(equation):
             return equation.args
-        case Read():
-            return ()
+        case Read(_, pieces):
+            return tuple(i.value for p in pieces for i in p.index if i.value)

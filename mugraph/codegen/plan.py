@@ -22,8 +22,9 @@ from mugraph.ir.printer import op_head
 from mugraph.ir.types import DType, Tensor
 
 Role = Literal["grid", "loop", "whole"]
-Form = Literal["pointwise", "sum", "dot", "relabel"]
+Form = Literal["pointwise", "sum", "dot", "relabel", "scan"]
 Space = Literal["input", "output", "global", "workspace", "zeroed"]
+Precision = Literal["ieee", "tf32"]
 
 
 @dataclass(frozen=True)
@@ -59,15 +60,24 @@ class Extent:
 
 @dataclass(frozen=True)
 class Index:
-    """A position along an axis of a source: `start + step * axis`, or the constant `start`."""
+    """A position along an axis of a source: `start + step * axis`, or the constant `start`.
+
+    With `value`, a tile of integers, that stands in the place of the axis: an index along the axis `within`, negative
+    ones from its end.  What is out of its range is not loaded (but 0), and not stored.
+    """
 
     axis: str | None
     start: int = 0
     step: int = 1
+    value: str | None = None
+    within: Axis | None = None
 
     def __str__(self) -> str:
-        scaled = self.axis if self.step == 1 else f"{self.step}*{self.axis}"
-        return str(self.start) if self.axis is None else f"{self.start} + {scaled}" if self.start else str(scaled)
+        if self.axis is None and self.value is None:
+            return str(self.start)
+        name = self.axis or f"{self.value}[..]"
+        scaled = name if self.step == 1 else f"{self.step}*{name}"
+        return f"{self.start} + {scaled}" if self.start else scaled
 
 
 @dataclass(frozen=True)
@@ -137,7 +147,7 @@ class Accumulate:
 @dataclass(frozen=True)
 class Write:
     """Stores the value to the axes of `target` that bear its names; a partial value into the slab of its part.
-    `index`: the place along each axis of a target of which the value is a part."""
+    `index`: the place along each axis of a target of which the value is a part, or into which it is scattered."""
 
     value: Tensor
     target: str
@@ -154,12 +164,14 @@ Action = Read | Compute | Accumulate | Write
 
 @dataclass(frozen=True)
 class Scope:
-    """A pass or the epilogue.  `before` runs once, `body` per tile of the loop; without a loop, `body` is empty."""
+    """A pass or the epilogue.  `before` runs once, `body` per tile of the loop, which may be inside an `outer` one;
+    without a loop, `body` is empty."""
 
     extents: tuple[Extent, ...]
     loop: str | None
     before: tuple[Action, ...]
     body: tuple[Action, ...]
+    outer: str | None = None
 
     def extent(self, axis: str) -> Extent:
         return next(e for e in self.extents if e.axis.name == axis)
@@ -246,6 +258,18 @@ Trace = tuple[Choice, ...]
 
 
 @dataclass(frozen=True)
+class Machine:
+    """What a plan is for.  `arch`: the compute capability, None for any.  `precision`: what matrix multiplies make of
+    f32 operands."""
+
+    arch: int | None = None
+    precision: Precision = "ieee"
+
+
+ANY = Machine()
+
+
+@dataclass(frozen=True)
 class Launch:
     """One kernel launch.  `grid` is in program-id order, fastest first; `split` is (axis, parts): the slowest."""
 
@@ -272,10 +296,11 @@ class Launch:
         )
         lines.append(f"  tile dimensions: {', '.join('·'.join(lane) for lane in self.lanes)}")
         for scope in self.scopes:
-            lines.append("  scope" if scope.loop is None else f"  loop {scope.loop}")
+            loops = ", ".join(a for a in (scope.outer, scope.loop) if a)
+            lines.append(f"  loop {loops}" if loops else "  scope")
             lines += [f"    {e}" for e in scope.extents]
             lines += [f"    {a}" for a in scope.before]
-            lines += [f"    for {scope.loop}:"] if scope.body else []
+            lines += [f"    for {loops}:"] if scope.body else []
             lines += [f"      {a}" for a in scope.body]
         return "\n".join(lines)
 
@@ -325,8 +350,12 @@ class Buffer:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that a call of the program does, in order.  `ahead`: what is done once, on constant inputs alone; its
-    outputs are the last inputs of this plan."""
+    """Everything that a call of the program does, in order.
+
+    ahead       what is done once, on constant inputs alone; its outputs are the last inputs of this plan
+    precision   what matrix multiplies make of f32 operands: all of their bits ("ieee"), or 10 of the fraction ("tf32")
+    decoded     element types that the architecture has no loads for: they are read as bytes
+    """
 
     name: str
     buffers: tuple[Buffer, ...]
@@ -334,6 +363,8 @@ class Plan:
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     ahead: Plan | None = None
+    precision: Precision = "ieee"
+    decoded: tuple[DType, ...] = ()
 
     @property
     def parameters(self) -> tuple[str, ...]:
@@ -359,6 +390,7 @@ class Plan:
     def __str__(self) -> str:
         lines = [f"ahead {self.ahead}"] if self.ahead else []
         lines += [f"plan {self.name}({', '.join(self.inputs)}) -> {', '.join(self.outputs)}"]
+        lines += ["  f32 operands as tf32"] if self.precision == "tf32" else []
         lines += [f"  {b}" for b in self.buffers]
         lines += [f"  {line}" for c in self.calls for line in str(c).splitlines()]
         return "\n".join(lines)

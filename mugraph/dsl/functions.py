@@ -10,6 +10,7 @@ from typing import Any
 from mugraph.dsl import tensor as t
 from mugraph.dsl.tensor import Axis, Number, SizeValue, Tensor, cast, einsum, matmul, where
 from mugraph.errors import ShapeError, UnsupportedOpError, user_location
+from mugraph.ir.axes import Dim
 from mugraph.ir.types import DType
 
 __all__ = [
@@ -52,6 +53,7 @@ __all__ = [
     "reshape",
     "rms_norm",
     "rsqrt",
+    "scatter_add",
     "sigmoid",
     "silu",
     "softmax",
@@ -62,6 +64,7 @@ __all__ = [
     "stack",
     "sub",
     "sum",
+    "take",
     "tanh",
     "transpose",
     "tril",
@@ -194,6 +197,20 @@ amax, amin = max, min
 def cumsum(x: Tensor, axis: int = -1) -> Tensor:
     """Inclusive prefix sums along one dimension."""
     return t.cumulated(x, axis)
+
+
+def take(x: Tensor, index: Tensor, axis: int = 0) -> Tensor:
+    """x[index] along one dimension, in whose place come the index's.  The index holds integers from -n to n - 1, where
+    n is the size of the dimension; negative ones count from the end, as in PyTorch.  Kernels read 0 for others."""
+    return t.taken(x, index, axis)
+
+
+def scatter_add(x: Tensor, index: Tensor, size: int | Dim | SizeValue, axis: int = 0) -> Tensor:
+    """Zeros with `size` entries along one dimension, to which x is added at the places that the index names.
+
+    The index's dimensions are those of x from `axis` on, in whose place comes the new one.  It holds integers from
+    -size to size - 1; negative ones count from the end.  Kernels leave out what has another index."""
+    return t.scattered(x, index, size, axis)
 
 
 def logsumexp(x: Tensor, axis: Axis = -1, keepdims: bool = False) -> Tensor:

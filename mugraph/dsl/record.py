@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from types import CodeType, FrameType
-from typing import assert_never
+from typing import Literal, assert_never
 
 from mugraph.dsl.unify import Axes, Var, VarDims, divides
 from mugraph.errors import Location, ShapeError, user_location
@@ -326,7 +326,12 @@ class Resolver:
                 self._concat([self._atoms(a) for a in axes], self._atoms(out.name), args, target)
             case CumSum(axis):
                 self._prefix_sum(self._atoms(axis), args[0], target)
-            case Gather() | Scatter() | TopK() | Unpack() | Pack():
+            case Gather(axis):
+                merged, whole = self._as_one(args[0], self._atoms(axis))
+                self._emit(target, Gather(whole.name), merged, args[1])
+            case Scatter(axes, out, kind):
+                self._scatter(self._names(axes), self._atoms(out.name), kind, args, target)
+            case TopK() | Unpack() | Pack():
                 raise ShapeError(f"{type(op).__name__} is not traced", where=self._where)
             case _:
                 assert_never(op)
@@ -374,9 +379,9 @@ class Resolver:
             leading = Slice(atoms[0].name, out[0], start // tail if isinstance(tail, int) else start, step)
             self._then_rename(leading, (atoms[0],), (out[0],), dict(zip(atoms[1:], out[1:], strict=True)), arg, target)
             return
-        merged, cut = self._merged(arg, atoms), self._whole(out)
-        source = next(a for a in self.tensors[merged].axes if a not in self.tensors[arg].axes or a in atoms)
-        self._regrouped(Slice(source.name, cut, start, step), {source: cut}, (merged,), cut, out, target)
+        (merged, source), cut = self._as_one(arg, atoms), self._whole(out)
+        dims = _substituted(self.tensors[merged].dims, {source: cut})
+        self._regrouped(Slice(source.name, cut, start, step), dims, (merged,), cut, out, target)
 
     def _then_rename(
         self,
@@ -414,13 +419,29 @@ class Resolver:
             next(a for a in self.tensors[m].axes if a not in self.tensors[arg].axes or a in own)
             for m, arg, own in zip(merged, args, atoms, strict=True)
         ]
-        op_ = Concat(tuple(s.name for s in sources), whole)
-        self._regrouped(op_, {sources[0]: whole}, tuple(merged), whole, out, target)
+        dims = _substituted(self.tensors[merged[0]].dims, {sources[0]: whole})
+        self._regrouped(Concat(tuple(s.name for s in sources), whole), dims, tuple(merged), whole, out, target)
 
     def _prefix_sum(self, atoms: tuple[Axis, ...], arg: str, target: Tensor) -> None:
+        merged, whole = self._as_one(arg, atoms)
+        self._regrouped(CumSum(whole.name), self.tensors[merged].dims, (merged,), whole, atoms, target)
+
+    def _scatter(
+        self,
+        closed: tuple[str, ...],
+        out: tuple[Axis, ...],
+        kind: Literal["sum", "write"],
+        args: tuple[str, ...],
+        target: Tensor,
+    ) -> None:
+        whole = self._whole(out)
+        kept = tuple((a,) for a in self.tensors[args[0]].axes if a.name not in closed)
+        self._regrouped(Scatter(closed, whole, kind), ((whole,), *kept), args, whole, out, target)
+
+    def _as_one(self, arg: str, atoms: tuple[Axis, ...]) -> tuple[str, Axis]:
+        """The argument with these axes as one, and that axis."""
         merged = self._merged(arg, atoms)
-        whole = next(a for a in self.tensors[merged].axes if a not in self.tensors[arg].axes or a in atoms)
-        self._regrouped(CumSum(whole.name), {}, (merged,), whole, atoms, target)
+        return merged, next(a for a in self.tensors[merged].axes if a not in self.tensors[arg].axes or a in atoms)
 
     def _whole(self, atoms: tuple[Axis, ...]) -> Axis:
         """One axis for a product of atoms."""
@@ -443,17 +464,16 @@ class Resolver:
     def _regrouped(
         self,
         op: PureOp,
-        moved: Mapping[Axis, Axis],
+        dims: Dims,
         args: tuple[str, ...],
         whole: Axis,
         out: tuple[Axis, ...],
         target: Tensor,
     ) -> None:
-        """`op`, whose result has the axis `whole`, with that axis cut into the atoms `out`."""
+        """`op`, whose result has these dimensions and the axis `whole`, with that axis cut into the atoms `out`."""
         if out == (whole,):
             self._emit(target, op, *args)
             return
-        dims = _substituted(self.tensors[args[0]].dims, moved)
         middle = self._temporary(dims, target.dtype, op, *args)
         self._reshape(target, _cut_dims(tuple(a for d in dims for a in d), whole, out), middle)
 

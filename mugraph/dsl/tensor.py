@@ -29,12 +29,14 @@ from mugraph.ir.ops import (
     Contract,
     CumSum,
     Elementwise,
+    Gather,
     Iota,
     MaskedExp,
     PureOp,
     Reduce,
     ReduceKind,
     Relation,
+    Scatter,
     Select,
     SizeOf,
     Slice,
@@ -1182,10 +1184,12 @@ def _cut_dim(x: Tensor, i: int, start: int, count: int, step: int) -> Tensor:
 
 
 def indexed(x: Tensor, index: tuple[Any, ...]) -> Tensor:
-    """Integers, slices, None and one Ellipsis."""
+    """Integers, slices, None, one Ellipsis, and one tensor of integers."""
     where_ = x.recorder.location()
-    if any(isinstance(k, Tensor | list) for k in index):
-        raise UnsupportedOpError("indexing by a tensor", op="index", where=where_, remedy="gather outside the program")
+    if any(isinstance(k, list) for k in index):
+        raise UnsupportedOpError("indexing by a list", op="index", where=where_, remedy="give a tensor of integers")
+    if sum(isinstance(k, Tensor) for k in index) > 1:
+        raise UnsupportedOpError("an index of several tensors", op="index", where=where_, remedy="index by one of them")
     used = sum(k is not None and not isinstance(k, EllipsisType) for k in index)
     if used > x.ndim:
         raise ShapeError(f"{used} indices for {x!r}", op="index", where=where_)
@@ -1209,6 +1213,9 @@ def indexed(x: Tensor, index: tuple[Any, ...]) -> Tensor:
                     x, at, start, None if stop is None or whole else int(stop), 1 if k.step is None else int(k.step)
                 )
                 at += 1
+            case Tensor():
+                x = taken(x, k, at)
+                at += k.ndim
             case _ if isinstance(k, numbers.Integral | SizeValue):
                 x = _picked(x, at, int(k))
             case _:
@@ -1229,6 +1236,53 @@ def _picked(x: Tensor, i: int, k: int) -> Tensor:
         k %= size
     x = sliced(x, i, k, k + 1, 1)
     return x.seen((*x.dims[:i], *x.dims[i + 1 :]))
+
+
+def _need_index(x: Tensor, index: Tensor, op: str) -> None:
+    if x.masked is not None:
+        raise UnsupportedOpError(f"{op} of a value masked to minus infinity", op=op, where=x.recorder.location())
+    if index.dtype.is_float or index.dtype is DType.bool:
+        raise ShapeError(f"an index of {index.dtype}", op=op, where=x.recorder.location(), remedy="give integers")
+
+
+def taken(x: Tensor, index: Tensor, axis: int) -> Tensor:
+    """x[.., index, ..]: the index's dimensions in the place of one of x."""
+    recorder = recorder_of([x, index], "index")
+    _need_index(x, index, "index")
+    i = normal_axis(x, axis)
+    x = _one_axis(x, i)
+    labels = [[("x", n) for n in range(x.ndim)], [("index", n) for n in range(index.ndim)]]
+    met = meet("index", [x, index], labels)
+    (source,) = recorder.axes.atoms(met.slots["x", i])
+    value, places = recorder.spread(met.values[0], [source]), recorder.atoms(met.values[1])
+    kept = [w for v in recorder.atoms(value) for w in (places if v is source else (v,))]
+    found = recorder.record(Gather(source.name), (value, met.values[1]), kept, x.dtype)
+    dims = met.dims([*labels[0][:i], *labels[1], *labels[0][i + 1 :]])
+    return Tensor(recorder, found, dims)
+
+
+def scattered(x: Tensor, index: Tensor, size: Any, axis: int) -> Tensor:
+    """Zeros with `size` entries along one dimension, to which x is added at the places that the index names.  The
+    index's dimensions are those of x from `axis` on, in whose place comes the new one."""
+    recorder = recorder_of([x, index], "scatter_add")
+    _need_index(x, index, "scatter_add")
+    i = normal_axis(x, axis)
+    end = i + index.ndim
+    if index.ndim < 1 or index.sizes != x.sizes[i:end]:
+        raise ShapeError(
+            f"scatter_add of {x!r} by {index!r}", op="scatter_add", where=recorder.location(),
+            remedy="give one index for each entry along the dimensions from `axis` on",
+        )  # fmt: skip
+    labels = list(range(x.ndim))
+    met = meet("scatter_add", [_one_axis(x, i), index], [labels, labels[i:end]])
+    closed = recorder.axes.atoms(v for d in met.dims(labels[i:end]) for v in d)
+    value = recorder.spread(met.values[0], closed)
+    out = recorder.axes.fresh(plain_size(recorder, size))
+    kept = [v for v in recorder.atoms(value) if v not in closed]
+    recorder.axes.together([*kept, *closed, out])
+    op = Scatter(tuple(v.name for v in closed), recorder.axis(out))
+    found = recorder.record(op, (value, met.values[1]), [out, *kept], x.dtype)
+    return Tensor(recorder, found, (*met.dims(labels[:i]), (out,), *met.dims(labels[end:])))
 
 
 def concatenated(xs: Sequence[Tensor], axis: int) -> Tensor:

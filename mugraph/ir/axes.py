@@ -9,6 +9,7 @@ matched by position once a program is traced.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
@@ -133,6 +134,15 @@ def size_value(size: Size, bindings: Mapping[str, int]) -> int:
     if value.denominator != 1:
         raise ShapeError(f"the size {size} is {value} at {dict(bindings)}, not a whole number")
     return int(value)
+
+
+def largest(size: Size) -> int:
+    """The greatest value that a size may take."""
+    m = _monomial(size)
+    value = m.coefficient
+    for dim, power in m.powers:
+        value *= Fraction(dim.max if power > 0 else dim.min) ** power
+    return math.ceil(value)
 
 
 @dataclass(frozen=True, order=True)

@@ -212,6 +212,7 @@ class _Block:
         self.alive: dict[str, Tensor] = {}  # those that outlive the pass
         self.loops_of: dict[str, tuple[str, ...]] = {}  # loops of a value that dies with each iteration
         self.hidden: set[str] = set()  # values inside thread graphs
+        self.scattered: dict[str, set[str]] = {}  # what a block scatters of tiled axes: a part of a sum, and the axes
         self.running: dict[str, set[str]] = {}  # value -> running maxima that it depends on
 
     def check(self) -> dict[str, Tensor]:
@@ -328,7 +329,10 @@ class _Block:
         self.read(e, e, visible, unfinished)
         self.checker.types(e, visible, tile=True)
         tiled = self.looped.union(self.grid)
-        if closed := sorted(_closed(e, visible) & tiled):
+        closed = sorted(_closed(e, visible) & tiled)
+        if isinstance(e.op, Scatter) and e.op.kind == "sum" and set(closed) <= set(e.op.axes):
+            self.scattered[e.target.name] = set(closed)
+        elif closed:
             if closed[0] in self.grid:
                 self.fail(e, f"{op_text(e.op)} closes the grid axis {closed[0]}", "loop over it, and split the loop")
             self.fail(e, f"{op_text(e.op)} closes the looped axis {closed[0]} outside an accumulator")
@@ -347,6 +351,8 @@ class _Block:
         if isinstance(e.op, Kernel | Library):
             self.fail(node, f"{op_text(e.op)} inside a block graph")
         self.used(node, e.args, visible)
+        if part := [a for a in e.args if self.scattered.get(a)]:
+            self.fail(node, f"{part[0]} is what one block scatters, not the sum over all", "store it atomically")
         if early := [a for a in e.args if a in unfinished]:
             self.fail(node, f"{early[0]} is read before its loop is done", "read it in a later pass or the epilogue")
 
@@ -433,6 +439,10 @@ class _Block:
     def race(self, s: Store, value: Tensor) -> None:
         """No two blocks, and no two iterations, write one element."""
         names = {a.name for a in value.axes}
+        if part := self.scattered.get(s.value):
+            if s.kind != "atomic":
+                self.fail(s, f"a race: all blocks along {min(part)} write to {s.target}", "store it atomically")
+            names |= part
         if absent := [a for a in self.grid if a not in names]:
             self.fail(s, f"a race: all blocks along {absent[0]} write the same elements of {s.target}")
         if s.value not in self.loops_of:
@@ -459,7 +469,7 @@ class _Block:
 def _closed(e: Equation, values: Mapping[str, Tensor]) -> set[str]:
     """The axes that an operator closes, or looks along: a block must see them whole."""
     before = {a.name for name in e.args for a in values[name].axes}
-    along = {e.op.axis} if isinstance(e.op, CumSum | Gather | Scatter) else set()
+    along = {e.op.axis} if isinstance(e.op, CumSum | Gather) else set()
     return before - {a.name for t in e.targets for a in t.axes} | along
 
 

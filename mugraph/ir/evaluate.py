@@ -567,8 +567,8 @@ class FloatAlgebra(ArrayAlgebra):
                 return (_unpacked(args[0], axis, out.name, dtype.bits, dtype.value.startswith("i")),)
             case Pack(axis, out, _):
                 return (_packed(args[0], axis, out.name, args[0].size(axis) // self.sizes[out.name]),)
-            case Scatter(axis, out, kind):
-                return (_scattered(args[0], args[1], axis, out.name, self.sizes[out.name], kind),)
+            case Scatter(closed, out, kind):
+                return (_scattered(args[0], args[1], closed, out.name, self.sizes[out.name], kind),)
             case _:
                 raise UnsupportedOpError(f"{op_text(op)} has no float64 meaning", op=op_text(op))
 
@@ -642,12 +642,14 @@ def _packed(v: Named, axis: str, out: str, count: int) -> Named:
     return Named(tuple(out if a == axis else a for a in v.axes), ((codes.reshape(shape) << shifts).sum(axis=at + 1),))
 
 
-def _scattered(v: Named, index: Named, axis: str, out: str, size: int, kind: str) -> Named:
-    rest = [a for a in v.axes if a != axis and a not in index.axes]
-    lead = [a for a in index.axes if a != axis]
-    lined, at = aligned(v, [*lead, axis, *rest]), aligned(index, [*lead, axis]).parts[0]
+def _scattered(v: Named, index: Named, closed: tuple[str, ...], out: str, size: int, kind: str) -> Named:
+    rest = [a for a in v.axes if a not in closed and a not in index.axes]
+    lead = [a for a in index.axes if a not in closed]
+    lined, at = aligned(v, [*lead, *closed, *rest]), aligned(index, [*lead, *closed]).parts[0]
     assert at is not None
-    where = at.astype(np.int64) % size
+    shape = tuple(v.size(a) for a in (*lead, *closed))
+    where = np.broadcast_to(at, shape).reshape(*shape[: len(lead)], -1).astype(np.int64) % size
+    lined = lined.map(lambda p: p.reshape(*where.shape, *p.shape[len(shape) :]), (*lead, closed[0], *rest))
     grids = np.ix_(*[range(v.size(a)) for a in lead]) if lead else ()
     place = (*tuple(g.reshape(*g.shape, 1) for g in grids), where)
 
@@ -801,8 +803,8 @@ class FieldAlgebra(ArrayAlgebra):
                 return (args[0] if dtype.is_float else self.hashed(("cast", dtype.value), args[0]),)
             case Quantize(dtype):
                 return (self.hashed(("quantize", dtype.value), self.elementwise("div", xs[0], xs[1])),)
-            case Scatter(axis, out, "sum"):
-                result = _scattered(args[0], args[1], axis, out.name, self.sizes[out.name], "sum")
+            case Scatter(closed, out, "sum"):
+                result = _scattered(args[0], args[1], closed, out.name, self.sizes[out.name], "sum")
                 return (self._each(lambda a, m: a % U(m), result),)
             case _:
                 raise UnsupportedOpError(f"{op_text(op)} has no meaning in the fields yet", op=op_text(op))

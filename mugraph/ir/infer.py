@@ -154,13 +154,17 @@ def infer(op: Op, args: Sequence[Type]) -> tuple[Type, ...]:
             _need_index(op, args[1])
             added = tuple(a for a in args[1].axes if a not in args[0].axes)
             return (Type(_replaced(op, args[0].axes, axis, added), args[0].dtype),)
-        case Scatter(axis, out):
+        case Scatter(closed, out):
             _count(op, args, 2)
             _need_index(op, args[1])
-            gone = {a.name for a in args[1].axes if a.name != axis} - {a.name for a in args[0].axes}
-            if gone:
+            if not closed:
+                raise ShapeError("scatter along no axis", op="scatter")
+            _need_axes(op, _union(op, args), closed)
+            if gone := {a.name for a in args[1].axes} - {a.name for a in args[0].axes} - set(closed):
                 raise ShapeError(f"scatter index has axes that its operand lacks: {sorted(gone)}", op="scatter")
-            return (Type(_replaced(op, args[0].axes, axis, (out,)), args[0].dtype),)
+            _need_axes(op, args[0].axes, closed)
+            replaced = _replaced(op, args[0].axes, closed[0], (out,))
+            return (Type(tuple(a for a in replaced if a.name not in closed[1:]), args[0].dtype),)
         case Library(_, semantics):
             _count(op, args, len(semantics.inputs))
             return _call(semantics.name, [i.tensor for i in semantics.inputs],

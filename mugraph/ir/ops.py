@@ -4,7 +4,7 @@
        | Contract(axes) | Reduce(kind, axes) | CumSum(axis) | TopK(axis, k)
        | Cast(dtype) | Quantize(dtype, scale) | Unpack(axis, bits) | Pack(axis, bits)
        | Reshape(dims) | Transpose | Broadcast(axes) | Slice(axis, start, step) | Concat(axis) | Rename(axes)   views
-       | Gather(axis) | Scatter(axis, kind)
+       | Gather(axis) | Scatter(axes, out, kind)
        | Library(name, semantics: Program) | Kernel(blocks: BlockGraph...)
 
 Operands meet by axis *name*: `Elementwise` ranges over the union of its operands' axes, `Contract(axes)` sums the
@@ -18,7 +18,7 @@ from fractions import Fraction
 from typing import TYPE_CHECKING, Literal
 
 from mugraph.ir.axes import Axis
-from mugraph.ir.types import Dims, DType
+from mugraph.ir.types import Dims, DType, Tensor
 
 if TYPE_CHECKING:
     from mugraph.ir.graph import BlockGraph, Program
@@ -194,16 +194,23 @@ class Rename:
 
 @dataclass(frozen=True)
 class Gather:
-    """`Gather(x, index)`: `y[..] = x[.., index[..], ..]` along `axis`; the index's axes take the place of `axis`."""
+    """`Gather(x, index)`: `y[..] = x[.., index[..], ..]` along `axis`; the index's axes take the place of `axis`.
+
+    The indices of gather and scatter are -n .. n - 1 for an axis of size n; negative ones count from its end."""
 
     axis: str
+
+    def keeps_rows(self, source: Tensor) -> bool:
+        """Whether what lies side by side in the source does so in the result: a kernel may load it by index."""
+        return self.axis not in [a.name for d in source.dims[-1:] for a in d]
 
 
 @dataclass(frozen=True)
 class Scatter:
-    """`Scatter(x, index)`: adds (or writes) x along `axis` at the places index names in the new axis `out`."""
+    """`Scatter(x, index)`: zeros along the new axis `out`, and x added (or written, the last one in row-major order
+    counts) at the places that index names for each entry along `axes`.  Other axes of the index are those of x."""
 
-    axis: str
+    axes: tuple[str, ...]
     out: Axis
     kind: Literal["sum", "write"] = "sum"
 

@@ -469,15 +469,11 @@ class _Program:
                 facts = dict([self.fact(line, "start")] + ([self.fact(line, "step")] if line.accept(",") else []))
                 op = Slice(old, new, **facts)
             case "concat":
-                joined = [line.name()]
-                while line.accept(","):
-                    joined.append(line.name())
-                line.expect("->")
-                op = Concat(tuple(joined), self.axis(line, axes))
+                op = Concat(*self.arrows(line, axes))
             case "scatter":
-                old, new = self.arrow(line, axes)
+                closed, new = self.arrows(line, axes)
                 kind = line.word(("sum", "write"), "kind of scatter") if line.accept(",") else "sum"
-                op = Scatter(old, new, kind)  # type: ignore[arg-type]
+                op = Scatter(closed, new, kind)  # type: ignore[arg-type]
             case _:
                 line.fail(f"there is no operator {head!r}")
         line.expect("]")
@@ -487,6 +483,13 @@ class _Program:
         old = line.name()
         line.expect("->")
         return old, self.axis(line, axes)
+
+    def arrows(self, line: _Line, axes: Mapping[str, Axis]) -> tuple[tuple[str, ...], Axis]:
+        joined = [line.name()]
+        while line.accept(","):
+            joined.append(line.name())
+        line.expect("->")
+        return tuple(joined), self.axis(line, axes)
 
     def fact(self, line: _Line, key: str) -> tuple[str, int]:
         line.expect(key)

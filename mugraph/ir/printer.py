@@ -473,8 +473,9 @@ class _Printer:
                 return f"concat[{self.names_of(axes)} -> {axis(out.name)}]"
             case Rename(pairs):
                 return f"rename[{', '.join(f'{axis(old)} -> {axis(new.name)}' for old, new in pairs)}]"
-            case Scatter(a, out, kind):
-                return f"scatter[{axis(a)} -> {axis(out.name)}" + ("]" if kind == "sum" else f", {kind}]")
+            case Scatter(axes, out, kind):
+                names = ", ".join(map(axis, axes))
+                return f"scatter[{names} -> {axis(out.name)}" + ("]" if kind == "sum" else f", {kind}]")
             case Library(name, _):
                 return f"library[{json.dumps(name)}]"
             case Compare() | Select() | MaskedExp() | Transpose() | Kernel():

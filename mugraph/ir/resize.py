@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from mugraph.ir.axes import Axis, dims_of
 from mugraph.ir.graph import BlockGraph, Pass, Program, Split
-from mugraph.ir.ops import Concat, Gather, Kernel, Pack, Rename, Reshape, Scatter, Slice, TopK, Unpack
+from mugraph.ir.ops import Concat, Kernel, Pack, Rename, Reshape, Slice, TopK, Unpack
 from mugraph.ir.types import DType
 
 T = TypeVar("T")
@@ -122,7 +122,7 @@ def _cut_axes(program: Program) -> set[str]:
                 found |= {axis, out.name}
             case Concat(axes, out):
                 found |= {*axes, out.name}
-            case Reshape() | TopK() | Pack() | Unpack() | Gather() | Scatter():
+            case Reshape() | TopK() | Pack() | Unpack():
                 found |= {a.name for n in (*e.args, *(t.name for t in e.targets)) for a in tensors[n].axes}
     found |= {a.name for t in tensors.values() for a in t.axes if dims_of(a.size)}
     return found

@@ -200,6 +200,31 @@ def _cumsum(x: Tensor, dim: int, *, dtype: Any = None) -> Tensor:
     return mg.cumsum(_cast(x, dtype), dim)
 
 
+@aten("index")
+def _index(x: Tensor, indices: Sequence[Tensor | None]) -> Tensor:
+    return x[tuple(slice(None) if i is None else i for i in indices)]
+
+
+@aten("index_select")
+def _index_select(x: Tensor, dim: int, index: Tensor) -> Tensor:
+    return mg.take(x, index, dim)
+
+
+@aten("embedding")
+def _embedding(weight: Tensor, indices: Tensor, *_: Any, **__: Any) -> Tensor:
+    return mg.take(weight, indices, 0)
+
+
+@aten("index_put")
+def _index_put(x: Tensor, indices: Sequence[Tensor | None], values: Tensor, accumulate: bool = False) -> Tensor:
+    """What `index_add` becomes; values are not repeated."""
+    given = [(n, i) for n, i in enumerate(indices) if i is not None]
+    if not accumulate or len(given) != 1:
+        _refuse("writing by an index is not supported", "add by one index tensor: index_add")
+    ((axis, index),) = given
+    return x + mg.scatter_add(values, index, x.shape[axis], axis)
+
+
 @aten("softmax", "_softmax")
 def _softmax(x: Tensor, dim: int, dtype: Any = None) -> Tensor:
     return mg.softmax(x if isinstance(dtype, bool) else _cast(x, dtype), dim)

@@ -128,8 +128,8 @@ def random_inputs(program: Program, sizes: Mapping[str, int], device: str, seed:
         if dtype is torch.bool:
             found.append(torch.rand(shape, generator=generator, device=device) < 0.7)
         elif not i.tensor.dtype.is_float:
-            limit = index_range(program, i.name, sizes)
-            found.append(torch.randint(limit, shape, generator=generator, device=device).to(dtype))
+            low, high = index_range(program, i, sizes)
+            found.append(torch.randint(low, high, shape, generator=generator, device=device).to(dtype))
         else:
             scale = shape[0] ** -0.5 if i.constant and shape else 1.0
             drawn = torch.randn(shape, generator=generator, device=device, dtype=torch.float32) * scale

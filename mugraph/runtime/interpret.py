@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from mugraph.runtime.process import Worker
+from mugraph.runtime.worker import received, sent
 
 if TYPE_CHECKING:
     import torch
@@ -39,10 +40,8 @@ class Interpreter:
         Outputs and workspaces start as NaN.  Raises WorkerError if the file raises, crashes, or takes longer than
         `timeout` seconds.
         """
-        outputs: list[torch.Tensor] = self._worker.ask(
-            "interpret", {"source": source, "inputs": list(inputs.values())}, self.timeout
-        )
-        return outputs
+        request = {"source": source, "inputs": sent(inputs.values())}
+        return received(self._worker.ask("interpret", request, self.timeout))
 
 
 @lru_cache(maxsize=1)

@@ -28,7 +28,7 @@ from functools import cached_property
 from typing import Any, get_args
 
 from mugraph.codegen.lower import lower
-from mugraph.codegen.plan import Beside, Choice, Launch, Options, Plan, Read, Trace, compute_of
+from mugraph.codegen.plan import ANY, Beside, Choice, Launch, Machine, Options, Plan, Read, Trace, compute_of
 from mugraph.errors import CompileError
 from mugraph.ir.graph import KernelGraph
 from mugraph.ir.ops import Kernel
@@ -156,7 +156,7 @@ class Tuner:
     """Compiles and ranks configurations for one device.
 
     compilers  work side by side
-    arch       what is compiled for, where the description is of another device of the same generation
+    machine    what is compiled for; its architecture is the description's where it has none
     timer      runs configurations where there is a device; without one, the level "measure" is "model", and a note
                says so
     symbolic   the value of symbolic sizes that the model counts with
@@ -164,7 +164,7 @@ class Tuner:
 
     device: Device
     compilers: Sequence[Compiler]
-    arch: int | None = None
+    machine: Machine = ANY
     timer: Timer | None = None
     symbolic: int = 16
 
@@ -200,7 +200,7 @@ class Tuner:
         tried = timed = 0
         if level == "measure" and self.timer is None:
             notes.append("there is no device to time kernels on: they are ranked by a model of what the compiler made")
-        for call in launched(lower(verified)).values():
+        for call in launched(lower(verified, machine=self.machine)).values():
             seen = self.explored(verified, call.name, level)
             tried += len(seen)
             best = min(seen, key=lambda c: (c.badness, c.seconds if level != "fit" else 0))
@@ -254,14 +254,14 @@ class Tuner:
         """The kernel under each of these options, compiled side by side; None: the lowering's own."""
 
         def one(compiler: Compiler, wanted: Options | None) -> Configuration:
-            own = lower(verified)
+            own = lower(verified, machine=self.machine)
             trace = () if wanted is None else tuple(differences(kernel, call_of(own, kernel)[1].options, wanted))
-            plan = lower(verified, trace) if trace else own
+            plan = lower(verified, trace, self.machine) if trace else own
             function, call = call_of(plan, kernel)
             source = emit(plan)
             found, reason = None, ""
             try:
-                (found,) = compiler.resources(source, self.arch or self.device.arch, only=[function])
+                (found,) = compiler.resources(source, self.machine.arch or self.device.arch, only=[function])
             except CompileError as error:
                 reason = error.message
             return Configuration(call, plan, source, self.device, trace, found, reason, self.symbolic)

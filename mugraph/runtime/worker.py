@@ -12,7 +12,7 @@ import struct
 import subprocess
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
@@ -40,7 +40,22 @@ def load(source: str) -> ModuleType:
     return _MODULES[source]
 
 
-def interpret(source: str, inputs: list[Any]) -> list[Any]:
+def sent(tensors: Iterable[Any]) -> list[tuple[str, Any]]:
+    """Tensors as they go to another process, which cannot read the pickles of floats of 8 bits."""
+    import torch
+
+    names = [(t, str(t.dtype).removeprefix("torch.")) for t in tensors]
+    return [(name, t.view(torch.uint8) if name.startswith("float8") else t) for t, name in names]
+
+
+def received(tensors: Iterable[tuple[str, Any]]) -> list[Any]:
+    """What `sent` was given."""
+    import torch
+
+    return [t if str(t.dtype).endswith(f".{name}") else t.view(getattr(torch, name)) for name, t in tensors]
+
+
+def interpret(source: str, inputs: list[tuple[str, Any]]) -> list[tuple[str, Any]]:
     """The outputs of `run(*inputs)`.  Memory that `run` allocates starts as NaN, so what is never written shows."""
     import torch
 
@@ -53,10 +68,10 @@ def interpret(source: str, inputs: list[Any]) -> list[Any]:
 
     torch.empty = poisoned
     try:
-        result = module.run(*inputs)
+        result = module.run(*received(inputs))
     finally:
         torch.empty = allocate
-    return list(result) if isinstance(result, tuple) else [result]
+    return sent(result if isinstance(result, tuple) else [result])
 
 
 def compile_kernels(

@@ -228,7 +228,7 @@ def _whole(
         watch.lap("verification")
     notes = [f"enumerator (abstraction {space.abstraction}): {enumeration}"] if enumeration else []
     notes += [
-        f"{e.targets[0].name} is outside the calculus and runs as a library call"
+        f"{e.targets[0].name} is outside the calculus: the search takes it as given"
         for e in (task.called(best.plan) if best.plan else ())
     ]
     if not best.plan:

@@ -69,6 +69,20 @@ def operands(p: Problem, call: LibraryCall) -> tuple[int, ...]:
     return tuple(x for x in found if x is not None and not made_of_indices(p, x))
 
 
+def called_classes(call: object) -> tuple[int, ...]:
+    """All classes that a library call may read."""
+    match call:
+        case Edge(children=children):
+            return children
+        case Added(product, other):
+            return (*product.children, other)
+        case Attention():
+            return tuple(
+                x for x in (call.query, call.keys, call.values, call.scale, call.bias, call.mask) if x is not None
+            )
+    return ()
+
+
 def library_calls(p: Problem, c: int) -> list[tuple[LibraryCall, Prediction]]:
     """The library calls that compute a class, each with its predicted time, the operands' prices not counted."""
     found: list[tuple[LibraryCall, Prediction]] = []

@@ -13,7 +13,7 @@ from functools import cached_property
 from mugraph.errors import GraphError, SettingError, ShapeError, VerificationError
 from mugraph.ir.axes import Axis, dims_of, representative, size_value
 from mugraph.ir.graph import Equation, KernelGraph, Program
-from mugraph.ir.ops import Const, Elementwise, Reduce
+from mugraph.ir.ops import Const, Elementwise, Gather, Reduce
 from mugraph.ir.shift import is_exponential, shifted
 from mugraph.ir.types import DType
 from mugraph.search import values as v
@@ -27,7 +27,7 @@ from mugraph.search.explain import Laws
 from mugraph.search.extract import Derivation, Problem, Roles, is_leaf_edge
 from mugraph.search.formula import Notation
 from mugraph.search.laws import LAWS, Meaning, meaning
-from mugraph.search.library import Added, Attention, equations_seconds
+from mugraph.search.library import Added, Attention, called_classes, equations_seconds
 from mugraph.search.partition import Choice, Partition, resized
 from mugraph.search.pieces import is_free, joints, pieces
 from mugraph.search.report import (
@@ -150,8 +150,19 @@ class Setup:
         """What runs as library calls beside the plan's launches."""
         _, wanted = targets_of(self.here, self.known, self.seeds)
         made = {t for c in plan if c.derivations for r in c.roots for t in wanted.get(r, ())}
-        joined = joints(self.boundaries, made, (o.value for o in self.program.outputs))
-        return [e for e in self.boundaries if not is_free(e) and e.targets[0].name not in joined]
+        outputs = [o.value for o in self.program.outputs]
+        inside = joints(self.boundaries, made, outputs) | self.loaded_by_index(plan, outputs)
+        return [e for e in self.boundaries if not is_free(e) and e.targets[0].name not in inside]
+
+    def loaded_by_index(self, plan: Sequence[Choice], outputs: Sequence[str]) -> set[str]:
+        """Gathers that our own kernels alone read: they load from the source itself."""
+        read = {x for c in plan if not c.derivations for x in called_classes(c.how)}
+        edges = (e for c in read for e in self.closure.classes[c].edges if is_leaf_edge(e))
+        copied = {self.here.names[e.leaf.name] for e in edges if isinstance(e.leaf, v.Load)} | {*outputs}
+        copied |= {a for e in self.boundaries for a in e.args}
+        tensors = self.cut.tensors()
+        gathers = [e for e in self.boundaries if isinstance(e.op, Gather) and e.op.keeps_rows(tensors[e.args[0]])]
+        return {e.target.name for e in gathers} - copied
 
     def called_seconds(self, plan: Sequence[Choice], symbolic: int, dtype: DType) -> float:
         """What each call of the program spends on them."""

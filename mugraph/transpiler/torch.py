@@ -668,8 +668,8 @@ class _Emitter:
                 return self.joined(args, axes, out, target)
             case Gather(axis):
                 return self.gathered(args[0], args[1], axis, target)
-            case Scatter(axis, out, kind):
-                return self.scattered(args[0], args[1], axis, out, kind, target)
+            case Scatter(axes, out, kind):
+                return self.scattered(args[0], args[1], axes, out, kind, target)
             case TopK() | Kernel() | Library():
                 raise GraphError(f"{op_text(e.op)} has several results", op=op_text(e.op))
             case _:
@@ -972,24 +972,39 @@ class _Emitter:
         text = f"{self.at(v, [*shared, axis, *rest])}[{places}]"
         return replace(v, text=self.let(target.name, text), axes=(*shared, *own, *rest))
 
-    def scattered(self, v: Value, index: Value, axis: str, out: Axis, kind: str, target: Tensor) -> Value:
+    def scattered(self, v: Value, index: Value, axes: tuple[str, ...], out: Axis, kind: str, target: Tensor) -> Value:
         self.sizes.setdefault(out.name, out.size)
         v = self.arithmetic(v)
+        axis = axes[0]
+        if len(axes) > 1:
+            lead = [a for a in index.axes if a not in axes]
+            v, index = self.as_one(v, lead, axes, target), self.as_one(index, lead, axes, target)
         dtype = v.dtype
         if kind == "sum" and not dtype.is_float:
             v, dtype = replace(v, text=f"{v.text}.long()"), DType.i64
         at = v.axes.index(axis)
+        places = self.let(f"{index.text}_i64", f"{index.text}.long()") if _needs_long(index) else index.text
+        # PyTorch counts negative indices from the end where it reads, not where it adds
+        text = f"torch.where({places} < 0, {places} + {self.size(out.name)}, {places})"
+        index = replace(index, text=self.let(f"{target.name}_at", text))
         layout = tuple(out.name if a == axis else a for a in v.axes)
         zeros = f"torch.zeros({self.shape(layout)}, dtype={_torch(dtype)}, device={self.device})"
-        places = self.at(index, v.axes) + (".long()" if _needs_long(index) else "")
         if index.axes == (axis,):
-            places = index.text + (".long()" if _needs_long(index) else "")
             method = "index_add" if kind == "sum" else "index_copy"
-            return self.made(target, f"{zeros}.{method}({at}, {places}, {v.text})", layout, [v], dtype)
+            return self.made(target, f"{zeros}.{method}({at}, {index.text}, {v.text})", layout, [v], dtype)
         source = self.let(f"{target.name}_rows", v.text) if not v.text.isidentifier() else v.text
         method = "scatter_add" if kind == "sum" else "scatter"
-        text = f"{zeros}.{method}({at}, {places}.expand_as({source}), {source})"
+        text = f"{zeros}.{method}({at}, {self.at(index, v.axes)}.expand_as({source}), {source})"
         return self.made(target, text, layout, [v], dtype)
+
+    def as_one(self, v: Value, lead: Sequence[str], axes: tuple[str, ...], target: Tensor) -> Value:
+        """The value with these axes as one, the first, in row-major order, behind the leading ones."""
+        rest = [a for a in v.axes if a not in (*lead, *axes)]
+        text = self.at(v, [*lead, *axes, *rest])
+        if not set(axes) <= set(v.axes):
+            text += f".expand({', '.join(['-1'] * len(lead) + [self.size(a) for a in axes] + ['-1'] * len(rest))})"
+        text += f".flatten({len(lead)}, {len(lead) + len(axes) - 1})"
+        return replace(v, text=self.let(f"{target.name}_flat", text), axes=(*lead, axes[0], *rest))
 
 
 def _plain(name: str) -> str:

@@ -12,8 +12,8 @@ import json
 import keyword
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 
 from mugraph.codegen.lower import divides
@@ -36,8 +36,8 @@ from mugraph.codegen.plan import (
     Write,
     equation_text,
 )  # fmt: skip
-from mugraph.errors import UnsupportedOpError
-from mugraph.ir.axes import MAX_SIZE, Axis, Dim, Monomial, Size, dims_of, product, representative
+from mugraph.errors import GraphError, UnsupportedOpError
+from mugraph.ir.axes import MAX_SIZE, Axis, Dim, Size, dims_of, largest, product, representative
 from mugraph.ir.graph import Equation, Program
 from mugraph.ir.ops import (
     Broadcast,
@@ -45,6 +45,7 @@ from mugraph.ir.ops import (
     Compare,
     Const,
     Contract,
+    CumSum,
     Elementwise,
     Iota,
     MaskedExp,
@@ -70,7 +71,20 @@ POINTER = {
 }  # fmt: skip
 RELATION = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
 NEUTRAL = {"sum": "0.0", "max": 'float("-inf")', "min": 'float("inf")'}
+
+
+def neutral(kind: str, dtype: DType) -> str:
+    """What leaves a sum or an extreme of such numbers as it is."""
+    if dtype.is_float or kind not in NEUTRAL:
+        return NEUTRAL[kind]
+    if kind == "sum":
+        return "0"
+    low = 0 if dtype in (DType.u8, DType.bool) else -(2 ** (dtype.bits - 1))
+    return str(low if kind == "max" else low + 2**dtype.bits - 1)
+
+
 LOG2E = 1.4426950408889634
+DEEPEST_F8 = 128  # products of f8 that sm_90 sums with 14 bits, before f32 takes the sum
 # Functions that take more than an expression, emitted where they are used.
 HELPERS = {
     "tanh": '''@triton.jit
@@ -88,6 +102,13 @@ def gelu_tanh(x):
     """gelu by tanh: 0.5 * (1 + tanh(u)) is the sigmoid of 2 * u."""
     u = 0.7978845608028654 * (x + 0.044715 * x * x * x)
     return x / (1.0 + tl.exp2(-2.0 * u * LOG2E))''',
+    "from_e4m3": '''@triton.jit
+def from_e4m3(code):
+    """Codes of f8e4m3 as f16: the same bits, with an exponent that is 8 too low; 127 is no number."""
+    low = code.to(tl.uint16) & 127
+    bits = ((code.to(tl.uint16) & 128) << 8) | (low << 7)
+    value = bits.to(tl.float16, bitcast=True).to(tl.float32) * 256.0
+    return tl.where(low == 127, float("nan"), value).to(tl.float16)''',
     "round_even": '''@triton.jit
 def round_even(x):
     """The nearest whole number, halves to even: 1.5 * 2**23 leaves no room for a fraction."""
@@ -300,11 +321,12 @@ class _Kernel:
         self.indent = "    "
         self.scope: Scope = launch.scopes[0]
         self.tail = False
-        self.offset = ""
+        self.offsets: dict[str, str] = {}  # of the loops around, by axis
         self.defined: set[str] = set()
         self.var: dict[str, str] = {}
         self.wide: dict[str, str] = {}
         self.literals: set[str] = set()
+        self.placed: set[tuple[str, str]] = set()
         self.axes: dict[str, Axis] = {}
         for scope in launch.scopes:
             self.axes |= {e.axis.name: e.axis for e in scope.extents}
@@ -342,8 +364,7 @@ class _Kernel:
         """Whether offsets along the axis may exceed 31 bits, in a dense layout at the largest admissible sizes."""
         axes = self.plan.buffer(buffer).tensor.axes
         inner = axes[[a.name for a in axes].index(axis) :]
-        bounds = {d.name: d.max for a in inner for d in dims_of(a.size)}
-        return math.prod(_largest(a.size, bounds) for a in inner) > MAX_SIZE
+        return math.prod(largest(a.size) for a in inner) > MAX_SIZE
 
     # -- tile dimensions -----------------------------------------------------------------------------------------
 
@@ -439,7 +460,7 @@ class _Kernel:
     def write_scope(self) -> None:
         scope = self.scope
         self.lines.append("")
-        self.tail, self.offset = False, ""
+        self.tail, self.offsets = False, {}
         for e in scope.extents:
             self.define_index(e)
         for action in scope.before:
@@ -452,15 +473,23 @@ class _Kernel:
                     self.define_pointers(action, i)
             if isinstance(action, Accumulate):
                 self.start(action)
-        self.loops(scope.extent(scope.loop))
+        if scope.outer:
+            self.around(scope.extent(scope.outer), scope.extent(scope.loop))
+        else:
+            self.loops(scope.extent(scope.loop))
         for action in scope.body:
             if isinstance(action, Accumulate) and action.deferred:
                 self.finish(action)
 
-    def loops(self, e: Extent) -> None:
-        """Full tiles without masks along the loop axis, then what is left with masks."""
+    def around(self, outer: Extent, inner: Extent) -> None:
+        """The outer loop of a nest, with masks throughout."""
+        low, high = self.limits(outer)
+        at = self.name_of(("at", outer.axis.name, self.number), f"{outer.axis.name}0")
+        self.loop(f"for {at} in range({low}, {high}, {outer.tile}):", at, outer, outer.tail, lambda: self.loops(inner))
+
+    def limits(self, e: Extent) -> tuple[str, str]:
+        """Where the loop over an axis begins and ends, for the part of a split that the block has."""
         axis, tile = e.axis, e.tile
-        at = self.name_of(("at", axis.name, self.number), f"{axis.name}0")
         low, high = "0", self.size(axis, runtime=True)
         if self.launch.split and self.launch.split[0] == axis.name and self.number == self.last_loop():
             parts = self.launch.split[1]
@@ -470,16 +499,23 @@ class _Kernel:
             self.put(f"{chunk} = tl.cdiv(tl.cdiv({size}, {tile}), {parts}) * {tile}")
             self.put(f"{low} = part * {chunk}")
             self.put(f"{high} = tl.maximum({low}, tl.minimum({low} + {chunk}, {size}))")
+        return low, high
+
+    def loops(self, e: Extent) -> None:
+        """Full tiles without masks along the loop axis, then what is left with masks."""
+        axis, tile = e.axis, e.tile
+        at = self.name_of(("at", axis.name, self.number), f"{axis.name}0")
+        low, high = self.limits(e)
         if not e.tail:
-            self.loop(self.head(at, low, high, tile), at, tail=False)
+            self.loop(self.head(at, low, high, tile), at, e, False, self.acts)
             return
         full = self.name_of(("full", axis.name, self.number), f"full_{axis.name}")
         begin = "" if low == "0" else f"{low} + "
         length = high if low == "0" else f"({high} - {low})"
         self.put(f"{full} = {begin}{length} // {tile} * {tile}")
         if not isinstance(axis.size, int) or axis.size >= tile:
-            self.loop(self.head(at, low, full, tile), at, tail=False)
-        self.loop(f"for {at} in tl.range({full}, {high}, {tile}, num_stages=1):", at, tail=True)
+            self.loop(self.head(at, low, full, tile), at, e, False, self.acts)
+        self.loop(f"for {at} in tl.range({full}, {high}, {tile}, num_stages=1):", at, e, True, self.acts)
 
     def head(self, at: str, low: str, high: str, tile: int) -> str:
         unroll = self.launch.options.unroll
@@ -490,24 +526,32 @@ class _Kernel:
     def last_loop(self) -> int:
         return max(i for i, s in enumerate(self.launch.scopes) if s.loop)
 
-    def loop(self, head: str, at: str, tail: bool) -> None:
+    def loop(self, head: str, at: str, e: Extent, tail: bool, body: Callable[[], None]) -> None:
         self.put(head)
         outer, self.indent = self.indent, self.indent + "    "
-        wide, literals = dict(self.wide), set(self.literals)
-        self.offset, self.tail = at, tail
-        loop = self.scope.loop
-        assert loop
-        e = self.scope.extent(loop)
+        wide, literals, placed = dict(self.wide), set(self.literals), set(self.placed)
+        before, offsets = self.tail, dict(self.offsets)
+        self.offsets[e.axis.name] = at
+        if e.axis.name == self.scope.loop:
+            self.tail = tail
         if tail:
             name = self.mask_name(e)
             local = f" & ({self.local(e)} < {e.tile})" if e.padded else ""
-            inside = f"{at} + {self.index_name(e)} < {self.size(e.axis, runtime=True)}" if self.many(loop) else ""
+            many = self.many(e.axis.name)
+            inside = f"{at} + {self.index_name(e)} < {self.size(e.axis, runtime=True)}" if many else ""
             if inside:
                 self.put(f"{name} = ({inside}){local}" if local else f"{name} = {inside}")
+        body()
+        self.indent, self.wide, self.literals, self.placed = outer, wide, literals, placed
+        self.tail, self.offsets = before, offsets
+
+    def acts(self) -> None:
         for action in self.scope.body:
             self.act(action)
-        self.indent, self.wide, self.literals = outer, wide, literals
-        self.offset, self.tail = "", False
+
+    def in_tail(self, e: Extent) -> bool:
+        """Whether the present tile of a looped axis may be incomplete: that of an outer loop always may."""
+        return self.tail if e.axis.name == self.scope.loop else e.tail
 
     # -- positions and masks -------------------------------------------------------------------------------------
 
@@ -515,7 +559,7 @@ class _Kernel:
         return self.name_of(("index", e), f"i_{e.axis.name}")
 
     def mask_name(self, e: Extent) -> str:
-        return self.name_of(("mask", e, self.tail and e.role == "loop"), f"in_{e.axis.name}")
+        return self.name_of(("mask", e, e.role == "loop" and self.in_tail(e)), f"in_{e.axis.name}")
 
     def lane(self, axis: str) -> Lane:
         return next(lane for lane in self.launch.lanes if axis in lane)
@@ -571,7 +615,7 @@ class _Kernel:
         if not self.many(axis):
             return False
         e = self.scope.extent(axis)
-        return e.padded or (self.tail if e.role == "loop" else e.masked)
+        return e.padded or (self.in_tail(e) if e.role == "loop" else e.masked)
 
     def mask(self, axes: Iterable[str], want: Sequence[Lane], extra: Sequence[str] = ()) -> str:
         """The conjunction of the masks of these axes over the dimensions `want`; empty if there is none."""
@@ -589,15 +633,19 @@ class _Kernel:
         fixed: list[str] = []
         moving: list[str] = []
         for axis, i in index:
-            stride = self.stride(buffer, axis) if i.axis or i.start else ""
+            stride = self.stride(buffer, axis) if i.axis or i.value or i.start else ""
             far = self.far(buffer, axis)
             if i.start:
                 start = str(i.start) if i.start >= 0 else f"({i.start})"
                 fixed.append(f"tl.cast({start}, tl.int64) * {stride}" if far else f"{start} * {stride}")
+            scaled = stride if i.step == 1 else f"{i.step} * {stride}"
+            moves = self.moves(i)
+            if i.value is not None and not (moves and not self.offsets):  # what moves is not there before the loop
+                place = self.spread(self.place(i) + (".to(tl.int64)" if far else ""), self.lanes_along(i), want)
+                (moving if moves else fixed).append(f"{place} * {scaled}")
             if i.axis is None:
                 continue
             e = self.scope.extent(i.axis)
-            scaled = stride if i.step == 1 else f"{i.step} * {stride}"
             if self.many(i.axis):
                 name = self.index_name(e) + (".to(tl.int64)" if far else "")
                 fixed.append(f"{self.spread(name, (self.lane(i.axis),), want)} * {scaled}")
@@ -607,6 +655,47 @@ class _Kernel:
                 at = self.name_of(("at", i.axis, self.number), f"{i.axis}0")
                 moving.append(f"tl.cast({at}, tl.int64) * {scaled}" if far else f"{at} * {scaled}")
         return fixed, moving
+
+    def lanes_along(self, i: Index) -> tuple[Lane, ...]:
+        assert i.value is not None
+        return self.lanes_of(self.axes_of(i.value))
+
+    def moves(self, i: Index) -> bool:
+        """Whether an index by a value is another one in each iteration."""
+        return i.value in {_made(a) for a in self.scope.body if not isinstance(a, Write)}
+
+    def place(self, i: Index) -> str:
+        """The position that a value names, negative ones counted from the end of its axis."""
+        assert i.value is not None
+        assert i.within is not None
+        key = i.value, i.within.name
+        place = self.name_of(("place", key), f"{i.value}_{i.within.name}")
+        if key not in self.placed:
+            self.placed.add(key)
+            index, size = self.var[i.value], self.size(i.within)
+            self.put(f"{place} = tl.where({index} < 0, {index} + {size}, {index})")
+            if self.lanes_along(i):
+                self.put(f"{self.within(i)} = ({place} >= 0) & ({place} < {size})")
+        return place
+
+    def within(self, i: Index) -> str:
+        assert i.within is not None
+        return self.name_of(("within", i.value, i.within.name), f"in_{i.value}_{i.within.name}")
+
+    def indexed(self, index: Iterable[Index], want: Sequence[Lane]) -> list[str]:
+        """Masks of what values name within the axes that they are indices along."""
+        tests = []
+        for i in index:
+            if i.value is None or i.within is None:
+                continue
+            place, have = self.place(i), self.lanes_along(i)
+            if have:
+                tests.append(self.spread(self.within(i), have, want))
+                continue
+            if want:  # a comparison of numbers is no mask of a tile to the interpreter
+                place = f"tl.broadcast_to({place}, ({'1,' if len(want) == 1 else ', '.join('1' for _ in want)}))"
+            tests += [f"({place} >= 0)", f"({place} < {self.size(i.within)})"]
+        return tests
 
     def define_pointers(self, read: Read, number: int) -> str:
         piece = read.pieces[number]
@@ -620,16 +709,24 @@ class _Kernel:
         self.sum(name, [self.pointer(piece.source), *fixed])
         return name
 
-    def sum(self, name: str, terms: Sequence[str]) -> None:
+    def sum(self, name: str, terms: Sequence[str], sign: str = "+") -> None:
         """`name = a + b + ...`, over several statements if one is too long."""
         line = ""
         for t in terms:
-            candidate = f"{line} + {t}" if line else t
+            candidate = f"{line} {sign} {t}" if line else t
             if line and len(self.indent) + len(name) + 3 + len(candidate) > WIDTH:
                 self.put(f"{name} = {line}")
-                candidate = f"{name} + {t}"
+                candidate = f"{name} {sign} {t}"
             line = candidate
         self.put(f"{name} = {line}")
+
+    def argument(self, mask: str, value: str) -> str:
+        """A mask as an argument: by a name where it takes more than a line."""
+        if len(self.indent) + len(f"    mask={mask},") <= WIDTH:
+            return f"mask={mask}"
+        name = self.name_of(("mask of", value), f"in_{value}")
+        self.sum(name, mask.split(" & "), "&")
+        return f"mask={name}"
 
     def read(self, read: Read) -> None:
         value = read.value
@@ -637,15 +734,20 @@ class _Kernel:
         want = self.lanes_of(own)
         var = self.name_of(("value", value.name), value.name)
         texts: list[str] = []
+        coded = value.dtype in self.plan.decoded
         for number, piece in enumerate(read.pieces):
             at = self.define_pointers(read, number)
             axes = [a.name for a in self.plan.buffer(piece.source).tensor.axes]
             _, moving = self.terms(piece.source, zip(axes, piece.index, strict=True), want)
-            used = [a for a in own if any(i.axis == a for i in piece.index)]
-            mask = self.mask(used, want, self.piece_mask(piece, want))
+            along = {a for i in piece.index for a in (self.axes_of(i.value) if i.value else (i.axis,))}
+            used = [a for a in own if a in along]
+            mask = self.mask(used, want, self.piece_mask(piece, want) + self.indexed(piece.index, want))
             args = [" + ".join([at, *moving])]
             if mask:
-                args += [f"mask={mask}", "other=0" if not value.dtype.is_float else "other=0.0"]
+                args += [
+                    self.argument(mask, value.name),
+                    "other=0.0" if value.dtype.is_float and not coded else "other=0",
+                ]
             if self.launch.options.evict_first and self.is_largest(piece.source):
                 args.append('eviction_policy="evict_first"')
             texts.append(f"tl.load({', '.join(args)})")
@@ -660,6 +762,9 @@ class _Kernel:
                 self.put_call(f"{part} = tl.load", _split_args(t))
                 text = f"tl.where({' & '.join(self.piece_mask(piece, want))}, {part}, {text})" if text else part
             self.put(f"{var} = {text}", note)
+        if coded:
+            self.put(f"{var} = from_e4m3({var})")
+            self.tensors[value.name] = replace(value, dtype=DType.f16)
         self.var[value.name] = var
         if value.dtype.is_float and value.dtype is not DType.f32 and self.is_arithmetic(value.name):
             self.wide[value.name] = self.name_of(("wide", value.name), f"{value.name}_f32")
@@ -674,9 +779,10 @@ class _Kernel:
         if piece.joined is None:
             return []
         e = self.scope.extent(piece.joined)
-        at = f"{self.offset} + " if e.role == "loop" and self.offset else ""
+        offset = self.offsets.get(e.axis.name, "")
+        at = f"{offset} + " if e.role == "loop" and offset else ""
         if not self.many(piece.joined):
-            i = self.offset if e.role == "loop" else self.index_name(e) if e.role == "grid" else "0"
+            i = offset if e.role == "loop" else self.index_name(e) if e.role == "grid" else "0"
         else:
             i = at + self.index_name(e)
         lane = (self.lane(piece.joined),) if self.many(piece.joined) else ()
@@ -699,6 +805,11 @@ class _Kernel:
 
     def write(self, w: Write) -> None:
         buffer = self.plan.buffer(w.target).tensor
+        if buffer.dtype in self.plan.decoded:
+            raise UnsupportedOpError(
+                f"{w.target} is {buffer.dtype}, which the architecture does not store",
+                op="store", remedy="give it another type, or an architecture from sm_89 on",
+            )  # fmt: skip
         own = self.axes_of(w.value)
         want = self.lanes_of(own)
         axes = [a.name for a in buffer.axes]
@@ -714,13 +825,13 @@ class _Kernel:
             for a in lane
             if a not in own
         ]
-        mask = self.mask(own, want, once)
+        mask = self.mask(own, want, once + self.indexed(w.index, want))
         at = self.name_of(("to", self.number, w.target, w.value.name), f"{w.target}_at")
         self.sum(at, [self.pointer(w.target), *fixed, *moving])
         if buffer.dtype.is_float and w.kind != "atomic" and buffer.dtype is not DType.f32:
             value = f"{value}.to({TL[buffer.dtype]})" if w.value.name not in self.literals else value
         head = "tl.atomic_add" if w.kind == "atomic" else "tl.store"
-        self.put_call(head, [at, value, *([f"mask={mask}"] if mask else [])], note=str(w))
+        self.put_call(head, [at, value, *([self.argument(mask, w.value.name)] if mask else [])], note=str(w))
 
     # -- computation ---------------------------------------------------------------------------------------------
 
@@ -757,6 +868,8 @@ class _Kernel:
                 return self.reduced(c)
             case "relabel":
                 return self.relabelled(c.equation)
+            case "scan":
+                return self.scanned(c.equation)
             case "pointwise":
                 return self.pointwise(c.equation)
 
@@ -772,8 +885,8 @@ class _Kernel:
             case SizeOf(axis):
                 if isinstance(axis.size, int):
                     self.literals.add(e.target.name)
-                    return _literal(Fraction(axis.size))
-                return f"{self.size(axis)}.to(tl.float32)"
+                    return str(axis.size) if integer else _literal(Fraction(axis.size))
+                return f"{self.size(axis)}.to({TL[e.target.dtype] if integer else 'tl.float32'})"
             case Iota(axis):
                 return self.position(axis.name)
             case Elementwise("div") if not integer and not literal and self.cheaper(e.args[1], want):
@@ -800,12 +913,20 @@ class _Kernel:
     def position(self, axis: str) -> str:
         e = self.scope.extent(axis)
         if not self.many(axis):
-            return self.offset if e.role == "loop" else self.index_name(e) if e.role == "grid" else "0"
-        return f"{self.offset} + {self.index_name(e)}" if e.role == "loop" else self.index_name(e)
+            return self.offsets[axis] if e.role == "loop" else self.index_name(e) if e.role == "grid" else "0"
+        return f"{self.offsets[axis]} + {self.index_name(e)}" if e.role == "loop" else self.index_name(e)
 
     def cheaper(self, denominator: str, want: Sequence[Lane]) -> bool:
         """One reciprocal per row instead of a division per element."""
         return denominator not in self.literals and len(self.lanes_of(self.axes_of(denominator))) < len(want)
+
+    def scanned(self, e: Equation) -> str:
+        assert isinstance(e.op, CumSum)
+        want = self.lanes_of(self.axes_of(e.target))
+        text = self.operand(e.args[0], want)
+        if not self.many(e.op.axis):
+            return text
+        return f"tl.cumsum({text}, axis={want.index(self.lane(e.op.axis))})"
 
     def relabelled(self, e: Equation) -> str:
         (arg,) = e.args
@@ -835,6 +956,10 @@ class _Kernel:
         e = c.equation
         want = self.lanes_of(a for x in e.args for a in self.axes_of(x))
         args = [self.operand(a, want) for a in e.args]
+        if len(args) > 1 and not e.target.dtype.is_float:  # products are formed in the type of their sum
+            dtype = TL[e.target.dtype]
+            args = [x if self.tensors[a].dtype is e.target.dtype else f"{_paren(x)}.to({dtype})"
+                    for a, x in zip(e.args, args, strict=True)]  # fmt: skip
         text = " * ".join(map(_paren, args)) if len(args) > 1 else args[0]
         if mask := self.mask(c.guards[0] if c.guards else (), want):
             text = f"tl.where({mask}, {text}, {neutral})"
@@ -842,7 +967,7 @@ class _Kernel:
 
     def reduced(self, c: Compute) -> str:
         kind = c.equation.op.kind if isinstance(c.equation.op, Reduce) else "sum"
-        text, lanes = self.product(c, NEUTRAL[kind])
+        text, lanes = self.product(c, neutral(kind, c.equation.target.dtype))
         return self.reduce(text, lanes, c.equation, kind)
 
     def reduce(self, text: str, lanes: tuple[Lane, ...], e: Equation, kind: str) -> str:
@@ -870,14 +995,18 @@ class _Kernel:
         result = [*batch, *m, *n]
         want = self.lanes_of(self.axes_of(e.target))
         plain = max(len(batch), len(m), len(n)) <= 1 and result == list(want)
-        args = [a, b, *([accumulator] if accumulator and plain else [])]
+        whole = plain and c.operand is not DType.i8  # an i32 accumulator is no argument to all versions of Triton
+        args = [a, b, *([accumulator] if accumulator and whole else [])]
         if c.operand is DType.f32:
-            args.append('input_precision="ieee"')
+            args.append(f'input_precision="{self.plan.precision}"')
+        if c.operand.is_float and c.operand.bits == 8:
+            depth = min(math.prod(self.scope.extent(a).lanes for lane in k for a in lane), DEEPEST_F8)
+            args.append(f"max_num_imprecise_acc={depth}")
         text = f"tl.dot({', '.join(args)})"
         if max(len(batch), len(m), len(n)) > 1:
             text = f"tl.reshape({text}, {self.shape(result)})"
         text = self.permuted(text, result, want)
-        return text if plain or not accumulator else f"{accumulator} + {text}"
+        return text if whole or not accumulator else f"{accumulator} + {text}"
 
     def side(
         self, c: Compute, number: int, have: Sequence[Lane], batch: list[Lane], rows: list[Lane], columns: list[Lane]
@@ -887,7 +1016,7 @@ class _Kernel:
         dtype = self.tensors[value].dtype
         text = self.var[value] if dtype is c.operand else self.wide.get(value, self.var[value])
         if mask := self.mask(c.guards[number] if c.guards else (), have):
-            text = f"tl.where({mask}, {text}, 0.0)"
+            text = f"tl.where({mask}, {text}, {neutral('sum', dtype)})"
         if c.operand is DType.bf16:
             # the interpreter would multiply the codes of bf16 numbers: there, DOT is f32
             self.widen = True
@@ -912,12 +1041,11 @@ class _Kernel:
         else:
             lanes = self.lanes_of(self.axes_of(e.target))
             var = self.name_of(("value", name), name)
-        neutral = NEUTRAL["sum" if a.monoid == "rescaled" else a.monoid]
+        start = neutral("sum" if a.monoid == "rescaled" else a.monoid, e.target.dtype)
+        dtype = "tl.float32" if e.target.dtype.is_float else TL[e.target.dtype]
         shape = self.shape(lanes) if lanes else "[]"
         text = (
-            f"tl.zeros({shape}, tl.float32)"
-            if neutral == "0.0" and lanes
-            else f"tl.full({shape}, {neutral}, tl.float32)"
+            f"tl.zeros({shape}, {dtype})" if start in ("0", "0.0") and lanes else f"tl.full({shape}, {start}, {dtype})"
         )
         self.put(f"{var} = {text}")
         self.var[name] = var
@@ -929,7 +1057,7 @@ class _Kernel:
         note = equation_text(e)
         if a.deferred:
             var = self.name_of(("tile", name), f"{name}_tile")
-            text, _ = self.product(c, NEUTRAL[a.monoid])
+            text, _ = self.product(c, neutral(a.monoid, e.target.dtype))
             self.put(f"{var} = {self.joined(var, text, a.monoid)}", note)
             return
         var = self.name_of(("value", name), name)
@@ -1012,9 +1140,12 @@ class _Kernel:
             counts.append(str(static))
         return " * ".join(counts)
 
+    def given(self, b: Buffer) -> str:
+        """A tensor as an argument in `run`."""
+        return _python(b.tensor.name) + (".view(torch.uint8)" if b.tensor.dtype in self.plan.decoded else "")
+
     def arguments(self) -> list[str]:
-        args = [b.tensor.name for b in self.buffers]
-        args = [_python(a) for a in args]
+        args = [self.given(b) for b in self.buffers]
         args += [_size_text(a.size) for a in self.sizes.values()]
         args += [f"*{_python(b.tensor.name)}.stride()" for b in self.buffers if b.tensor.dims]
         for name, e in self.lane_params.items():
@@ -1027,7 +1158,7 @@ class _Kernel:
 
     def bound(self) -> list[tuple[str, str, str]]:
         """Each parameter with its annotation and its argument in `run`, in order."""
-        found = [(self.pointer(b.tensor.name), "", _python(b.tensor.name)) for b in self.buffers]
+        found = [(self.pointer(b.tensor.name), "", self.given(b)) for b in self.buffers]
         found += [(self.name_of(("size", n), ""), "", _size_text(a.size)) for n, a in self.sizes.items()]
         for b in self.buffers:
             for at in range(len(b.tensor.dims)):
@@ -1041,7 +1172,10 @@ class _Kernel:
     def signature(self) -> list[tuple[str, str]]:
         """How the kernel compiles ahead of time for dense tensors with aligned bases: per parameter its type, `:16`
         where it is divisible by 16, or its constant value."""
-        found = [(self.pointer(b.tensor.name), f'"{POINTER[b.tensor.dtype]}:16"') for b in self.buffers]
+        coded = self.plan.decoded
+        types = [DType.u8 if b.tensor.dtype in coded else b.tensor.dtype for b in self.buffers]
+        names = [self.pointer(b.tensor.name) for b in self.buffers]
+        found = [(n, f'"{POINTER[t]}:16"') for n, t in zip(names, types, strict=True)]
         for name, axis in self.sizes.items():
             found.append((self.name_of(("size", name), ""), _int_type(axis.size, isinstance(axis.size, int))))
         for b in self.buffers:
@@ -1050,6 +1184,15 @@ class _Kernel:
                 found.append((param, _int_type(product(b.tensor.shape[at + 1 :]), True)))
         found += [(n, str(e.lanes)) for n, e in self.lane_params.items()]
         return found + ([("DOT", "tl.bfloat16")] if self.widen else [])
+
+
+def _made(action: Action) -> str:
+    """The name that an action gives to its result."""
+    match action:
+        case Compute(e) | Accumulate(Compute(e)):
+            return e.target.name
+        case Read(value) | Write(value):
+            return value.name
 
 
 def _keywords(options: Options) -> list[str]:
@@ -1125,19 +1268,6 @@ def _split_args(call: str) -> list[str]:
     return [*pieces, inner[start:].strip()]
 
 
-def _largest(size: Size, bounds: Mapping[str, int]) -> int:
-    match size:
-        case int():
-            return size
-        case Dim():
-            return size.max
-        case Monomial(coefficient, powers):
-            value = coefficient
-            for d, p in powers:
-                value *= Fraction(bounds[d.name] if p > 0 else d.min) ** p
-            return math.ceil(value)
-
-
 def _int_type(size: Size, specialised: bool) -> str:
     if not specialised:
         return '"i32"'
@@ -1181,7 +1311,7 @@ def _run(
                 lines += groups[name].launch()
             case Torch(equation):
                 targets = ", ".join(_python(t.name) for t in equation.targets)
-                args = [_python(a) for a in equation.args]
+                args = [_python(a) for a in _operands(equation, plan)]
                 lines += call_lines(f"{targets} = {functions[equation.targets[0].name]}", args, "", "    ")
     made = _made_by_torch(plan)
     for i, name in enumerate(plan.outputs):
@@ -1241,10 +1371,30 @@ def _sizes(plan: Plan) -> list[str]:
     return [f"    {names[b.dim]} = {b.text(f'{_python(b.source)}.shape', names)}" for b in found]
 
 
+def _input(plan: Plan, name: str) -> Input:
+    t = plan.buffer(name).tensor
+    return Input(t, Storage(t.dtype))
+
+
+def _operands(equation: Equation, plan: Plan) -> tuple[str, ...]:
+    """The arguments of an equation, and what gives the sizes of its results that these do not."""
+
+    def sizes(names: Iterable[str]) -> set[Dim]:
+        try:
+            return {b.dim for b in bindings(Program(plan.name, tuple(_input(plan, n) for n in names), (), ()))}
+        except GraphError:  # some are not determined
+            return set()
+
+    found = equation.args
+    for d in (d for t in equation.targets for a in t.axes for d in dims_of(a.size)):
+        if d not in sizes(found):
+            found += tuple(n for n in plan.inputs if d in sizes((n,)))[:1]
+    return found
+
+
 def _torch_function(equation: Equation, plan: Plan, name: str) -> str:
     """A library call's meaning, or a plain equation, as a function of torch."""
-    inputs = tuple(Input(plan.buffer(a).tensor, Storage(plan.buffer(a).tensor.dtype)) for a in equation.args)
-    unique = tuple(dict.fromkeys(inputs))
+    unique = tuple(_input(plan, a) for a in dict.fromkeys(_operands(equation, plan)))
     outputs = tuple(Output(t.name, Storage(t.dtype)) for t in equation.targets)
     text = torch_code.emit(Program(name, unique, (equation,), outputs), name)
     return text.split("import torch\n", 1)[1].strip()

@@ -827,19 +827,28 @@ class FormalAlgebra(ArrayAlgebra):
 
     def _scattered(self, v: Value, index: Value, op: Scatter) -> Value:
         """Each place of the new axis, from all entries in order: a sum, or the last one written."""
-        size, at = self.sizes[op.out.name], v.axes.index(op.axis)
-        places = index.words(_P) % U(size)
+        size = self.sizes[op.out.name]
+        places = plain(index.axes, index.words(_P) % U(size), index.words(_P) % U(size), Bound())
+        found: list[tuple[Value, Value]] = [(v, places)]
+        for axis in op.axes:
+            found = [
+                (_value(narrow(entry, axis, i, 1)), _value(narrow(at, axis, i if at.size(axis) > 1 else 0, 1)))
+                for entry, at in found
+                for i in range(v.size(axis))
+            ]
         rows = []
         for place in range(size):
-            row = self._spread(self.literal(Fraction(0)), _value(narrow(v, op.axis, 0, 1)))
-            for i, entry in enumerate(self._entries(v, op.axis)):
-                hit = (np.take(places, [i], axis=at) == place).astype(U)
+            row = self._spread(self.literal(Fraction(0)), found[0][0])
+            for entry, at in found:
+                hit = (at.words(_P) == place).astype(U)
                 chosen = plain(v.axes, hit, hit, Bound())
                 update = entry if op.kind == "sum" else self._plus(entry, self._negated(row))
                 row = self._plus(row, self._times(chosen, update))
             rows.append(row)
-        joined = self.joined(rows, op.axis)
-        return replace(joined, axes=tuple(op.out.name if a == op.axis else a for a in joined.axes))
+        joined = self.joined(rows, op.axes[0])
+        gone = tuple(joined.axes.index(a) for a in op.axes[1:])
+        kept = tuple(op.out.name if a == op.axes[0] else a for a in joined.axes if a not in op.axes[1:])
+        return joined.map(lambda p: p.squeeze(gone), kept)
 
     # -- views and stores of values with private dimensions ------------------------------------------------------
 

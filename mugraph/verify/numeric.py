@@ -17,12 +17,28 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mugraph.errors import VerificationError
+from mugraph.errors import UnsupportedOpError, VerificationError
 from mugraph.ir.axes import size_value
 from mugraph.ir.evaluate import ArrayAlgebra, FloatAlgebra, Named, aligned, axis_sizes, evaluate, named, shaped
 from mugraph.ir.fields import seed_of
 from mugraph.ir.graph import Program
-from mugraph.ir.ops import Cast, Contract, CumSum, Elementwise, Gather, MaskedExp, PureOp, Scatter, Select
+from mugraph.ir.ops import (
+    Broadcast,
+    Cast,
+    Concat,
+    Contract,
+    CumSum,
+    Elementwise,
+    Gather,
+    MaskedExp,
+    PureOp,
+    Rename,
+    Reshape,
+    Scatter,
+    Select,
+    Slice,
+    Transpose,
+)  # fmt: skip
 from mugraph.ir.shift import shifted
 from mugraph.ir.types import TORCH_NAMES, DType, Input, Tensor
 from mugraph.verify.certificate import How, NumericReport, NumericRow
@@ -78,6 +94,7 @@ def numeric_check(
     seed: int = 0,
     device: str = "cpu",
     beyond_eager: bool = False,
+    product_unit: float = 0.0,
     reference: Reference | None = None,
 ) -> NumericReport:
     """Compares `run(inputs, bindings) -> outputs` with the program in float64, for all bindings and draws of inputs.
@@ -85,7 +102,8 @@ def numeric_check(
     Inputs are dense tensors by name, of the declared types.  If `run` takes `out=`, it gets buffers full of NaN.
     Draws whose float64 result leaves the output's type, or where the program at its own types overflows, are in the
     report and do not count; with `beyond_eager` only the former are left out (a stabilised graph has to be finite
-    where the program as written is not).  Where no draw is free of overflow for some output (a logarithm of negative
+    where the program as written is not).  Each product in a contraction may be off by `product_unit` of itself, beyond
+    what the types of the operands say.  Where no draw is free of overflow for some output (a logarithm of negative
     numbers, products of products), scaled, positive and small inputs are drawn as well.  Raises VerificationError
     where an input is changed or the number, shape or type of outputs is wrong.  The report says whether all is within
     tolerance.
@@ -96,7 +114,7 @@ def numeric_check(
         for bound in bindings:
             arrays = draw_inputs(program, bound, kind, seed)
             given = _run(program, run, arrays, bound, device)
-            rows.extend(_rows(program, arrays, bound, kind, given, reference or exact, beyond_eager))
+            rows.extend(_rows(program, arrays, bound, kind, given, reference or exact, beyond_eager, product_unit))
 
     for kind in _kinds(program, draws):
         compare(kind)
@@ -127,13 +145,14 @@ def _rows(
     given: Sequence[Floats],
     reference: Reference,
     beyond_eager: bool,
+    product_unit: float,
 ) -> list[NumericRow]:
     stable = shifted(program)  # a softmax is not excused for the exponentials that frameworks do not let overflow
     wanted = reference(program, arrays, bound)
     if not all(np.isfinite(w).all() for w in wanted):
         wanted = reference(stable, arrays, bound)
     usual, overflowed = eager(stable, arrays, bound)
-    deviations = error_deviations(stable, arrays, bound)
+    deviations = error_deviations(stable, arrays, bound, product_unit)
     rows = []
     for o, want, got, own, deviation in zip(program.outputs, wanted, given, usual, deviations, strict=True):
         dtype = program.tensors()[o.value].dtype
@@ -213,7 +232,7 @@ def draw_inputs(program: Program, bindings: Mapping[str, int], kind: str, seed: 
     normal, wide: deviation 1 and 3.  zeros.  rows: constant along the last dimension.  outlier: one entry is 64.
     logits: deviation 8.  scaled: deviation K^-1/4 where a contraction sums K products.  positive: at least 1/4, as
     logarithms and roots need.  small: deviation 2^-6.  small positive: at least 2^-8.  Integers index what they gather
-    from; masks are drawn with every row partly true.
+    from, from either end, and take all values of 8 bits; masks are drawn with every row partly true.
     """
     return {i.name: _draw(program, i, bindings, kind, seed) for i in program.inputs}
 
@@ -226,7 +245,7 @@ def _draw(program: Program, i: Input, bindings: Mapping[str, int], kind: str, se
         mask[..., :1] = True
         return mask
     if not i.tensor.dtype.is_float:
-        return rng.integers(0, index_range(program, i.name, bindings), shape)
+        return rng.integers(*index_range(program, i, bindings), shape)
     values = rng.standard_normal(shape)
     match kind:
         case "wide":
@@ -259,19 +278,28 @@ def _summed(program: Program, tensor: Tensor, bindings: Mapping[str, int]) -> in
     return max((math.prod(sizes.get(a, 1) for a in axes) for axes in contracted), default=1)
 
 
-def index_range(program: Program, name: str, bindings: Mapping[str, int]) -> int:
-    """How many values an integer input may take: the axis that it indexes, else a few."""
+def index_range(program: Program, i: Input, bindings: Mapping[str, int]) -> tuple[int, int]:
+    """The least value that an integer input takes, and the one beyond the greatest: both ends of the axes that it
+    indexes, all of its type for 8 bits, else a few."""
     tensors = program.tensors()
+    same, limits = {i.name}, list[int]()  # the input under other types and views
     for e in program.equations:
-        if len(e.args) == 2 and e.args[1] == name:
-            match e.op:
-                case Gather(axis):
-                    return size_value(next(a.size for a in tensors[e.args[0]].axes if a.name == axis), bindings)
-                case Scatter(_, out):
-                    return size_value(out.size, bindings)
-                case _:
-                    pass
-    return 8
+        match e.op:
+            case Gather(axis) if e.args[1] in same:
+                limits.append(next(size_value(a.size, bindings) for a in tensors[e.args[0]].axes if a.name == axis))
+            case Scatter(_, out) if e.args[1] in same:
+                limits.append(size_value(out.size, bindings))
+            case Cast() | Transpose() | Reshape() | Broadcast() | Slice() | Rename() | Concat() | Gather() if (
+                e.args[0] in same
+            ):
+                same.add(e.target.name)
+            case _:
+                pass
+    if limits:
+        return -min(limits), min(limits)  # negative indices count from the end
+    if i.tensor.dtype.bits == 8:
+        return (0, 256) if i.tensor.dtype is DType.u8 else (-128, 128)
+    return 0, 8
 
 
 def _run(
@@ -314,7 +342,7 @@ def _torch(dtype: DType) -> torch.dtype:
     import torch
 
     if dtype not in TORCH_NAMES:
-        raise VerificationError(f"no torch type holds {dtype}", remedy="check the program on packed storage")
+        raise UnsupportedOpError(f"no torch type holds {dtype}", remedy="keep it in i8 or u8")
     found: torch.dtype = getattr(torch, TORCH_NAMES[dtype])
     return found
 
@@ -400,9 +428,12 @@ def eager(
     return _evaluated(program, arrays, algebra, 0), algebra.overflowed
 
 
-def error_deviations(program: Program, arrays: Mapping[str, NDArray[Any]], bindings: Mapping[str, int]) -> list[Floats]:
+def error_deviations(
+    program: Program, arrays: Mapping[str, NDArray[Any]], bindings: Mapping[str, int], product_unit: float = 0.0
+) -> list[Floats]:
     """The standard deviation of each output element's rounding error, to first order."""
-    algebra = ErrorAlgebra(axis_sizes(program, bindings), _accumulator(program), _precision(program, DType.f64))
+    double = _precision(program, DType.f64)
+    algebra = ErrorAlgebra(axis_sizes(program, bindings), _accumulator(program), double, product_unit)
     return _evaluated(program, arrays, algebra, 1)
 
 
@@ -435,9 +466,14 @@ class ErrorAlgebra(ArrayAlgebra):
     type, sqrt(K) of them for K summands."""
 
     def __init__(
-        self, sizes: Mapping[str, int], accumulator: DType, double: tuple[float, float, float] = PRECISION[DType.f64]
+        self,
+        sizes: Mapping[str, int],
+        accumulator: DType,
+        double: tuple[float, float, float] = PRECISION[DType.f64],
+        product_unit: float = 0.0,
     ) -> None:
         super().__init__(sizes)
+        self.product_unit = product_unit
         self.unit = PRECISION[accumulator][0]
         self.precision = PRECISION | {DType.f64: double}
         self.exact = FloatAlgebra(sizes)
@@ -503,7 +539,7 @@ class ErrorAlgebra(ArrayAlgebra):
         count = math.prod(self.sizes[a] for a in axes)
         with np.errstate(all="ignore"):
             squares = [x.astype(np.float64) ** 2 for x, _ in pairs]
-            variance = _first(contracted(squares)) * (count * self.unit**2)
+            variance = _first(contracted(squares)) * (count * self.unit**2 + self.product_unit**2)
             for i, (_, s) in enumerate(pairs):
                 variance = variance + _first(contracted([*squares[:i], s**2, *squares[i + 1 :]]))
         return Named(result.axes, (result.parts[0], np.sqrt(variance)))

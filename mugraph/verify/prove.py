@@ -44,6 +44,7 @@ from mugraph.ir.ops import (
     Reduce,
     Rename,
     Reshape,
+    Scatter,
     Select,
     SizeOf,
     Slice,
@@ -343,6 +344,11 @@ class _Reader(Functions):
                 moved = self.with_(forms[0], {f"${axis}": self.node("value", (index.form,))})
                 kept = [b for a in args[0].axes for b in (index.axes if a.name == axis else (a,))]
                 return _Value(tuple({a.name: a for a in kept}.values()), moved)
+            case Scatter(closed, out, "sum"):
+                # y[o] = Σ_r [index[r] names o]·x[r]
+                hit = self.call("names", (("size", str(out.size)),), [forms[1], self.atom("index", f"${out.name}")])
+                v = self.reduced(axes, self.times(forms[0], hit), closed)
+                return _Value((out, *v.axes), v.form)
             case Concat(parts, out):
                 return self.concatenated(args, parts, out)
             case CumSum(axis):

@@ -540,6 +540,10 @@ class Tensor:
     def stride(self, n: int | None = None) -> Any:
         return self.strides if n is None else self.strides[n]
 
+    def view(self, dtype: Any) -> Tensor:
+        """The same elements, of another type of as many bytes."""
+        return self
+
     def zero_(self) -> Tensor:
         self.buffer.made = "zeroed"
         return self
@@ -658,6 +662,7 @@ class Jit:
 
 MOST_PATHS = 256  # through a kernel
 MOST_BRANCHES = 64  # on one path
+INDICES = ("int32", "int64")  # what is loaded of these types may be an index
 IMPORTS = ("collections.abc", "threading", "typing", "weakref")
 TORCH_FUNCTION = re.compile(r"\w+_torch_\d+")
 
@@ -692,7 +697,8 @@ class _Reader:
                 space[name] = self.torch_function(found)
         if "keep" in space:  # what is kept is what is computed
             space["keep"] = space["ahead"]
-        inputs = [Tensor(self, Buffer(i.name, i.tensor.shape)) for i in self.graph.inputs]
+        inputs = [Tensor(self, Buffer(i.name, i.tensor.shape, dtype=TORCH_NAMES.get(i.tensor.dtype)))
+                  for i in self.graph.inputs]  # fmt: skip
         tensors = self.graph.tensors()
         given = [Tensor(self, Buffer("", tensors[o.value].shape, "empty")) for o in self.graph.outputs]
         out = (given[0] if len(given) == 1 else tuple(given)) if has_out else None
@@ -747,7 +753,7 @@ class _Reader:
     def unknown(self, kind: str, count: Any) -> Any:
         self.names += 1
         found = self.z3.Int(f"{kind} {self.names}")
-        self.holds += [found >= 0] + ([found < count] if count is not None else [])
+        self.holds += [found >= 0, found < count] if count is not None else []
         self.unknowns[str(found)] = found
         self.digits.append(str(found))
         return found
@@ -856,8 +862,17 @@ class _Reader:
         self.accesses.append(found)
         return OPAQUE
 
-    def load(self, pointer: Any, mask: Any = None, other: Any = None, **_: Any) -> Opaque:
-        return self.access("read", pointer, mask)
+    def load(self, pointer: Any, mask: Any = None, other: Any = None, **_: Any) -> Any:
+        found = self.access("read", pointer, mask)
+        if pointer.buffer.dtype not in INDICES:
+            return found
+        # any number, another one in each lane: the claims hold for all of them
+        number = self.again(lambda: self.any_number())
+        return Int(self, number, pointer.lanes)
+
+    def any_number(self) -> Any:
+        self.names += 1
+        return self.z3.Int(f"loaded {self.names}")
 
     def store(self, pointer: Any, value: Any, mask: Any = None, **_: Any) -> Opaque:
         return self.access("write", pointer, mask)
@@ -898,6 +913,12 @@ class _Reader:
             return Int(self, self.z3.If(condition.z, x.z, y.z), lanes)
         return OPAQUE
 
+    def broadcast_to(self, value: Any, shape: Sequence[Any]) -> Any:
+        value = self.lifted(value)
+        if not isinstance(value, Int) or value.lanes:
+            return OPAQUE
+        return Int(self, value.z, (None,) * len(shape), None, None, value.wide)
+
     def cast(self, value: Any, dtype: Any) -> Any:
         value = self.lifted(value)
         return value.to(dtype) if isinstance(value, Int) else OPAQUE
@@ -932,7 +953,7 @@ class _Reader:
             jit=self.jit, program_id=self.program_id, arange=self.arange, range=self.loop, static_range=self.loop,
             load=self.load, store=self.store, atomic_add=self.atomic_add, cdiv=self.cdiv, where=self.where_,
             maximum=lambda a, b: self.extreme(True, a, b), minimum=lambda a, b: self.extreme(False, a, b),
-            cast=self.cast, constexpr=lambda x: x, int64=Wide(),
+            cast=self.cast, broadcast_to=self.broadcast_to, constexpr=lambda x: x, int64=Wide(),
         )  # fmt: skip
         triton = _Stand(
             jit=self.jit, cdiv=self.cdiv, next_power_of_2=self.next_power_of_2, JITFunction=Jit, language=language

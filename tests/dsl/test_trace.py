@@ -165,6 +165,9 @@ def test_types_hold_for_the_classic_programs():
 # -- mistakes ----------------------------------------------------------------------------------------------------
 
 SHAPES = {
+    "an index of bool": lambda x, y: y[y > 0],
+    "an index of f16": lambda x, y: mg.take(y, y),
+    "scatter_add of": lambda x, y: mg.scatter_add(y, mg.iota(y.shape[1]), 9),
     r"matmul of shapes \[B, 8\] and \[9, 4\]": lambda x, y: x @ y.reshape(9, 4),
     r"add of shapes \[B, 8\] and \[4, 9\]": lambda x, y: x + y,
     r"mul of shapes \[B, 8\] and \[36\]": lambda x, y: x * y.flatten(),
@@ -194,7 +197,8 @@ def test_shapes_that_do_not_fit_are_named_with_the_line(match):
 
 UNSUPPORTED = {
     "a diagonal": lambda x, y: mg.einsum("ii->i", y @ y.T),
-    "indexing by a tensor": lambda x, y: y[y > 0],
+    "indexing by a list": lambda x, y: y[[0, 1]],
+    "an index of several tensors": lambda x, y: y[mg.iota(y.shape[0]), mg.iota(y.shape[0])],
     "a number as exponent": lambda x, y: x**x,
     "no rational number": lambda x, y: x + float("inf"),
     "an output holds minus infinity": lambda x, y: mg.where(x > 0, x, float("-inf")),

@@ -117,7 +117,7 @@ class Draw:
             lambda: ops.Concat(self.many(name, 3, 1), axis()),
             lambda: ops.Rename(self.many(lambda: (name(), axis()), 2)),
             lambda: ops.Gather(name()),
-            lambda: ops.Scatter(name(), axis(), self.one(("sum", "write"))),
+            lambda: ops.Scatter(self.many(name, 2, 1), axis(), self.one(("sum", "write"))),
         ]
         return self.one(makers)()
 

@@ -210,7 +210,7 @@ OPERATORS = {
     "Concat": (ops.Concat(("k", "k2"), KK), [value(X), value(POSITIVE, ("n", "k2"))], [np.hstack([X, POSITIVE])]),
     "Rename": (ops.Rename((("k", Axis("m", 4)),)), [value(X)], [X]),
     "Gather": (ops.Gather("k"), [value(X), value(I64)], None),
-    "Scatter": (ops.Scatter("k", Axis("m", 4)), [value(X), value(I64)], None),
+    "Scatter": (ops.Scatter(("k",), Axis("m", 4)), [value(X), value(I64)], None),
 }
 
 
@@ -253,7 +253,7 @@ def test_gather_shares_the_axes_that_operand_and_index_have_in_common():
 @pytest.mark.parametrize("kind", ["sum", "write"])
 def test_scatter_puts_rows_where_the_index_names(kind):
     rows = np.array([1, 3, 1, 0])
-    (result,) = apply(ops.Scatter("k", Axis("m", 4), kind), value(X), Named(("k",), (rows,)))
+    (result,) = apply(ops.Scatter(("k",), Axis("m", 4), kind), value(X), Named(("k",), (rows,)))
     want = np.zeros((4, 2))
     for i, row in enumerate(rows):
         want[row] = X[:, i] + (want[row] if kind == "sum" else 0)

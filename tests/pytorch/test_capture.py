@@ -241,7 +241,21 @@ def attentions(q, k, v, mask):
     )
 
 
+def by_index(x, w, at, pairs):
+    return (
+        x[at],
+        x[:, at - 3],
+        x[at][:, None] * 2,
+        x[pairs].sum(1),
+        x.index_select(1, at),
+        F.embedding(pairs, w),
+        x.index_add(0, at, w[:3], alpha=2),
+        torch.zeros(6, 5, dtype=x.dtype).index_add(1, at, x[:, :3]),
+    )
+
+
 FAMILIES = {
+    "by index": (by_index, rand(6, 5), rand(6, 5), torch.tensor([3, 0, 3]), torch.tensor([[1, 5], [2, 2], [0, 4]])),
     "unary": (unary, rand(3, 4)),
     "binary": (binary, rand(3, 4), rand(3, 4) + 0.1, rand(4)),
     "reductions": (reductions, rand(3, 4, 5)),
@@ -367,6 +381,8 @@ def test_an_operator_without_a_meaning_is_named_with_the_line():
         (lambda x: F.dropout(x, 0.5), "not supported|dropout"),
         (unsupported_masked_output, "minus infinity"),
         (lambda x: torch.div(x, 2, rounding_mode="floor"), "rounded"),
+        (lambda x: x[torch.tensor([0, 1]), torch.tensor([0, 1])], "several tensors"),
+        (lambda x: x.index_copy(0, torch.tensor([0, 1]), x[1:]), "writing by an index"),
     ],
 )
 def test_what_cannot_be_expressed_is_refused(fn, match):

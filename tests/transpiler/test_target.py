@@ -84,3 +84,12 @@ def test_naming_a_target_does_not_load_torch() -> None:
         "assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_tf32_is_asked_for_by_the_name_of_the_target():
+    assert parse_target("cuda:90+tf32") == Target("triton", 90, "tf32")
+    assert parse_target("cuda:90").precision == "ieee"
+    assert str(parse_target("cuda:80+tf32")) == "cuda:80+tf32"
+    for wrong in ("torch+tf32", "cuda:90+tf16", "cuda:91+tf32", "+tf32"):
+        with pytest.raises(UnknownTargetError, match=r"tf32|tf16"):
+            parse_target(wrong)

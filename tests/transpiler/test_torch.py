@@ -331,9 +331,9 @@ OPS: dict[str, tuple[Op, tuple[Input, ...]]] = {
     "gather_u8": (Gather("n"), (W, inp("I", c, dtype=DType.i8))),
     "gather_shared": (Gather("k"), (X, inp("I", b, n, dtype=DType.i64))),
     "gather_shared_only": (Gather("k"), (X, INDEX)),
-    "scatter": (Scatter("k", n), (inp("A", k, b), inp("I", k, dtype=DType.i64))),
-    "scatter_i32": (Scatter("k", n), (X, inp("I", k, dtype=DType.i32))),
-    "scatter_shared": (Scatter("k", n), (X, inp("I", b, k, dtype=DType.i64))),
+    "scatter": (Scatter(("k",), n), (inp("A", k, b), inp("I", k, dtype=DType.i64))),
+    "scatter_i32": (Scatter(("k",), n), (X, inp("I", k, dtype=DType.i32))),
+    "scatter_shared": (Scatter(("k",), n), (X, inp("I", b, k, dtype=DType.i64))),
 }  # fmt: skip
 for _fn, _count in FUNCTIONS.items():
     if _fn not in ("pow", "and", "or", "not"):
