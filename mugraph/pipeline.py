@@ -413,8 +413,11 @@ def _found(program: Program, chosen: Target, options: Mapping[str, Any], written
         search_on = device(_device_name(chosen))
         result = _optimized(program, chosen, search_on, space, budget, delta, number, running, jobs, say)
         if options["tune"] and not result.interrupted:
-            calls = _optimized(program, chosen, device(CPU), space, budget, delta, number, running, jobs, say)
-            result = _measured(result, calls, space, delta, number, written, say)
+            try:
+                calls = _optimized(program, chosen, device(CPU), space, budget, delta, number, running, jobs, say)
+                result = _measured(result, calls, space, delta, number, written, say)
+            except KeyboardInterrupt:
+                result = replace(result, interrupted=True, notes=(*result.notes, "interrupted before it was measured"))
     report = result.report
     reproducible = not isinstance(report, SearchReport) or report.stop.reproducible
     if not settings.skip_cache.get() and reproducible and not result.interrupted:

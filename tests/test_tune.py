@@ -167,6 +167,19 @@ def test_only_the_torch_target_is_tuned_here() -> None:
             mg.superoptimize(chain, target=target, tune=True)
 
 
+def test_ctrl_c_while_measuring_leaves_what_was_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(*_: Any, **__: Any) -> Choice:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline, "choose", stopped)
+    cache = Cache(tmp_path)
+    result = mg.superoptimize(chain, target="torch", tune=True, cache=cache)
+    assert result.interrupted
+    assert result.choice is None
+    assert "interrupted before it was measured" in result.notes
+    assert not cache.ls(), "only what another run would find again is kept"
+
+
 def test_the_command_line_tunes(
     offered: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
