@@ -87,6 +87,7 @@ AS_IT_STANDS, FOUND, CALLS = "the program as it stands", "the kernels found", "t
 COMPILED = ", compiled"
 TF32_UNIT = 2.0**-10  # an operand keeps 10 bits of its fraction
 F8_UNIT = 2.0**-13  # sm_90 sums products of f8 with 14 bits (DeepSeek-V3 technical report, 3.3.2)
+MEASURED_DRAWS = ("normal", "wide", "rows")  # equal elements are where sums that were multiplied out cancel
 MOST_REFUSED = 3  # plans whose source disagrees with float64, before the program runs as library calls
 _log = logging.getLogger("mugraph.pipeline")
 
@@ -555,8 +556,13 @@ def _found(program: Program, chosen: Target, options: Mapping[str, Any], written
         search_on = device(_device_name(chosen))
         result = _optimized(program, chosen, search_on, space, level, budget, delta, number, running, jobs, say)
         if measuring and not result.interrupted:
-            calls = _optimized(program, chosen, device(CPU), space, level, budget, delta, number, running, jobs, say)
-            result = _measured(result, calls, space, delta, number, written, say)
+            try:
+                calls = _optimized(
+                    program, chosen, device(CPU), space, level, budget, delta, number, running, jobs, say
+                )
+                result = _measured(result, calls, space, delta, number, written, say)
+            except KeyboardInterrupt:
+                result = replace(result, interrupted=True, notes=(*result.notes, "interrupted before it was measured"))
     report = result.report
     reproducible = not isinstance(report, SearchReport) or report.stop.reproducible
     if not settings.skip_cache.get() and reproducible and not result.interrupted:
@@ -782,7 +788,7 @@ def _agrees(program: Program, sizes: Mapping[str, int], seed: int, stable: bool,
         return given if isinstance(given, tuple | list) else (given,)
 
     report = numeric_check(
-        program, on, bindings=[sizes], how="torch", draws=("normal",), seed=seed, beyond_eager=stable
+        program, on, bindings=[sizes], how="torch", draws=MEASURED_DRAWS, seed=seed, beyond_eager=stable
     )
     return not report.disagrees
 

@@ -161,6 +161,33 @@ def test_what_is_measured_decides(tmp_path: Path) -> None:
     assert "measured on" in str(result)
 
 
+def test_ctrl_c_while_measuring_leaves_what_was_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(*_: Any, **__: Any) -> Choice:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline, "choose", stopped)
+    cache = Cache(tmp_path)
+    result = mg.superoptimize(chain, target="torch", tune="measure", cache=cache)
+    assert result.interrupted
+    assert result.choice is None
+    assert "interrupted before it was measured" in result.notes
+    assert not cache.ls(), "only what another run would find again is kept"
+
+
+def test_a_variance_that_is_multiplied_out_is_refused(offered: Any, tmp_path: Path) -> None:
+    """Of equal elements it is zero, which squares less squared sums are not."""
+
+    @mg.program
+    def variance(x: mg.f32[256, 1000]):
+        return mg.mean(mg.square(x - mg.mean(x, -1, True)), -1)
+
+    seen = offered(AS_IT_STANDS)
+    mg.superoptimize(variance, target="torch", tune="measure", cache=Cache(tmp_path))
+    eager = [c for c in seen if not c.name.endswith(COMPILED)]
+    assert [c.correct(c.run) for c in eager if c.correct] == [True] + [False] * (len(eager) - 1)
+    assert len(eager) > 1
+
+
 def test_the_command_line_tunes(
     offered: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
