@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from typing import Any, TypeVar
 
-from mugraph.ir.axes import Axis, dims_of
-from mugraph.ir.graph import BlockGraph, Pass, Program, Split
+from mugraph.ir.axes import Axis, dims_of, representative
+from mugraph.ir.graph import BlockGraph, KernelGraph, Pass, Program, Split
 from mugraph.ir.ops import Concat, Kernel, Pack, Rename, Reshape, Slice, TopK, Unpack
 from mugraph.ir.types import DType
 
@@ -24,6 +24,55 @@ def resized(value: T, sizes: Mapping[str, int], tiles: Mapping[str, int]) -> T:
     """
     result: T = _walked(value, lambda x: _resize_one(x, sizes, tiles))
     return result
+
+
+def retiled(graph: KernelGraph, tiles: Mapping[str, int]) -> KernelGraph:
+    """A μGraph with other tiles of the named grid and loop axes, and other numbers of parts, by the names of part axes.
+    Tiles of combines, which may be cut finer, are no greater than those given."""
+    parts = {b.split.part.name for b in _blocks(graph) if b.split}
+    graph = resized(graph, {a: n for a, n in tiles.items() if a in parts}, {})
+
+    def change(x: Any) -> Any:
+        if not isinstance(x, Kernel):
+            return x
+        return Kernel(tuple(_retiled(b, tiles) for b in x.blocks))
+
+    result: KernelGraph = _walked(graph, change)
+    return result
+
+
+def _retiled(block: BlockGraph, tiles: Mapping[str, int]) -> BlockGraph:
+    def changed(axes: tuple[tuple[str, int], ...]) -> tuple[tuple[str, int], ...]:
+        return tuple((a, tiles.get(a, t)) for a, t in axes)
+
+    passes = tuple(replace(p, loops=changed(p.loops)) for p in block.passes)
+    combine = block.combine and resized(block.combine, {}, tiles)
+    return replace(block, grid=changed(block.grid), passes=passes, combine=combine)
+
+
+def neighbours(graph: KernelGraph) -> Iterator[dict[str, int]]:
+    """What `retiled` takes for graphs whose tiles or parts differ in one axis, by a factor of two."""
+    found: dict[str, tuple[int, int]] = {}
+    for block in _blocks(graph):
+        sizes = {a.name: a for t in block.tensors().values() for a in t.axes}
+        for a, t in (*block.grid, *(x for p in block.passes for x in p.loops)):
+            found[a] = t, representative(sizes[a].size, MOST_REPRESENTED)
+        if block.split:
+            found[block.split.part.name] = block.split.parts, MOST_PARTS_TRIED
+    for axis, (now, most) in found.items():
+        for other in (2 * now, now // 2):
+            if 1 <= other < 2 * most:
+                yield {axis: other}
+
+
+def _blocks(graph: KernelGraph) -> Iterator[BlockGraph]:
+    for e in graph.kernels():
+        assert isinstance(e.op, Kernel)
+        yield from e.op.blocks
+
+
+MOST_REPRESENTED = 128  # of a symbolic size, for which tiles are tried
+MOST_PARTS_TRIED = 64
 
 
 def recast(value: T, dtypes: Mapping[DType, DType]) -> T:

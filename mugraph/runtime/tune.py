@@ -19,6 +19,7 @@ was chosen is a *trace* of named choices, with which `lower` gives the same plan
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,10 +30,10 @@ from typing import Any, get_args
 
 from mugraph.codegen.lower import lower
 from mugraph.codegen.plan import ANY, Beside, Choice, Launch, Machine, Options, Plan, Read, Trace, compute_of
-from mugraph.errors import CompileError
+from mugraph.errors import CompileError, UnsupportedOpError, VerificationError
 from mugraph.ir.graph import KernelGraph
 from mugraph.ir.ops import Kernel
-from mugraph.ir.resize import resized
+from mugraph.ir.resize import neighbours, retiled
 from mugraph.runtime.compile import Compiler, Resources
 from mugraph.runtime.model import predicted_seconds
 from mugraph.runtime.timing import Refused, Timer
@@ -49,7 +50,8 @@ EXPANDED = 3  # configurations whose neighbours are tried next
 FINALISTS = 8  # configurations of one kernel that are timed
 REPEATS = (5, 20, 80)  # of each, in rounds of which each drops half
 MOST_WARPS, MOST_STAGES = 16, 6
-MOST_TILINGS = 4  # of one graph
+MOST_TILINGS = 4  # of one graph, to fit
+TILINGS = 2  # and beside its own, to be fast
 NARROW = 2  # rows that may be multiplied and summed
 SMALLEST_TILE = 16  # what a matrix multiply wants
 TILES = "tiles"  # stands for the kernel in a choice of tiles
@@ -103,7 +105,8 @@ def rule(f: Rule) -> Rule:
 @dataclass(frozen=True)
 class Tuned:
     """What was chosen.  `trace` has the tiles that were cut, under the name "tiles", and the options of kernels that
-    are not what lowering chooses; `tried` counts configurations that were compiled, `timed` those that ran."""
+    are not what lowering chooses; `tried` counts configurations that were compiled, `timed` those that ran.  `seconds`:
+    of one call, predicted from what was compiled, or measured."""
 
     level: Tune
     trace: Trace = ()
@@ -111,6 +114,7 @@ class Tuned:
     tried: int = 0
     timed: int = 0
     notes: tuple[str, ...] = ()
+    seconds: float = math.inf
 
     @property
     def options(self) -> Trace:
@@ -130,6 +134,7 @@ class Tuned:
             "kernels": [asdict(r) for r in self.resources],
             "tried": self.tried,
             "timed": self.timed,
+            "seconds": self.seconds if math.isfinite(self.seconds) else None,
             "notes": list(self.notes),
         }
 
@@ -144,6 +149,7 @@ class Tuned:
             resources=tuple(Resources(**r) for r in data["kernels"]),
             tried=int(data["tried"]),
             timed=int(data["timed"]),
+            seconds=math.inf if data["seconds"] is None else float(data["seconds"]),
             notes=tuple(map(str, data["notes"])),
         )
 
@@ -169,28 +175,71 @@ class Tuner:
     symbolic: int = 16
 
     def tuned(self, verified: Verified, level: Tune) -> tuple[Verified, Tuned]:
-        """The μGraph with its choices.  It has other tiles where a kernel spills whatever its options: the greatest
-        tile of a loop is cut in half, a few times, and the graph verified like any other.
+        """The μGraph with its choices, which may be other tiles as well: such a graph is verified like any other.
 
         Raises CompileError where a kernel does not compile under any options that were tried, UnknownTargetError for
         an architecture that cannot be compiled for."""
         if level == "none" or not verified.graph.kernels():
             return verified, Tuned(level)
+        found = [self.cut(verified, level)]
+        for tiles in self.tilings(verified, level) if level != "fit" else ():
+            at = with_tiles(verified, tiles)
+            found.append((at, tiled(self.options(at, level), tiles)))
+        best = min(found, key=lambda x: (x[1].badness, x[1].seconds))
+        return best[0], replace(best[1], tried=sum(t.tried for _, t in found), timed=sum(t.timed for _, t in found))
+
+    def cut(self, verified: Verified, level: Tune) -> tuple[Verified, Tuned]:
+        """The options of each kernel.  Where one spills or does not fit whatever these are, the greatest tile of a loop
+        is cut in half, a few times."""
         best = verified, self.options(verified, level)
         tiles: dict[str, int] = {}
-        at = verified
         for _ in range(MOST_TILINGS):
-            loops = loops_of(at.graph)
-            if best[1].badness == (0, 0) or not loops:
+            loops = loops_of(verified.graph) | tiles
+            axis = max(loops, key=lambda a: loops[a], default="")
+            if best[1].badness == (0, 0) or not axis or loops[axis] <= SMALLEST_TILE:
                 break
-            axis = max(loops, key=lambda a: loops[a])
             tiles[axis] = loops[axis] // 2
-            at = retiled(at, tiles)
+            at = with_tiles(verified, tiles)
             found = self.options(at, level)
             if found.badness < best[1].badness:
-                cut = tuple(Choice(TILES, name, tile) for name, tile in tiles.items())
-                best = at, replace(found, trace=(*cut, *found.trace))
+                best = at, tiled(found, tiles)
         return best
+
+    def tilings(self, verified: Verified, level: Tune) -> list[dict[str, int]]:
+        """Other tiles and numbers of parts, those first that the model prefers: each axis' tile doubled or halved, under
+        the options that lowering then chooses.  Where nothing will be timed, only those that the model finds better."""
+        tiles = list(neighbours(verified.graph))
+        with ThreadPoolExecutor(len(self.compilers)) as pool:
+            shares = [[{}, *tiles][i :: len(self.compilers)] for i in range(len(self.compilers))]
+            parts = pool.map(
+                lambda c, share: [self.lowered_seconds(c, verified, t) for t in share], self.compilers, shares
+            )
+        seconds = {
+            json.dumps(t): s
+            for share, part in zip(shares, parts, strict=True)
+            for t, s in zip(share, part, strict=True)
+        }
+        own = seconds["{}"] if level == "model" or self.timer is None else math.inf
+        better = sorted((t for t in tiles if seconds[json.dumps(t)] < own), key=lambda t: seconds[json.dumps(t)])
+        return better[:TILINGS]
+
+    def lowered_seconds(self, compiler: Compiler, verified: Verified, tiles: dict[str, int]) -> float:
+        """What the model predicts for the graph with these tiles as lowered; infinite where it may not run."""
+        try:
+            plan = lower(with_tiles(verified, tiles) if tiles else verified, machine=self.machine)
+            found = compiler.resources(emit(plan), self.arch)
+        except (CompileError, UnsupportedOpError, VerificationError):
+            return math.inf
+        total = 0.0
+        for call, needs in zip(launched(plan).values(), found, strict=True):
+            total += predicted_seconds(call, plan, needs, self.device, self.symbolic)
+            if needs.excess or needs.repeated_spills:
+                return math.inf
+        return total
+
+    @property
+    def arch(self) -> int:
+        return self.machine.arch or self.device.arch
 
     def options(self, verified: Verified, level: Tune) -> Tuned:
         """The options of each kernel, tiles as they are."""
@@ -198,6 +247,7 @@ class Tuner:
         resources: list[Resources] = []
         notes: list[str] = []
         tried = timed = 0
+        seconds = 0.0
         if level == "measure" and self.timer is None:
             notes.append("there is no device to time kernels on: they are ranked by a model of what the compiler made")
         for call in launched(lower(verified, machine=self.machine)).values():
@@ -212,6 +262,7 @@ class Tuner:
                 notes += lost
             best = self.fewer_registers(verified, best)
             assert best.resources is not None
+            seconds += best.seconds
             trace += best.trace
             resources.append(best.resources)
             if best.resources.excess:
@@ -220,7 +271,10 @@ class Tuner:
                 notes.append(f"{best.call.name} spills {best.resources.spills} times in loops, whatever was tried")
             elif best.resources.spills_outside:
                 notes.append(f"{best.call.name} spills {best.resources.spills_outside} times outside loops")
-        return Tuned(level, tuple(trace), tuple(resources), tried, timed, tuple(notes))
+        if level == "measure" and self.timer is not None:
+            whole = self.timer.seconds(emit(lower(verified, tuple(trace), self.machine)), REPEATS[-1])
+            seconds = math.inf if isinstance(whole, Refused) else whole.median
+        return Tuned(level, tuple(trace), tuple(resources), tried, timed, tuple(notes), seconds)
 
     def explored(self, verified: Verified, kernel: str, level: Tune) -> list[Configuration]:
         """The configurations of a kernel that were compiled, the lowering's own first.  To fit, no more than are needed
@@ -261,7 +315,7 @@ class Tuner:
             source = emit(plan)
             found, reason = None, ""
             try:
-                (found,) = compiler.resources(source, self.machine.arch or self.device.arch, only=[function])
+                (found,) = compiler.resources(source, self.arch, only=[function])
             except CompileError as error:
                 reason = error.message
             return Configuration(call, plan, source, self.device, trace, found, reason, self.symbolic)
@@ -339,11 +393,16 @@ def loops_of(graph: KernelGraph) -> dict[str, int]:
     return {axis: tile for b in blocks for p in b.passes for axis, tile in p.loops if tile > SMALLEST_TILE}
 
 
-def retiled(verified: Verified, tiles: dict[str, int]) -> Verified:
-    """With smaller tiles.  Raises VerificationError as `verify` does."""
+def with_tiles(verified: Verified, tiles: Mapping[str, int]) -> Verified:
+    """With other tiles.  Raises VerificationError as `verify` does."""
     c = verified.certificate
-    graph = resized(verified.graph, {}, tiles)
+    graph = retiled(verified.graph, tiles)
     return verify(verified.program, graph, delta=2.0**c.delta_requested_log2, seed=c.seed, cuts=c.cuts)
+
+
+def tiled(found: Tuned, tiles: Mapping[str, int]) -> Tuned:
+    """With the tiles in front of the trace."""
+    return replace(found, trace=(*(Choice(TILES, name, tile) for name, tile in tiles.items()), *found.trace))
 
 
 # -- rules that make a kernel fit

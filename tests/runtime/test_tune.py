@@ -13,16 +13,17 @@ import pytest
 from benchmarks.programs import PROGRAMS
 from mugraph.codegen.lower import lower, plan_graph
 from mugraph.codegen.plan import Launch, Options
-from mugraph.errors import CompileError
+from mugraph.errors import CompileError, MugraphError
 from mugraph.ir.graph import KernelGraph
 from mugraph.ir.parser import parse_program
+from mugraph.ir.resize import neighbours, retiled
 from mugraph.ir.types import DType
 from mugraph.runtime import tune
 from mugraph.runtime.bench import Spread
 from mugraph.runtime.compile import Compiler, Resources
 from mugraph.runtime.interpret import Interpreter
 from mugraph.runtime.timing import Refused
-from mugraph.runtime.tune import Choice, Configuration, Tuned, Tuner, loops_of, retiled, rule
+from mugraph.runtime.tune import Choice, Configuration, Tuned, Tuner, loops_of, rule, with_tiles
 from mugraph.search.cost import device
 from mugraph.transpiler.triton import emit, launched
 from mugraph.verify.equivalence import Verified, verify
@@ -46,11 +47,13 @@ class Told(Compiler):
         self.asked: list[dict[str, int]] = []
 
     def resources(self, source, arch, options=None, only=None):
-        (kernel,) = only
-        table = re.search(rf'"{kernel}": \(\n +\{{.*?\n +\}},\n +(\{{.*?\}}),', source, re.DOTALL)
-        assert table
-        self.asked.append(json.loads(table.group(1)))
-        return [replace(self.answer(kernel, self.asked[-1]), kernel=kernel)]
+        found = []
+        for kernel in only or re.findall(r'^    "(\w+)": \($', source, re.MULTILINE):
+            table = re.search(rf'"{kernel}": \(\n +\{{.*?\n +\}},\n +(\{{.*?\}}),', source, re.DOTALL)
+            assert table
+            self.asked.append(json.loads(table.group(1)))
+            found.append(replace(self.answer(kernel, self.asked[-1]), kernel=kernel))
+        return found
 
 
 def fitted(before: Verified, answer: Answer | Told, level: tune.Tune = "fit", timer=None) -> tuple[Verified, Tuned]:
@@ -215,7 +218,7 @@ def test_tiles_are_cut_where_nothing_else_helps():
     assert found.trace == (Choice("tiles", "k", 32),)
     assert found.notes == ()
     assert found.options == ()
-    assert retiled(before, {"k": 32}).graph == after.graph
+    assert with_tiles(before, {"k": 32}).graph == after.graph
 
 
 def test_tiles_stay_where_cutting_them_does_not_help():
@@ -228,6 +231,13 @@ def test_tiles_stay_where_cutting_them_does_not_help():
 # -- to be fast
 
 
+@pytest.fixture
+def own_tiles(monkeypatch: pytest.MonkeyPatch):
+    """The tiles stay as they are."""
+    monkeypatch.setattr(tune, "TILINGS", 0)
+
+
+@pytest.mark.usefixtures("own_tiles")
 def test_the_model_prefers_what_hides_latency_and_refuses_what_spills():
     """Here each stage costs shared memory, and the fifth spills."""
 
@@ -242,6 +252,7 @@ def test_the_model_prefers_what_hides_latency_and_refuses_what_spills():
     assert 1 < found.tried <= tune.MOST_RANKED
 
 
+@pytest.mark.usefixtures("own_tiles")
 def test_equal_predictions_keep_the_lowerings_own_choice():
     before = rmsnorm_linear()
     _, found = fitted(before, lambda k, o: replace(FINE, loop_instructions=0), "model")
@@ -261,6 +272,7 @@ class Clock:
         return found if isinstance(found, Refused) else Spread(found, found, found)
 
 
+@pytest.mark.usefixtures("own_tiles")
 def test_the_clock_has_the_last_word():
     """The device likes two warps, whatever the model says."""
     clock = Clock(lambda source: 1.0 if "num_warps=2" in source else 2.0)
@@ -270,6 +282,7 @@ def test_the_clock_has_the_last_word():
     assert found.timed > 1
 
 
+@pytest.mark.usefixtures("own_tiles")
 def test_nothing_slower_than_the_lowerings_own_choice_is_taken():
     before = rmsnorm_linear()
     start = emit(lower(before))
@@ -278,6 +291,7 @@ def test_nothing_slower_than_the_lowerings_own_choice_is_taken():
     assert found.trace == ()
 
 
+@pytest.mark.usefixtures("own_tiles")
 def test_what_spills_is_never_run():
     told = Told(lambda k, o: replace(FINE, loop_instructions=9, spills=int(o["num_warps"] == 8)))
     clock = Clock(lambda source: 1.0)
@@ -286,6 +300,7 @@ def test_what_spills_is_never_run():
     assert not any("num_warps=8" in source for source in clock.asked)
 
 
+@pytest.mark.usefixtures("own_tiles")
 def test_what_hangs_or_runs_out_of_memory_is_refused_with_the_reason():
     def answer(source: str) -> float | Refused:
         return Refused("no answer within 60 s") if "num_warps=2" in source else 1.0
@@ -295,6 +310,7 @@ def test_what_hangs_or_runs_out_of_memory_is_refused_with_the_reason():
     assert found.trace == ()
 
 
+@pytest.mark.usefixtures("own_tiles")
 def test_a_device_that_disappears_leaves_the_best_that_was_timed():
     count = 0
 
@@ -310,10 +326,48 @@ def test_a_device_that_disappears_leaves_the_best_that_was_timed():
     assert any("the device was lost" in note for note in found.notes)
 
 
+@pytest.mark.usefixtures("own_tiles")
 def test_without_a_device_a_note_says_that_nothing_was_timed():
     _, found = fitted(rmsnorm_linear(), lambda k, o: replace(FINE, loop_instructions=9), "measure")
     assert found.timed == 0
     assert "ranked by a model" in found.notes[0]
+
+
+def test_other_tiles_are_tried_and_the_clock_decides():
+    before = rmsnorm_linear()
+    tiles = {"n": 128}
+    faster = emit(lower(with_tiles(before, tiles)))
+    clock = Clock(lambda source: 1.0 if "n_block * 128" in source else 2.0)
+    after, found = fitted(before, lambda k, o: replace(FINE, loop_instructions=100), "measure", clock)
+    assert "n_block * 128" in faster
+    assert Choice("tiles", "n", 128) in found.trace
+    assert with_tiles(before, tiles).graph == after.graph
+    assert found.seconds == 1.0
+
+
+def test_tiles_that_do_not_fit_are_not_tried():
+    class Small(Told):
+        def resources(self, source, arch, options=None, only=None):
+            if "n_block * 64" not in source:
+                raise CompileError("out of shared memory")
+            return super().resources(source, arch, options, only)
+
+    _, found = Tuner(H100, [Small(lambda k, o: replace(FINE, loop_instructions=100))]).tuned(rmsnorm_linear(), "model")
+    assert not any(c.name == "n" for c in found.trace)
+
+
+def test_neighbours_differ_in_one_tile_and_are_the_program():
+    graph = split_matmul(parts=4)
+    found = list(neighbours(graph))
+    part = next(b.split.part.name for e in graph.kernels() for b in e.op.blocks)
+    assert {part: 8} in found
+    assert {part: 2} in found
+    assert all(len(tiles) == 1 for tiles in found)
+    for tiles in found:
+        verify(graph, retiled(graph, tiles))
+    wrong = replace(graph, outputs=())
+    with pytest.raises(MugraphError):
+        verify(graph, retiled(wrong, {part: 8}))
 
 
 # -- what options do to the text
