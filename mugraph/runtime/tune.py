@@ -206,7 +206,7 @@ class Tuner:
         return best
 
     def tilings(self, verified: Verified, level: Tune) -> list[dict[str, int]]:
-        """Other tiles and numbers of parts, those first that the model prefers: each axis' tile doubled or halved, under
+        """Other tiles and numbers of parts, as the model orders them: each axis' tile doubled or halved, under
         the options that lowering then chooses.  Where nothing will be timed, only those that the model finds better."""
         tiles = list(neighbours(verified.graph))
         with ThreadPoolExecutor(len(self.compilers)) as pool:

@@ -335,12 +335,12 @@ def test_without_a_device_a_note_says_that_nothing_was_timed():
 
 def test_other_tiles_are_tried_and_the_clock_decides():
     before = rmsnorm_linear()
-    tiles = {"n": 128}
+    tiles = {"n": 32}
     faster = emit(lower(with_tiles(before, tiles)))
-    clock = Clock(lambda source: 1.0 if "n_block * 128" in source else 2.0)
+    clock = Clock(lambda source: 1.0 if "n_block * 32" in source else 2.0)
     after, found = fitted(before, lambda k, o: replace(FINE, loop_instructions=100), "measure", clock)
-    assert "n_block * 128" in faster
-    assert Choice("tiles", "n", 128) in found.trace
+    assert "n_block * 32" in faster
+    assert Choice("tiles", "n", 32) in found.trace
     assert with_tiles(before, tiles).graph == after.graph
     assert found.seconds == 1.0
 
