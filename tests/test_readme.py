@@ -94,9 +94,10 @@ def test_python_blocks_print_what_the_page_says(request, namespace):
     assert ElementTree.fromstring(picture).tag.endswith("svg")
 
 
-def test_the_page_on_the_search_prints_what_it_says(request):
-    page = ROOT / "docs" / "search.md"
-    settle(request, python_outputs(page.read_text(encoding="utf-8"), {"__name__": "search"}), page)
+@pytest.mark.parametrize("name", ["search", "tuning"])
+def test_pages_print_what_they_say(request, name):
+    page = ROOT / "docs" / f"{name}.md"
+    settle(request, python_outputs(page.read_text(encoding="utf-8"), {"__name__": name}), page)
 
 
 def test_commands_print_what_the_page_says(request, tmp_path):
