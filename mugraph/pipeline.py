@@ -49,13 +49,14 @@ from mugraph.ir.printer import canonical_text
 from mugraph.ir.resize import reduction, resized
 from mugraph.ir.serialize import dumps, loads
 from mugraph.ir.threads import form_threads
+from mugraph.runtime.bench import Spread
 from mugraph.runtime.cache import Cache, key_of
 from mugraph.runtime.choose import Candidate, Choice, choose, machine_text
 from mugraph.runtime.compile import shared_compilers
 from mugraph.runtime.engine import Engine, EngineName, Job, checked_engine, completed, engine_of
 from mugraph.runtime.load import Executable, load_module
 from mugraph.runtime.timing import DeviceTimer, Records, Timer
-from mugraph.runtime.tune import AS_LOWERED, RULES, Tuned, Tuner
+from mugraph.runtime.tune import AS_LOWERED, REPEATS, RULES, Tuned, Tuner
 from mugraph.search.answers import Answer
 from mugraph.search.build import baseline
 from mugraph.search.cost import CPU, Device, device
@@ -681,7 +682,8 @@ def _optimized(
             notes = (*notes, f"{len(refused)} cheaper plans were refused: {next(iter(refused.values())).message}")
         try:
             tuning = partial(tuned, target=target, level=level, symbolic=space.symbolic)
-            return _checked(verified, source, target, seed, report, notes, tell, stopped, tuning)
+            result = _checked(verified, source, target, seed, report, notes, tell, stopped, tuning)
+            return never_slower(result, level, space, delta, seed)
         except VerificationError as error:
             if report.candidates[-1].verdict == "chosen":  # the program as it stands
                 raise
@@ -744,6 +746,21 @@ def _measured(
     if choice.chosen.endswith(COMPILED):
         best = _compiled(best)
     return replace(best, choice=choice)
+
+
+def never_slower(found: Result, level: Tune, space: SearchSpace, delta: float, seed: int) -> Result:
+    """The result, or the program as library calls where these were measured to be as fast on the device."""
+    if not found.graph.kernels() or found.interrupted:
+        return found
+    with _timer(found.program, found.target, level, space.symbolic) as timer:
+        if timer is None:
+            return found
+        stands = _as_it_stands(found, space, delta, seed)
+        ours, theirs = (timer.seconds(r.source, REPEATS[-1]) for r in (found, stands))
+    if not isinstance(theirs, Spread) or (isinstance(ours, Spread) and ours.median < theirs.median):
+        return found
+    times = f"{ours} against {theirs} seconds" if isinstance(ours, Spread) else f"the kernels: {ours.reason}"
+    return replace(stands, notes=(*stands.notes, f"library calls were measured faster: {times}"))
 
 
 def _as_it_stands(found: Result, space: SearchSpace, delta: float, seed: int) -> Result:

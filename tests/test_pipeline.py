@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,9 +34,11 @@ from mugraph.errors import (
 from mugraph.ir.evaluate import reference
 from mugraph.ir.resize import recast, reduction, resized
 from mugraph.ir.types import DType
+from mugraph.runtime.bench import Spread
 from mugraph.runtime.cache import Cache
 from mugraph.runtime.compile import SHARED_LIMITS, Compiler, Resources
 from mugraph.runtime.interpret import Interpreter, shared_interpreter
+from mugraph.runtime.timing import Refused
 from mugraph.search.driver import search
 from mugraph.transpiler.target import parse_target
 from mugraph.verify.equivalence import Verified, recheck, verify
@@ -524,3 +527,29 @@ def test_interrupted_tuning_leaves_the_kernel_as_it_was_lowered(
     assert found.interrupted
     assert found.source == plain.source
     assert "numerics" not in found.certificate.tiers
+
+
+class Clock:
+    """Says how long files take, by whether they hold kernels."""
+
+    def __init__(self, kernels: float | None, calls: float | None) -> None:
+        self.times = {True: kernels, False: calls}
+
+    def seconds(self, source: str, repeats: int) -> Spread | Refused:
+        found = self.times["triton.jit" in source]
+        return Refused("it hangs") if found is None else Spread(found, found, found)
+
+
+@pytest.mark.parametrize(
+    ("kernels", "calls", "ours"), [(1e-6, 2e-6, True), (2e-6, 1e-6, False), (None, 1e-6, False), (1e-6, None, True)]
+)
+def test_what_was_measured_slower_than_library_calls_does_not_run(
+    kernels: float | None, calls: float | None, ours: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told(monkeypatch, lambda source: FINE)
+    monkeypatch.setattr(pipeline, "_timer", lambda *given: nullcontext(Clock(kernels, calls)))
+    found = tuned_result(tmp_path, tune="measure")
+    assert bool(found.graph.kernels()) == ours == (not found.unchanged)
+    assert any("measured faster" in note for note in found.notes) == (not ours)
+    assert {"tested", "proved", "numerics"} <= set(found.certificate.tiers)
+    assert tuned_result(tmp_path, tune="measure").source == found.source  # from the cache
