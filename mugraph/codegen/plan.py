@@ -192,6 +192,8 @@ class Options:
     swapped          operands of matrix multiplies change sides: transpose(W) transpose(X)
     keep_statistics  small sums over the loop axis stay as tiles, and are reduced once after the loop
     unroll           iterations of a loop that are written out as one
+    pdl              programmatic dependent launch (sm_90 and later): blocks may start while the kernel before still
+                     runs, and wait for its end before they touch memory
     evict_first      the largest source, of which each part is read by few blocks, is the first to leave the caches
     """
 
@@ -203,6 +205,7 @@ class Options:
     keep_statistics: bool = True
     unroll: int = 1
     evict_first: bool = False
+    pdl: bool = False
 
     def __str__(self) -> str:
         parts = [f"warps {self.num_warps}", f"stages {self.num_stages}"]
@@ -214,6 +217,7 @@ class Options:
     def compiled(self) -> dict[str, int]:
         """Those that are options of Triton's compiler."""
         values = {"num_warps": self.num_warps, "num_stages": self.num_stages, "maxnreg": self.maxnreg}
+        values |= {"launch_pdl": True} if self.pdl else {}
         return {name: value for name, value in values.items() if value is not None}
 
     def changed(self, name: str, value: object) -> Options:
@@ -239,6 +243,7 @@ VALID: dict[str, Sequence[object]] = {
     "keep_statistics": (False, True),
     "unroll": (1, 2, 4, 8),
     "evict_first": (False, True),
+    "pdl": (False, True),
 }
 
 

@@ -75,6 +75,11 @@ class Configuration:
         return self.call.options
 
     @property
+    def arch(self) -> int:
+        """What it was compiled for."""
+        return self.resources.arch if self.resources else self.device.arch
+
+    @property
     def badness(self) -> tuple[int, int]:
         """(0, 0) for what may run; else bytes of shared memory that are too many, and spills that matter."""
         if self.resources is None:  # mostly because Triton refuses to need so much
@@ -495,7 +500,7 @@ def other_warps(at: Configuration) -> Iterator[Options]:
 @rule
 def swapped_operands(at: Configuration) -> Iterator[Options]:
     """Instructions of a warp group (sm_90 and later) have 64 rows: the longer side of a product had better be those."""
-    if at.badness == (0, 0) and at.device.arch >= 90 and not at.options.swapped and any(products(at)):
+    if at.badness == (0, 0) and at.arch >= 90 and not at.options.swapped and any(products(at)):
         yield replace(at.options, swapped=True)
 
 
@@ -519,3 +524,10 @@ def streamed(at: Configuration) -> Iterator[Options]:
     """What is read once need not push what is read again out of the caches."""
     if at.badness == (0, 0) and loops(at) and not at.options.evict_first:
         yield replace(at.options, evict_first=True)
+
+
+@rule
+def dependent_launch(at: Configuration) -> Iterator[Options]:
+    """The launch of a kernel overlaps with the end of the one before."""
+    if at.badness == (0, 0) and at.arch >= 90 and not at.options.pdl:
+        yield replace(at.options, pdl=True)

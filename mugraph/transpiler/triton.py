@@ -8,7 +8,6 @@ library call, `run(inputs..., out=None)`, and `SIGNATURES`, the table by which t
 
 from __future__ import annotations
 
-import json
 import keyword
 import math
 import re
@@ -114,6 +113,9 @@ def round_even(x):
     """The nearest whole number, halves to even: 1.5 * 2**23 leaves no room for a fraction."""
     return tl.where(tl.abs(x) < 4194304.0, (x + 12582912.0) - 12582912.0, x)''',
 }
+# A kernel that may start before the one before it has ended waits for its results, and lets the next one start.
+WAIT = ("if PDL:", "    tl.extra.cuda.gdc_wait()")
+RELEASE = ("if PDL:", "    tl.extra.cuda.gdc_launch_dependents()")
 RESERVED = {
     *keyword.kwlist,
     *HELPERS,
@@ -128,6 +130,7 @@ RESERVED = {
     "pid",
     "part",
     "DOT",
+    "PDL",
     "LOG2E",
     "SIGNATURES",
     "float",
@@ -423,11 +426,15 @@ class _Kernel:
                         self.tensors[value.name] = value
                     case Compute(e) | Accumulate(Compute(e)):
                         self.tensors[e.target.name] = e.target
+        pdl = self.launch.options.pdl and not self.beside
+        self.lines += [f"    {line}" for line in WAIT] if pdl else []
         self.program_ids()
         for number, scope in enumerate(self.launch.scopes):
             self.scope, self.number = scope, number
             if scope.before or scope.body:
                 self.write_scope()
+            if pdl and scope.loop and number == self.last_loop():
+                self.lines += [f"    {line}" for line in RELEASE]
 
     def program_ids(self) -> None:
         """The program id taken apart: the first grid axis runs fastest, the part of a split slowest."""
@@ -1108,7 +1115,13 @@ class _Kernel:
             self.name_of(("stride", b.tensor.name, i), "") for b in self.buffers for i in range(len(b.tensor.dims))
         ]
         names += [f"{n}: tl.constexpr" for n in self.lane_params]
-        return names + (["DOT: tl.constexpr"] if self.widen else [])
+        return names + [f"{n}: tl.constexpr" for n, _, _ in self.flags()]
+
+    def flags(self) -> list[tuple[str, str, str]]:
+        """Constants that are others under the interpreter: the name, the value when compiled, and the text in `run`."""
+        compiled = f"isinstance({self.fn}, triton.JITFunction)"
+        found = [("DOT", "tl.bfloat16", f"tl.bfloat16 if {compiled} else tl.float32")] if self.widen else []
+        return found + ([("PDL", "True", compiled)] if self.launch.options.pdl and not self.beside else [])
 
     def symbolic(self) -> list[str]:
         return [self.name_of(("size", n), "") for n, a in self.sizes.items() if not isinstance(a.size, int)]
@@ -1152,8 +1165,7 @@ class _Kernel:
             size = _size_text(e.axis.size)
             text = f"max({size}, {e.least})" if e.least > 1 else size
             args.append(f"{name}=triton.next_power_of_2({text})")
-        if self.widen:
-            args.append(f"DOT=tl.bfloat16 if isinstance({self.fn}, triton.JITFunction) else tl.float32")
+        args += [f"{name}={text}" for name, _, text in self.flags()]
         return [*args, *_keywords(self.launch.options)]
 
     def bound(self) -> list[tuple[str, str, str]]:
@@ -1166,7 +1178,7 @@ class _Kernel:
                 found.append((name, "", f"{_python(b.tensor.name)}.stride({at})"))
         keywords = dict(a.split("=", 1) for a in self.arguments() if re.match(r"\w+=", a))
         return found + [
-            (n, ": tl.constexpr", keywords[n]) for n in (*self.lane_params, *(["DOT"] if self.widen else []))
+            (n, ": tl.constexpr", keywords[n]) for n in (*self.lane_params, *(name for name, _, _ in self.flags()))
         ]
 
     def signature(self) -> list[tuple[str, str]]:
@@ -1183,7 +1195,7 @@ class _Kernel:
                 param = self.name_of(("stride", b.tensor.name, at), "")
                 found.append((param, _int_type(product(b.tensor.shape[at + 1 :]), True)))
         found += [(n, str(e.lanes)) for n, e in self.lane_params.items()]
-        return found + ([("DOT", "tl.bfloat16")] if self.widen else [])
+        return found + [(name, value) for name, value, _ in self.flags()]
 
 
 def _made(action: Action) -> str:
@@ -1211,6 +1223,8 @@ class _Group:
         for k in self.kernels:
             types = dict(k.signature())
             self.calls.append([self.parameter(n, note, arg, types[n]) for n, note, arg in k.bound()])
+        if self.compiled.pdl:
+            self.parameter("PDL", ": tl.constexpr", f"isinstance({self.fn}, triton.JITFunction)", "True")
         self.counts = [f"blocks_{i}" for i in range(len(self.kernels))]
 
     def parameter(self, name: str, note: str, argument: str, signature: str) -> str:
@@ -1229,6 +1243,7 @@ class _Group:
         names += self.counts[:-1] + [f"{n}{note}" for n, (note, _, _) in self.parameters.items() if note]
         lines += call_lines(f"def {self.fn}", names, ":", "")
         lines += [f'    """The blocks of {", ".join(k.fn for k in self.kernels)}, one after the other."""']
+        lines += [f"    {line}" for line in WAIT] if self.compiled.pdl else []
         lines += ["    pid = tl.program_id(0)"]
         for i, k in enumerate(self.kernels):
             before = " + ".join(self.counts[:i])
@@ -1410,7 +1425,8 @@ def _signatures(kernels: Mapping[str, _Kernel], groups: Mapping[str, _Group]) ->
     found = [(k.fn, k.signature(), k.launch.options) for k in kernels.values() if not k.beside]
     found += [(g.fn, g.signature(), g.compiled) for g in groups.values()]
     for fn, parameters, options in found:
+        compiled = ", ".join(f'"{name}": {value}' for name, value in options.compiled.items())
         lines += [f'    "{fn}": (', "        {"]
         lines += [f'            "{name}": {text},' for name, text in parameters]
-        lines += ["        },", f"        {json.dumps(options.compiled)},", "    ),"]
+        lines += ["        },", f"        {{{compiled}}},", "    ),"]
     return "\n".join([*lines, "}"])

@@ -14,6 +14,7 @@ import torch
 
 from benchmarks.stub import Launched, Stub
 from mugraph.codegen.lower import plan_graph
+from mugraph.codegen.plan import Options
 from mugraph.errors import CacheError, CompileError, LaunchError, MugraphError, TargetMismatchError
 from mugraph.ir.axes import Axis, Dim, size_value
 from mugraph.ir.graph import BlockGraph, Equation, KernelGraph, Load, Program, Store
@@ -558,6 +559,21 @@ def test_a_launch_may_depend_on_the_one_before(stub: Stub, files: Callable[[str]
         found = stub.launches[-1]
         assert (found.grid, found.block, found.dependent, found.stream) == ((3, 2, 1), (64, 1, 1), dependent, 7)
         assert found.parameters[:2] == (32, 16)
+
+
+@pytest.mark.parametrize("name", ["gated_mlp_bf16", "two_results"])
+def test_options_that_a_tuner_chose_reach_the_launch(name: str, compiler: Compiler, stub: Stub) -> None:
+    graph = PROGRAMS[name]()
+    for options in (Options(num_warps=8, pdl=True), Options(num_warps=4)):
+        source = emit(plan_graph(graph, options=options))
+        artefact = Artefact(made(graph, {HOST: source}, [90], compiler=compiler))
+        artefact.signature.device = "cpu"
+        tensors = drawn(graph)
+        call = artefact.dispatch(driver=stub.path)
+        for _ in range(2):
+            call(*tensors)
+            found = stub.launches[-1]
+            assert (found.block, found.dependent) == ((32 * options.num_warps, 1, 1), options.pdl)
 
 
 def test_shared_memory_beyond_the_usual_is_asked_for(stub: Stub, files: Callable[[str], Mapping[str, bytes]]) -> None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
+import subprocess
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import triton
 
 from benchmarks.programs import PROGRAMS
 from mugraph.codegen.lower import lower, plan_graph
@@ -51,7 +55,7 @@ class Told(Compiler):
         for kernel in only or re.findall(r'^    "(\w+)": \($', source, re.MULTILINE):
             table = re.search(rf'"{kernel}": \(\n +\{{.*?\n +\}},\n +(\{{.*?\}}),', source, re.DOTALL)
             assert table
-            self.asked.append(json.loads(table.group(1)))
+            self.asked.append(ast.literal_eval(table.group(1)))
             found.append(replace(self.answer(kernel, self.asked[-1]), kernel=kernel))
         return found
 
@@ -375,7 +379,7 @@ def test_neighbours_differ_in_one_tile_and_are_the_program():
 
 CHANGED = [
     Options(dot="never"), Options(swapped=True), Options(unroll=2), Options(evict_first=True),
-    Options(keep_statistics=False), Options(swapped=True, unroll=2, evict_first=True),
+    Options(keep_statistics=False), Options(pdl=True), Options(swapped=True, unroll=2, evict_first=True, pdl=True),
 ]  # fmt: skip
 
 
@@ -417,10 +421,37 @@ def test_variants_show_in_the_text():
 
 @pytest.mark.parametrize("options", CHANGED, ids=str)
 def test_each_variant_compiles(options: Options):
+    """What a variant asks for is in the machine code."""
     graph = graphs.ALL["rmsnorm_linear"][1]()
     with Compiler() as compiler:
         (found,) = compiler.resources(emit(plan_graph(graph, options=options)), 90)
     assert (found.matrix_ops > 0) == (options.dot == "auto")
+
+
+@pytest.mark.parametrize("name", ["gqa", "two_blocks"])
+def test_dependent_launches_wait_in_machine_code(name: str):
+    """ACQBULK waits for the kernel before; nothing of it is there by default."""
+    graph = graphs.ALL[name][1]() if name in graphs.ALL else BLOCKS[name]()
+    for pdl in (True, False):
+        plan = plan_graph(graph, options=Options(pdl=pdl))
+        ((function, call),) = launched(plan).items()
+        with Compiler() as compiler:
+            image = compiler.binary(emit(plan), 90, function, *compiled_with(emit(plan), function))["image"]
+        assert (b"ACQBULK" in disassembly(image)) == pdl
+        assert call.options.pdl == pdl
+
+
+def compiled_with(source: str, function: str) -> tuple[dict[str, object], dict[str, object]]:
+    """The entry of a function in the table at the end of an emitted file."""
+    table = source[source.index("SIGNATURES = {") :].partition("=")[2].replace("tl.bfloat16", "'tl.bfloat16'")
+    return ast.literal_eval(table.strip())[function]
+
+
+def disassembly(image: bytes) -> bytes:
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(image)
+        return subprocess.run([tools / "nvdisasm", "-c", file.name], capture_output=True, check=True).stdout
 
 
 def test_launch_strings_name_what_was_chosen():
