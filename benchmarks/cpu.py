@@ -39,7 +39,8 @@ from mugraph.errors import FallbackWarning
 from mugraph.ir.axes import size_value
 from mugraph.ir.graph import BlockGraph, Equation, Program, equations_of
 from mugraph.ir.ops import Const, Contract, Elementwise, Kernel, Library, Reduce, SizeOf
-from mugraph.pipeline import Result, finished
+from mugraph.pipeline import finished
+from mugraph.result import Result
 from mugraph.runtime.bench import LEAST_SAMPLES, interval_of, measure
 from mugraph.runtime.choose import machine_text
 from mugraph.search.cost import device

@@ -28,7 +28,8 @@ from benchmarks.published import PUBLISHED
 from benchmarks.resources import in_dtype
 from mugraph.errors import MugraphError
 from mugraph.ir.graph import Program
-from mugraph.pipeline import Result, from_graph, optimize
+from mugraph.pipeline import from_graph, optimize
+from mugraph.result import Result
 from mugraph.runtime.load import load_module
 from mugraph.search.cost import DRAIN_SECONDS, device
 from mugraph.search.space import SearchSpace

@@ -28,7 +28,8 @@ _HOMES = {
     "mugraph.search.space": "SearchSpace",
     "mugraph.search.report": "SearchReport",
     "mugraph.verify.equivalence": "Verified",
-    "mugraph.pipeline": "Result from_graph load optimize superoptimize",
+    "mugraph.pipeline": "by_size from_graph optimize superoptimize",
+    "mugraph.result": "Result load",
     "mugraph.errors": "MugraphError",
 }
 _MODULES = {name: home for home, names in _HOMES.items() for name in names.split()}

@@ -464,7 +464,7 @@ def test_damaged_files_are_one_clear_error(
         assert "Traceback" not in narrated
         assert "inside mugraph" not in narrated
     with pytest.raises(MugraphError) as error:
-        pipeline.load(copy)
+        mg.load(copy)
     assert error.value.remedy
 
 

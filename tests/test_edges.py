@@ -17,7 +17,7 @@ import mugraph as mg
 from mugraph import pipeline
 from mugraph.cli import main
 from mugraph.errors import CacheError, UnsupportedOpError, VerificationError
-from mugraph.pipeline import Result
+from mugraph.result import Result, check_writable
 from mugraph.runtime.cache import Cache
 from mugraph.verify.certificate import Certificate, NumericReport
 from mugraph.verify.numeric import numeric_check
@@ -223,8 +223,8 @@ def test_places_that_cannot_be_written_are_refused_first(
 ) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(CacheError, match="cannot write"):
-        pipeline.check_writable(tmp_path / "file" / "out")
-    assert pipeline.check_writable(tmp_path / "deep" / "out")
+        check_writable(tmp_path / "file" / "out")
+    assert check_writable(tmp_path / "deep" / "out")
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
     monkeypatch.setenv("MUGRAPH_CACHE_DIR", str(tmp_path / "file"))
     assert main(["cache", "ls"]) == 2

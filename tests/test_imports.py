@@ -22,6 +22,7 @@ ORDER = [
     {"codegen"},
     {"transpiler"},
     {"runtime"},
+    {"result"},
     {"pipeline"},
     {"pytorch"},
     {"cli"},

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from mugraph.errors import SettingError
-from mugraph.pipeline import Result, optimize
+from mugraph.pipeline import optimize
+from mugraph.result import Result
 from mugraph.runtime.cache import Cache
 from mugraph.runtime.engine import Here, Job, Stop, engine_of
 from mugraph.runtime.engine import Result as Data

@@ -15,7 +15,7 @@ from mugraph import pipeline
 from mugraph.cli import main
 from mugraph.cli.saved import recheck_saved
 from mugraph.errors import FallbackWarning, VerificationError
-from mugraph.pipeline import AS_IT_STANDS, CALLS, COMPILED, FOUND
+from mugraph.result import AS_IT_STANDS, CALLS, COMPILED, FOUND
 from mugraph.runtime.cache import Cache
 from mugraph.runtime.choose import Candidate, Choice, Measured
 

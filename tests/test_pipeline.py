@@ -34,6 +34,7 @@ from mugraph.errors import (
 from mugraph.ir.evaluate import reference
 from mugraph.ir.resize import recast, reduction, resized
 from mugraph.ir.types import DType
+from mugraph.result import Result
 from mugraph.runtime.bench import Spread
 from mugraph.runtime.cache import Cache
 from mugraph.runtime.compile import SHARED_LIMITS, Compiler, Resources
@@ -440,7 +441,7 @@ def test_a_report_on_another_source_is_refused(found: dict[str, Verified]) -> No
 # -- tuning
 
 
-def tuned_result(tmp_path: Path, **options: Any) -> pipeline.Result:
+def tuned_result(tmp_path: Path, **options: Any) -> Result:
     return mg.superoptimize(small("rmsnorm_linear"), target="cuda:90", cache=Cache(tmp_path), **options)
 
 

@@ -38,7 +38,7 @@ from mugraph.errors import (
 
 if TYPE_CHECKING:
     from mugraph.ir.graph import Program
-    from mugraph.pipeline import Result
+    from mugraph.result import Result
 
 OK, INTERNAL, USAGE, BASELINE, UNVERIFIED, UNSUPPORTED, NOT_COMPILED, INTERRUPTED = 0, 1, 2, 3, 4, 5, 6, 130
 
@@ -246,12 +246,13 @@ def optimize(
 
     from mugraph import pipeline
     from mugraph.cli.subject import program_of
+    from mugraph.result import AOT, check_writable
     from mugraph.runtime.engine import engine_of
     from mugraph.search.space import space_of
     from mugraph.transpiler.target import parse_target
 
     if out is not None:
-        pipeline.check_writable(out)
+        check_writable(out)
     arches = parse_arches(aot, out)
     others = parse_numbers("--sizes", sizes, "1,64,256")
     if others and not arches:
@@ -276,11 +277,12 @@ def optimize(
         say(f"found in the cache: {result.directory}")
     if out is not None:
         with pipeline.interruptible() as interrupted:  # what was found is written, whatever comes
-            result = replace(result, directory=result.save(out, arches, others))
+            ranges = pipeline.by_size(result, others) if others else None
+            result = replace(result, directory=result.save(out, arches, ranges))
         result = replace(result, interrupted=result.interrupted or interrupted())
         say(f"wrote {', '.join(sorted(result.files()))} and manifest.json to {out}")
         if arches:
-            say(f"wrote cubins for {', '.join(f'sm_{a}' for a in arches)} and aot.py to {out / pipeline.AOT}")
+            say(f"wrote cubins for {', '.join(f'sm_{a}' for a in arches)} and aot.py to {out / AOT}")
     if as_json:
         print_document(summary(result) | ({"explanation": result.explain()} if explain else {}))
     else:
@@ -379,12 +381,13 @@ def why_not(
     settings.configure_logging()
     from mugraph import pipeline
     from mugraph.cli.subject import program_of
+    from mugraph.result import load
     from mugraph.search.answers import to_dict
     from mugraph.search.space import space_of
 
     given = read_graph(graph)
     if Path(subject).is_dir():
-        result = pipeline.load(subject)
+        result = load(subject)
     else:
         program, space = program_of(subject, shapes or []), space_of(settings.effort.get(effort))
         result = pipeline.optimize(program, target=target, space=space, say=say)
@@ -479,9 +482,9 @@ def show(
         put(report_text(path))
         return
     if form == "laws":
-        from mugraph import pipeline
+        from mugraph.result import load
 
-        put(pipeline.load(path if path.is_dir() else path.parent).explain())
+        put(load(path if path.is_dir() else path.parent).explain())
         return
     graph = read_graph(path)
     match form:

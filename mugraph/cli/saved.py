@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mugraph.errors import CacheError, MugraphError, VerificationError
-from mugraph.pipeline import Result, bounds_tier, emit, load, numeric_tier
+from mugraph.pipeline import bounds_tier, emit, numeric_tier
+from mugraph.result import Result, load
 from mugraph.verify.bounds import Bounds
 from mugraph.verify.certificate import NOT_ATTEMPTED, Certificate, graph_hash
 from mugraph.verify.equivalence import Verified, recheck

@@ -34,7 +34,7 @@ from mugraph.errors import (
     user_location,
 )
 from mugraph.ir.axes import Dim
-from mugraph.pipeline import Result
+from mugraph.result import Result
 from mugraph.search.space import space_of
 
 Dynamic = Mapping[str, Mapping[int, Dim]]

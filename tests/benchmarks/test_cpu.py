@@ -98,7 +98,7 @@ def test_wrong_results_are_flagged_and_fail_the_run(
         return fast, result
 
     monkeypatch.setattr(cpu, "optimised", wrong)
-    monkeypatch.setattr("mugraph.pipeline.Result.unchanged", False)
+    monkeypatch.setattr("mugraph.result.Result.unchanged", False)
     assert cpu.main(["--program", "column_sums", "--json", "--seconds", "0.01"]) == 1
     assert json.loads(capsys.readouterr().out)["rows"][0]["correct"] is False
 

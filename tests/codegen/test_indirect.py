@@ -18,7 +18,7 @@ from mugraph.ir.graph import BlockGraph, Equation, KernelGraph, Program, Store
 from mugraph.ir.ops import Gather, Kernel, Library, Scatter
 from mugraph.ir.parser import parse_program
 from mugraph.ir.types import DType, Output, Storage, tensor
-from mugraph.pipeline import Result
+from mugraph.result import Result
 from mugraph.runtime.compile import Compiler
 from mugraph.runtime.interpret import Interpreter
 from mugraph.transpiler.triton import emit

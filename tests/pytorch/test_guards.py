@@ -23,6 +23,7 @@ from mugraph.errors import (
     VerificationError,
 )
 from mugraph.pytorch import decorator
+from mugraph.result import Result
 
 S = mg.superoptimize
 
@@ -386,7 +387,7 @@ def test_errors_of_a_launch_fall_back(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: Any, **__: Any) -> None:
         raise LaunchError("does not fit")
 
-    monkeypatch.setattr(pipeline.Result, "__call__", broken)
+    monkeypatch.setattr(Result, "__call__", broken)
     with pytest.warns(FallbackWarning, match="does not fit"):
         same(fast(x, x), fast.original(x, x))
     silent(fast, x, x)

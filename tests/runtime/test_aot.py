@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+import mugraph.result
 from benchmarks.programs import PROGRAMS
 from benchmarks.stub import Stub
 from mugraph import pipeline
@@ -33,7 +34,7 @@ from mugraph.ir.axes import Axis, Dim
 from mugraph.ir.ops import Contract
 from mugraph.ir.resize import resized
 from mugraph.ir.types import DType, Input, Storage, tensor
-from mugraph.pipeline import Result, load
+from mugraph.result import Result, load
 from mugraph.runtime.aot import HOST, host_part, loader_text, made, turning_points, whole_range
 from mugraph.runtime.artefact import INDEX, Artefact, digest, sealed
 from mugraph.runtime.cache import Cache
@@ -343,12 +344,12 @@ def device(stub: Stub, monkeypatch: pytest.MonkeyPatch) -> Stub:
     """A machine whose device is the stub: tensors of the CPU pass for its memory."""
     stub.reset(90)
     monkeypatch.setenv("MUGRAPH_DRIVER", stub.path)
-    monkeypatch.setattr(pipeline, "_device_is_there", lambda target: True)
+    monkeypatch.setattr(mugraph.result, "device_is_there", lambda target: True)
 
     def executable(program: Any, run: Any, **options: Any) -> Executable:
         return Executable(program, run, **options | {"devices": ("cpu",)})
 
-    monkeypatch.setattr(pipeline, "Executable", executable)
+    monkeypatch.setattr(mugraph.result, "Executable", executable)
     return stub
 
 
@@ -365,7 +366,7 @@ def test_ranges_of_sizes_have_structures_of_their_own(stub: Stub, monkeypatch: p
     stub.reset(90)
     program = PROGRAMS["low_rank_chain"]
     result = pipeline.optimize(program, target="cuda:90")
-    files = result.aot([90], sizes=(1, 64, 1024))
+    files = result.aot([90], pipeline.by_size(result, (1, 64, 1024)))
     artefact = Artefact(files)
     ranges = artefact.table.ranges
     assert len(ranges) > 1
@@ -387,7 +388,7 @@ def test_ranges_of_sizes_have_structures_of_their_own(stub: Stub, monkeypatch: p
     assert len(set(map(str, launched.values()))) == len(ranges)
     monkeypatch.setenv("MUGRAPH_DISALLOW_SEARCH", "1")
     with pytest.raises(MugraphError, match="forbids a search for other sizes"):
-        result.by_size((1, 64))
+        pipeline.by_size(result, (1, 64))
 
 
 def test_ranges_are_of_one_symbolic_size() -> None:
@@ -396,7 +397,7 @@ def test_ranges_are_of_one_symbolic_size() -> None:
     b.add("c", Contract(()), "a", "b")
     outer = program_of("outer", [Input(t, Storage(DType.f32)) for t in (x, y)], b, "c")
     with pytest.raises(SettingError, match="has 2 symbolic sizes"):
-        pipeline.optimize(outer, target="torch").by_size((1, 4))
+        pipeline.by_size(pipeline.optimize(outer, target="torch"), (1, 4))
 
 
 @pytest.fixture

@@ -21,6 +21,7 @@ from mugraph import pipeline
 from mugraph.cli import main
 from mugraph.ir.graph import Program
 from mugraph.pipeline import finished
+from mugraph.result import Result, load
 from mugraph.runtime.cache import Cache
 from mugraph.search import setup
 from mugraph.search.driver import Found, search
@@ -134,7 +135,7 @@ PHASES: dict[str, tuple[Any, str]] = {
     "bounds": (pipeline, "bounds_tier"),
     "numerics": (pipeline, "numeric_tier"),
     "caching": (Cache, "put"),
-    "saving": (pipeline.Result, "save"),
+    "saving": (Result, "save"),
 }
 
 
@@ -151,7 +152,7 @@ def whole_or_absent(folder: Path, *, saved: bool) -> None:
     if saved:
         manifest = json.loads((folder / "out" / "manifest.json").read_text())
         assert {p.name for p in (folder / "out").iterdir()} == {*manifest["files"], "manifest.json"}
-        pipeline.load(folder / "out")
+        load(folder / "out")
     entries = [p for p in (folder / "cache").glob("*") if p.is_dir()] if (folder / "cache").exists() else []
     assert len(Cache(folder / "cache").ls()) == len(entries)
 

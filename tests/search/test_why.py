@@ -17,7 +17,8 @@ from mugraph.ir.ops import Kernel, Library, Select
 from mugraph.ir.parser import parse_program
 from mugraph.ir.shift import shifted
 from mugraph.ir.types import DType, Tensor
-from mugraph.pipeline import finished, read_graph
+from mugraph.pipeline import finished
+from mugraph.result import read_graph
 from mugraph.search.answers import Answer, Costlier, Found, NotEquivalent, Outside, Pruned, to_dict
 from mugraph.search.build import baseline, library_equation
 from mugraph.search.cost import device
