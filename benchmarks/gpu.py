@@ -2,10 +2,11 @@
 
     python -m benchmarks.gpu [--minutes 9] [--all] [--out benchmarks/results]
 
-The units: limits of the machine (`mugraph calibrate`), the tests that need a device, and one for each case of
-`benchmarks.kernels`, each in a process of its own with a time limit.  What a unit gives is written before the next
-begins, into `<device>-<date>.json`.  With `--minutes` no unit begins after that time, and the exit code is 75 while
-units are left: run it again.  Without a CUDA device it says so, writes nothing and succeeds.
+The units: limits of the machine (`mugraph calibrate`); the tests that need a device, by file, those of
+`tests/gpu/test_numerics.py` by program; and one for each case of `benchmarks.kernels`.  Each has a process of its own
+with a time limit.  What a unit gives is written before the next begins, into `<device>-<date>.json`.  With `--minutes`
+no unit begins after that time, and the exit code is 75 while units are left: run it again.  Without a CUDA device it
+says so, writes nothing and succeeds.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import Any
 
 from benchmarks.environment import Row, document, print_table
 from benchmarks.kernels import COLUMNS, NOT_MEASURED, cases, has_device
+from benchmarks.programs import FAMILIES
 from mugraph.runtime.engine import code_version
 from mugraph.runtime.files import write_whole
 from mugraph.search.cost import slug
@@ -46,10 +48,33 @@ class Unit:
 def units(everything: bool) -> Iterator[Unit]:
     python = sys.executable
     yield Unit("limits", (python, "-m", "mugraph", "calibrate", "--json"), lambda text: [json.loads(text)])
-    yield Unit("tests", (python, "-m", "pytest", "-q", "-m", "gpu"), lambda text: [{"text": text.splitlines()[-1]}])
+    for name, (file, word) in device_tests().items():
+        yield Unit(f"tests: {name}", (python, "-m", "pytest", "-q", "-m", "gpu", file, "-k", word), outcome)
     for c in cases(everything):
         request = json.dumps([c.family, c.variant, c.rows, c.dtype, REPEATS])
         yield Unit(f"kernels: {c}", (python, "-m", "benchmarks.gpu", "--case", request), json.loads)
+
+
+def device_tests() -> dict[str, tuple[str, str]]:
+    """Files of tests and a word of the names of those that a unit runs, by unit.  Every test marked `gpu` is in one."""
+    numerics, sanitizer = "tests/gpu/test_numerics.py", "tests/gpu/test_sanitizer.py"
+    return {
+        "launching": ("tests/runtime/test_dispatch.py", ""),
+        "timing": ("tests/runtime/test_bench.py", ""),
+        "streams and threads": ("tests/gpu/test_streams.py", ""),
+        "CUDA graphs and batches": ("tests/gpu/test_serving.py", ""),
+        **{f"numerics of {name}": (numerics, f"of-{name}-in") for name in FAMILIES},
+        **{f"sanitizer, {word}": (sanitizer, word) for word in ("memcheck", "racecheck", "planted")},
+        "a case of the benchmark": ("tests/benchmarks/test_kernels.py", ""),
+    }
+
+
+def outcome(text: str) -> list[Row]:
+    """What pytest says at its end."""
+    lines = text.strip().splitlines()
+    if not lines:
+        raise ValueError("pytest printed nothing")
+    return [{"text": lines[-1]}]
 
 
 def run(unit: Unit, device: str) -> list[Row]:

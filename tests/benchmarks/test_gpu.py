@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +14,7 @@ import pytest
 from benchmarks import gpu
 from benchmarks.gpu import Unit
 
+ROOT = Path(__file__).parent.parent.parent
 DEVICE = "A Device (80)"
 ROW = {"program": "a", "ratio": 2.0, "correct": True}
 
@@ -116,5 +119,37 @@ def test_without_a_device_nothing_is_written(
 
 def test_there_is_a_unit_for_each_case() -> None:
     names = [u.name for u in gpu.units(False)]
-    assert names[:2] == ["limits", "tests"]
-    assert len(set(names)) == len(names) == 20
+    assert names[0] == "limits"
+    assert len(set(names)) == len(names)
+    assert len([n for n in names if n.startswith("kernels: ")]) == 18
+    assert len([n for n in names if n.startswith("tests: ")]) == len(gpu.device_tests())
+
+
+def test_every_device_test_is_in_one_unit() -> None:
+    marked = {
+        str(f.relative_to(ROOT)) for f in (ROOT / "tests").rglob("test_*.py") if "pytest.mark.gpu" in f.read_text()
+    }
+    units = list(gpu.device_tests().values())
+    assert {file for file, _ in units} == marked - {"tests/benchmarks/test_gpu.py"}
+    files = sorted(marked)
+    listed = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "--collect-only", "-m", "gpu", *files],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    tests = [line for line in listed.stdout.splitlines() if "::" in line]
+    assert len(tests) > 300
+    for test in tests:
+        file, _, name = test.partition("::")
+        assert len([u for u in units if u[0] == file and u[1] in name]) == 1, test
+    for file, word in units:
+        assert any(test.startswith(f"{file}::") and word in test for test in tests), (file, word)
+
+
+def test_what_pytest_says_last_is_the_row_of_a_unit() -> None:
+    assert gpu.outcome(".....\n5 passed in 0.1s\n") == [{"text": "5 passed in 0.1s"}]
+    with pytest.raises(ValueError, match="printed nothing"):
+        gpu.outcome("\n")
