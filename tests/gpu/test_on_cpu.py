@@ -103,6 +103,14 @@ def test_the_bodies_accept_what_is_right(name: str, way: str) -> None:
     test_serving.test_the_first_call_after_warmup_may_be_captured(name)
 
 
+def test_the_body_for_fresh_threads_runs() -> None:
+    test_streams.test_fresh_threads_without_a_stream_compute_what_one_does("cubins")
+
+
+def test_the_body_for_a_pytorch_function_runs() -> None:
+    test_serving.take_an_empty_batch("cpu")
+
+
 def test_the_body_for_another_stream_wants_a_difference() -> None:
     with pytest.raises(pytest.fail.Exception, match="DID NOT RAISE"):
         test_streams.test_a_call_on_another_stream_is_noticed()
