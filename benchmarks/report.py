@@ -98,6 +98,8 @@ def add(device: Device, rows: Sequence[Row]) -> None:
         elif unit.startswith("kernels: "):
             device.cases[unit.removeprefix("kernels: ")] = Measured(error=str(r["error"]))
         elif unit.startswith("tests: "):
+            if "error" not in r and "text" not in r:
+                raise KeyError("text")
             device.tests[unit.removeprefix("tests: ")] = r
     for case, baselines in found.items():
         device.cases[case] = Measured(min(baselines, key=lambda r: float(r["baseline_us"])))
@@ -172,10 +174,14 @@ def summary(found: Mapping[str, Measured]) -> str:
 
 
 def tests_line(device: Device) -> str:
-    """What the tests on the device gave."""
+    """What the tests on the device gave.  A part that skipped all its tests (no sanitizer there, say) did not pass."""
     failed = [f"{name} ({r['error']})" for name, r in device.tests.items() if r.get("error")]
-    parts = f"{len(device.tests) - len(failed)} of {len(device.tests)} parts passed" if device.tests else NOT_MEASURED
-    return f"Tests on the device: {parts}" + (f"; failed: {'; '.join(failed)}." if failed else ".")
+    skipped = [name for name, r in device.tests.items() if not r.get("error") and " passed" not in str(r["text"])]
+    passed = len(device.tests) - len(failed) - len(skipped)
+    parts = [f"{passed} of {len(device.tests)} parts passed" if device.tests else NOT_MEASURED]
+    parts += [f"failed: {'; '.join(failed)}"] if failed else []
+    parts += [f"skipped: {'; '.join(skipped)}"] if skipped else []
+    return f"Tests on the device: {'; '.join(parts)}."
 
 
 def block(devices: Sequence[Device], short: bool, plot: str) -> str:
@@ -230,11 +236,13 @@ def plot(devices: Sequence[Device]) -> bytes:
         axes.errorbar(ratios, place, xerr=spread, fmt="o", markersize=4, linewidth=1, label=device)
     axes.axvline(1.0, color="black", linewidth=0.8)
     axes.set_xscale("log")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter("{x:g}")
     axes.set_yticks(range(len(names)), names, fontsize=7)
     axes.invert_yaxis()
     axes.set_xlabel("time of the best baseline / time of mugraph (right of 1: mugraph is faster)")
     if shown:
-        axes.legend(loc="lower right", fontsize=7)
+        figure.legend(loc="outside upper right", fontsize=7)
     place_of_bytes = io.BytesIO()
     figure.savefig(place_of_bytes, format="png", dpi=110)
     return place_of_bytes.getvalue()

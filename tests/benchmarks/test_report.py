@@ -161,6 +161,8 @@ def test_tests_on_the_device_are_counted(root: Path) -> None:
         root, row(), {"unit": "tests: a", **unit}, {"unit": "tests: b", "device": "A Device", "error": "exit code 1"}
     )
     assert "Tests on the device: 1 of 2 parts passed; failed: b (exit code 1)." in written(root)[1]
+    measured(root, row(), {"unit": "tests: a", **unit}, {"unit": "tests: b", "device": "A Device", "text": "2 skipped"})
+    assert "Tests on the device: 1 of 2 parts passed; skipped: b." in written(root)[1]
     measured(root, row())
     assert "Tests on the device: not measured." in written(root)[1]
 
@@ -172,6 +174,7 @@ def test_tests_on_the_device_are_counted(root: Path) -> None:
         "[]",
         '{"benchmark": "kernels"}',
         document([{"unit": "limits"}]),
+        document([{"unit": "tests: a", "device": "A Device"}]),
         document([row(ratio=None)]),
         document([row(ratio=0.0)]),
         document([row(mugraph_us="fast")]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -58,3 +59,9 @@ def test_a_call_on_another_stream_is_noticed() -> None:
 def test_two_threads_with_two_streams_compute_what_one_does(name: str, way: str) -> None:
     result, call = call_of(name, way)
     in_threads(call, [drawn(result, 5, 1), drawn(result, 17, 2)], 50, lambda: torch.cuda.stream(torch.cuda.Stream()))
+
+
+@every_way
+def test_fresh_threads_without_a_stream_compute_what_one_does(way: str) -> None:
+    result, call = call_of("gqa", way)
+    in_threads(call, [drawn(result, 5, 1), drawn(result, 17, 2)], 50, nullcontext)
