@@ -9,10 +9,10 @@ import pytest
 import torch
 
 import mugraph as mg
+from benchmarks.checks import sizes_of
 from benchmarks.programs import CLASSIC, PROGRAMS
 from mugraph.pipeline import Result
 from mugraph.runtime.bench import random_inputs
-from tests.gpu.checks import sizes_of
 
 NAMES = (*CLASSIC, "split_k", "constant_lora", "two_weights", "layernorm")  # with splits, and with work ahead
 every_program = pytest.mark.parametrize("name", NAMES)

@@ -18,11 +18,11 @@ import triton
 import triton.language as tl
 
 import mugraph as mg
+from benchmarks.checks import LAYOUTS, compare, sizes_of
 from benchmarks.programs import CLASSIC, PROGRAMS
 from mugraph.ir.graph import Program
 from mugraph.ir.resize import resized
 from mugraph.runtime.bench import random_inputs
-from tests.gpu.checks import LAYOUTS, compare, sizes_of
 
 SMALL = 72  # what axes of 256 and more become: no multiple of a tile
 

@@ -14,13 +14,14 @@ import pytest
 import torch
 
 import mugraph as mg
+from benchmarks import checks
+from benchmarks.checks import LAYOUTS, compare, guarded, in_threads, into_guarded, reduced_report, sizes_of
 from mugraph.ir.graph import Program
 from mugraph.ir.types import DType
 from mugraph.pipeline import Result
 from mugraph.runtime.bench import random_inputs
 from tests import graphs
-from tests.gpu import checks, sanitized
-from tests.gpu.checks import LAYOUTS, compare, guarded, in_threads, into_guarded, reduced_report, sizes_of
+from tests.gpu import sanitized
 
 ROOT = Path(__file__).parent.parent.parent
 Call = Callable[..., Any]

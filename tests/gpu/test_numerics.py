@@ -6,11 +6,11 @@ import pytest
 import torch
 
 import mugraph as mg
+from benchmarks.checks import LAYOUTS, all_sizes, bytes_of_comparison, compare, reduced_report
 from benchmarks.programs import FAMILIES
 from benchmarks.resources import DTYPES, in_dtype
 from mugraph.pipeline import Result
 from mugraph.runtime.bench import random_inputs
-from tests.gpu.checks import LAYOUTS, all_sizes, bytes_of_comparison, compare, reduced_report
 
 pytestmark = pytest.mark.gpu
 CASES = {f"of-{name}-in-{dtype}": (name, dtype) for name in FAMILIES for dtype in DTYPES}

@@ -11,12 +11,13 @@ import pytest
 import torch
 
 import mugraph as mg
+from benchmarks import checks
 from mugraph.errors import LaunchError
 from mugraph.ir.graph import Program
 from mugraph.ir.resize import resized
 from mugraph.pipeline import Result
 from mugraph.runtime.bench import random_inputs
-from tests.gpu import checks, results, test_numerics, test_serving, test_streams
+from tests.gpu import results, test_numerics, test_serving, test_streams
 
 Call = Callable[..., Any]
 PROGRAMS = ("gqa", "constant_lora", "two_weights")

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import mugraph as mg
+from benchmarks.checks import listed
 from mugraph.errors import FallbackWarning, LaunchError
-from tests.gpu.checks import listed
 from tests.gpu.results import call_of, drawn, every_program, every_way
 
 pytestmark = pytest.mark.gpu

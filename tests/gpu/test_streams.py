@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.gpu.checks import in_threads, listed
+from benchmarks.checks import in_threads, listed
 from tests.gpu.results import call_of, drawn, every_program, every_way
 
 pytestmark = pytest.mark.gpu

@@ -1,4 +1,4 @@
-"""What the tests on a device do, as functions that take the device: on a CPU they are tested themselves.
+"""What tests and benchmarks on a device check, as functions that take the device: on a CPU they are tested themselves.
 
 Two comparisons.  At reduced sizes `reduced_report` is the numeric tier, with its tolerances from an error analysis.
 At true sizes that analysis takes minutes on a host, so `compare` computes the program in float64 on the device, and
