@@ -36,7 +36,7 @@ from mugraph.ir.check import check
 from mugraph.ir.graph import KernelGraph, Program
 from mugraph.ir.ops import Kernel
 from mugraph.ir.printer import canonical_text
-from mugraph.ir.resize import reduction, resized
+from mugraph.ir.resize import limited, reduction, resized
 from mugraph.ir.threads import form_threads
 from mugraph.result import (
     AS_IT_STANDS,
@@ -319,13 +319,14 @@ def _optimized(
             left = max(0.0, budget - (time.perf_counter() - started))
 
 
-def by_size(result: Result, sizes: Sequence[int]) -> dict[tuple[int, int], Result]:
+def by_size(result: Result, sizes: Sequence[int], arches: Sequence[int] = ()) -> dict[tuple[int, int], Result]:
     """The results for ranges of the symbolic size, by their first and last size.
 
     Structures are searched for at these sizes and at the one that the result is for; each then serves the sizes
-    next to its own, by the model of the device.  The program as library calls is among the candidates.  Raises
-    SettingError unless the program has one symbolic size, VerificationError where a source disagrees with
-    float64, MugraphError where MUGRAPH_DISALLOW_SEARCH is set."""
+    next to its own, by the model of the device.  The program as library calls is among the candidates, and serves where
+    a kernel does not compile for `arches` at some size of its range.  Raises SettingError unless the program has one
+    symbolic size, in whose range `sizes` are, VerificationError where a source disagrees with float64, MugraphError
+    where MUGRAPH_DISALLOW_SEARCH is set."""
     program, target, c = result.program, result.target, result.certificate
     if len(program.dims()) != 1:
         raise SettingError(
@@ -336,6 +337,8 @@ def by_size(result: Result, sizes: Sequence[int]) -> dict[tuple[int, int], Resul
             f"MUGRAPH_DISALLOW_SEARCH forbids a search for other sizes of {program.name}", remedy="leave out sizes"
         )
     (dim,) = program.dims()
+    if odd := [n for n in sizes if not dim.min <= n <= dim.max]:
+        raise SettingError(f"{dim} is never {odd[0]}", remedy=f"give sizes from {dim.min} to {dim.max}")
 
     def accept(graph: KernelGraph, cuts: tuple[str, ...] = ()) -> tuple[Verified, str]:
         return accepted(program, graph, target, 2.0**c.delta_requested_log2, c.seed, cuts)
@@ -350,8 +353,26 @@ def by_size(result: Result, sizes: Sequence[int]) -> dict[tuple[int, int], Resul
             verified, source = s.accepted
             report = ReportText({"text": f"{dim} = {low}..{high}: {s.text}, {1e6 * s.seconds:.1f} µs at {s.at}"})
             tuning = partial(tuned, target=target, level=result.tuning.level, symbolic=s.at)
-            results[low, high] = _checked(verified, source, target, c.seed, report, tuning=tuning)
+            found_here = _checked(verified, source, target, c.seed, report, tuning=tuning)
+            results[low, high] = _compiling(found_here, (dim.name, low, high), arches)
     return results
+
+
+def _compiling(found: Result, sizes: tuple[str, int, int], arches: Sequence[int]) -> Result:
+    """The result, or the program as library calls where a kernel does not compile at all of these sizes."""
+    from mugraph.runtime.aot import compiled
+
+    if not arches or not found.has_kernels:
+        return found
+    with shared_compilers() as compilers:
+        try:
+            for _ in compiled(limited(found.program, *sizes), found.source, arches, compilers[0]):
+                pass
+        except CompileError as error:
+            c = found.certificate
+            stands = _as_it_stands(found, SearchSpace(), 2.0**c.delta_requested_log2, c.seed)
+            return replace(stands, notes=(*stands.notes, f"library calls: {error.message}"))
+    return found
 
 
 # -- what is measured
@@ -530,7 +551,8 @@ def from_graph(
     stable = finished(graph, shared_values(program, graph) if nestings(program) else ())
     verified = verify_as_given(program, stable, delta=delta, seed=number)
     report = ReportText({"text": f"{graph.name}: a given graph, no search"})
-    tuning = partial(tuned, target=chosen, level=settings.tune.get(tune))
+    level = settings.tune.get(tune)
+    tuning = partial(tuned, target=chosen, level=level)
     return _checked(verified, emit(verified, chosen), chosen, number, report, tuning=tuning)
 
 

@@ -172,6 +172,9 @@ class Result:
         from mugraph.runtime.aot import HOST, made
         from mugraph.runtime.dispatch import Range, Table
 
+        arches = list(dict.fromkeys(arches))
+        if settings.disallow_search.get():
+            raise _not_compiled(self, "compiling them ahead of time")
         if not ranges:
             return made(self.program, {HOST: self.source}, arches)
         found = {f"host_{low}.py": (low, high, r) for (low, high), r in ranges.items()}
@@ -347,6 +350,8 @@ def load(directory: str | Path) -> Result:
                 f"{place} has schema version {manifest.get('schema_version')}, this is {SCHEMA_VERSION}",
                 remedy="run mugraph optimize again",
             )
+        if any(Path(name).is_absolute() or ".." in Path(name).parts for name in manifest["files"]):
+            raise ValueError("its manifest.json names files outside")
         contents = {name: (place / name).read_bytes() for name in manifest["files"]}
         files = {name: content.decode() for name, content in contents.items() if not name.startswith(f"{AOT}/")}
     except (OSError, ValueError, KeyError, AttributeError, RecursionError) as error:
@@ -356,7 +361,7 @@ def load(directory: str | Path) -> Result:
             raise CacheError(f"{place / name} was edited", remedy="run mugraph optimize again")
     try:
         found = read(files, parse_target(manifest["target"]), tuple(manifest.get("notes", ())))
-    except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
+    except (KeyError, ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise CacheError(f"{place} is no saved result: {error!r}", remedy="run mugraph optimize again") from error
     return replace(found, directory=place)
 

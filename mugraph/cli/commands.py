@@ -262,6 +262,8 @@ def optimize(
     if arches and chosen.kind == "torch":
         raise SettingError("--aot compiles kernels, and the target is torch", remedy="give --target cuda:90, say")
     program = program_of(subject, shapes or [])
+    if others and len(program.dims()) != 1:
+        raise SettingError(f"{program.name} has {len(program.dims())} symbolic sizes", remedy="leave out --sizes")
     with engine_of(engine, workers, address) as running:
         result = pipeline.optimize(
             program,
@@ -277,8 +279,10 @@ def optimize(
         say(f"found in the cache: {result.directory}")
     if out is not None:
         with pipeline.interruptible() as interrupted:  # what was found is written, whatever comes
-            ranges = pipeline.by_size(result, others) if others else None
-            result = replace(result, directory=result.save(out, arches, ranges))
+            result = replace(result, directory=result.save(out))
+            if arches:  # compiling may fail, and must not cost what was found
+                ranges = pipeline.by_size(result, others, arches) if others else None
+                result = replace(result, directory=result.save(out, arches, ranges))
         result = replace(result, interrupted=result.interrupted or interrupted())
         say(f"wrote {', '.join(sorted(result.files()))} and manifest.json to {out}")
         if arches:

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mugraph.errors import CacheError, MugraphError, VerificationError
+from mugraph.ir.resize import retiled
 from mugraph.pipeline import bounds_tier, emit, numeric_tier
-from mugraph.result import Result, load
+from mugraph.result import AOT, Result, load
+from mugraph.runtime.tune import TILES
 from mugraph.verify.bounds import Bounds
 from mugraph.verify.certificate import NOT_ATTEMPTED, Certificate, graph_hash
 from mugraph.verify.equivalence import Verified, recheck
@@ -77,8 +79,14 @@ def recheck_saved(directory: Path, strict: bool = False, say: Callable[[str], No
         "kernel.py: emitted again from the graph, the same text",
     ]
     missing = ["report.json: the search's counts and prices are taken as recorded"]
-    if result.tuning.resources:
-        missing.append("tuning.json: registers, shared memory and spills are taken as recorded")
+    if result.tuning.level != "none":
+        missing.append("tuning.json: registers, shared memory, spills and times are taken as recorded")
+    if result.choice:
+        missing.append("choice.json: times are taken as recorded")
+    if result.notes:
+        missing.append("manifest.json: notes and versions are taken as recorded")
+    if (directory / AOT).is_dir():
+        missing.append(f"{AOT}: cubins and host parts have the hashes of the manifest, and are not made again")
     if not bounds_hold:
         assert bounds is not None
         why = f"loads and stores: {certificate.claims} claims on record, {bounds.claims} checked here: {bounds.reason}"
@@ -107,6 +115,9 @@ def _same_bounds(certificate: Certificate, found: Bounds | None) -> bool:
 
 
 def _same_files(result: Result, verified: Verified, directory: Path) -> None:
+    tiles = {c.name: c.value for c in result.tuning.trace if c.kernel == TILES and isinstance(c.value, int)}
+    if retiled(verified.graph, tiles) != verified.graph:
+        raise VerificationError(f"{directory / 'tuning.json'}: the graph has other tiles than {tiles}")
     try:
         source = emit(verified, result.target, result.tuning.options, result.compiled)
     except ValueError as error:

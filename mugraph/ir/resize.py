@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from typing import Any, TypeVar
 
-from mugraph.ir.axes import Axis, dims_of, representative
+from mugraph.ir.axes import Axis, Dim, dims_of, representative
 from mugraph.ir.graph import BlockGraph, KernelGraph, Pass, Program, Split
 from mugraph.ir.ops import Concat, Kernel, Pack, Rename, Reshape, Slice, TopK, Unpack
 from mugraph.ir.types import DType
@@ -23,6 +23,12 @@ def resized(value: T, sizes: Mapping[str, int], tiles: Mapping[str, int]) -> T:
     '80'
     """
     result: T = _walked(value, lambda x: _resize_one(x, sizes, tiles))
+    return result
+
+
+def limited(value: T, dim: str, low: int, high: int) -> T:
+    """A program (or any part of one) whose symbolic size of that name lies between `low` and `high`."""
+    result: T = _walked(value, lambda x: Dim(dim, low, high) if isinstance(x, Dim) and x.name == dim else x)
     return result
 
 

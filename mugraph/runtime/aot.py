@@ -21,6 +21,7 @@ from mugraph import __version__
 from mugraph.errors import CacheError, CompileError
 from mugraph.ir.axes import Dim, Size, dims_of, size_value
 from mugraph.ir.graph import Program
+from mugraph.ir.resize import limited
 from mugraph.runtime.artefact import INDEX, INDEX_VERSION, digest, sealed
 from mugraph.runtime.compile import SHARED_LIMITS, Compiler
 from mugraph.runtime.dispatch import HOST_NAMES, Host, Range, Table, parted
@@ -76,7 +77,10 @@ def made(
     for name in table.files:
         text, signatures = host_part(sources[name])
         found[name], hosts[name] = text.encode(), list(signatures)
-        for b, image in compiled(program, sources[name], arches, compiler):
+        served = [r for r in table.ranges if r.file == name]
+        sizes = (min(r.low for r in served), max(r.high for r in served))
+        part = limited(program, table.dim, *sizes) if table.dim else program
+        for b, image in compiled(part, sources[name], arches, compiler):
             file = f"{b['kernel']}.sm_{b['arch']}.{len(binaries)}.cubin"
             binaries.append({"file": file, "host": name, **b})
             found[file] = image
@@ -135,7 +139,8 @@ def versions() -> dict[str, str | None]:
 def compiled(
     program: Program, source: str, arches: Sequence[int], compiler: Compiler
 ) -> Iterator[tuple[dict[str, Any], bytes]]:
-    """Each cubin that some size needs, with its entry in the index: for each kernel an aligned one, then a general."""
+    """Each cubin that some size of the program needs, with its entry in the index: for each kernel an aligned one, then
+    a general."""
     text, signatures = host_part(source)
     host = Host.of(text, list(signatures), HOST)
     for arch in arches:

@@ -84,8 +84,11 @@ class Choice:
         """Raises KeyError, TypeError or ValueError for what `to_dict` does not make."""
         rows = tuple(Measured(**row) for row in data["rows"])
         found = Choice(str(data["chosen"]), str(data["machine"]), dict(data["sizes"]), rows)
-        if found.chosen not in (r.name for r in rows):
-            raise ValueError(f"{found.chosen!r} was not measured")
+        times = [x for r in rows for x in (r.seconds, r.ratio, r.low, r.high)]
+        if not all(x is None or (type(x) is float and x > 0) for x in times):
+            raise ValueError("a time is no number")
+        if [r.name for r in rows if r.verdict == "chosen"] != [found.chosen]:
+            raise ValueError(f"{found.chosen!r} was not chosen")
         return found
 
     def __str__(self) -> str:

@@ -122,9 +122,9 @@ class Records:
         path = self.directory / f"{key}.json"
         try:
             return measurement(json.loads(path.read_text(encoding="utf-8")), self.device)
-        except FileNotFoundError:
+        except OSError:
             return None
-        except (OSError, ValueError) as error:
+        except (ValueError, OverflowError, RecursionError) as error:
             self._aside(path, error)
             return None
 
@@ -151,7 +151,7 @@ class Records:
                 row = json.loads(path.read_text(encoding="utf-8"))
                 measurement(row, self.device)
                 yield row
-            except (OSError, ValueError) as error:
+            except (OSError, ValueError, OverflowError, RecursionError) as error:
                 self._aside(path, error)
 
     def export(self) -> str:
@@ -167,15 +167,23 @@ class Records:
             if not isinstance(data, dict) or data.get("schema_version") != SCHEMA_VERSION:
                 raise ValueError(f"it is no document of schema version {SCHEMA_VERSION}")
             rows: Sequence[Any] = data["rows"]
+            if not isinstance(rows, list):
+                raise ValueError("its rows are no list")
             if data["device"] != self.device:
                 raise ValueError(f"it is about {data['device']}, not {self.device}")
             for row in rows:
                 measurement(row, self.device)
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             raise CacheError(f"these are no measurements: {error}", remedy="export them again") from error
-        new = [row for row in rows if self.get(row["key"]) is None]
-        for row in new:
-            self._write(row["key"], row)
+        new = {row["key"]: row for row in reversed(rows) if self.get(row["key"]) is None}
+        for key, row in new.items():
+            try:
+                self._write(key, row)
+            except OSError as error:
+                raise CacheError(
+                    f"cannot write {self.directory}: {error.strerror or error}",
+                    remedy="set MUGRAPH_CACHE_DIR to a directory of yours",
+                ) from error
         return len(new)
 
     def _write(self, key: str, row: Mapping[str, Any]) -> None:
@@ -197,9 +205,11 @@ def measurement(row: Any, device: str) -> Spread | Refused:
         raise ValueError("its key is no digest")
     if row.get("device") != device:
         raise ValueError(f"it is about {row.get('device')!r}")
-    if isinstance(row.get("refused"), str):
-        return Refused(row["refused"])
+    if not isinstance(row.get("program"), str) or not isinstance(row.get("sizes"), dict):
+        raise ValueError("it does not say of what program")
     values = [row.get(name) for name in ("median", "low", "high")]
+    if isinstance(row.get("refused"), str) and values == [None] * 3:
+        return Refused(row["refused"])
     if not all(isinstance(v, int | float) and not isinstance(v, bool) and 0 < v < float("inf") for v in values):
         raise ValueError(f"its times are {values}")
     return Spread(*map(float, values))  # type: ignore[arg-type]

@@ -19,6 +19,7 @@ was chosen is a *trace* of named choices, with which `lower` gives the same plan
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import time
@@ -30,7 +31,7 @@ from typing import Any, get_args
 
 from mugraph.codegen.lower import lower
 from mugraph.codegen.plan import ANY, Beside, Choice, Launch, Machine, Options, Plan, Read, Trace, compute_of
-from mugraph.errors import CompileError, UnsupportedOpError, VerificationError
+from mugraph.errors import CompileError, MugraphError, UnsupportedOpError, VerificationError
 from mugraph.ir.graph import KernelGraph
 from mugraph.ir.ops import Kernel
 from mugraph.ir.resize import neighbours, retiled
@@ -45,6 +46,7 @@ from mugraph.verify.equivalence import Verified, verify
 SCHEMA_VERSION = 1
 MOST_FITTED = 16  # configurations of one kernel, to find one that fits
 MOST_RANKED = 24  # and to rank them
+MOST_PROPOSED = 16  # by one rule at a time
 PATIENCE = 60.0  # seconds for one kernel, after which no more are compiled
 EXPANDED = 3  # configurations whose neighbours are tried next
 FINALISTS = 8  # configurations of one kernel that are timed
@@ -148,14 +150,23 @@ class Tuned:
         """Raises ValueError, KeyError or TypeError for what `to_dict` did not make."""
         if data["schema_version"] != SCHEMA_VERSION or data["level"] not in get_args(Tune):
             raise ValueError("it is no record of choices")
+        counts, seconds, notes = [data["tried"], data["timed"]], data["seconds"], data["notes"]
+        kernels = [asdict(r) for r in (Resources(**r) for r in data["kernels"])]
+        counts += [v for k in kernels for name, v in k.items() if name != "kernel"]
+        if not all(type(n) is int and 0 <= n < 1 << 31 for n in counts):
+            raise ValueError("a count is no number")
+        if not (seconds is None or (type(seconds) is float and 0 < seconds < math.inf)):
+            raise ValueError("its time is no number")
+        if not all(isinstance(x, str) for x in [*notes, *(k["kernel"] for k in kernels)]):
+            raise ValueError("a note is no text")
         return Tuned(
             level=data["level"],
             trace=tuple(Choice(**c) for c in data["choices"]),
-            resources=tuple(Resources(**r) for r in data["kernels"]),
-            tried=int(data["tried"]),
-            timed=int(data["timed"]),
-            seconds=math.inf if data["seconds"] is None else float(data["seconds"]),
-            notes=tuple(map(str, data["notes"])),
+            resources=tuple(Resources(**k) for k in kernels),
+            tried=counts[0],
+            timed=counts[1],
+            notes=tuple(notes),
+            seconds=math.inf if seconds is None else seconds,
         )
 
 
@@ -301,7 +312,7 @@ class Tuner:
             if not at:
                 break
             expanded.update(at)
-            proposed = dict.fromkeys(o for i in at for f in RULES for o in f(seen[i]) if o not in known)
+            proposed = dict.fromkeys(o for i in at for f in RULES for o in proposals(f, seen[i]) if o not in known)
             known.update(proposed)
             for batch in batches(list(proposed)[: most - len(seen)], len(self.compilers)):
                 seen += self.compiled(verified, kernel, batch)
@@ -368,6 +379,24 @@ def fastest(timer: Timer, configurations: Sequence[Configuration]) -> tuple[Conf
         if first not in left and 0 in times:
             left.append(first)
     return best, count, notes
+
+
+def proposals(f: Rule, at: Configuration) -> list[Options]:
+    """What a rule proposes, the first few.  Raises MugraphError where it fails, or proposes what is no option."""
+    try:
+        found = list(itertools.islice(f(at), MOST_PROPOSED))
+        for o in found:
+            for field in fields(Options):
+                value = getattr(o, field.name)
+                if value is not None:
+                    Options().changed(field.name, value)
+    except Exception as error:  # whatever a user's function may raise
+        name = getattr(f, "__qualname__", repr(f))
+        raise MugraphError(
+            f"the tuning rule {name} fails on {at}: {type(error).__name__}: {error}",
+            remedy="mend it, or RULES.remove it",
+        ) from error
+    return found
 
 
 def call_of(plan: Plan, kernel: str) -> tuple[str, Launch | Beside]:

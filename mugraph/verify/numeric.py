@@ -166,6 +166,10 @@ def _rows(
             # elements that nearly vanish are compared at the unit of the greatest: their error is far from normal
             floor = 2 * unit * np.abs(want).max(initial=0.0)
             tolerance = DEVIATIONS * deviation + ULPS * (2 * unit * np.abs(want) + least) + floor
+            if dtype.is_float and dtype.bits <= 8:  # many deviations of so few digits would let anything pass
+                last = np.maximum(unit * np.abs(want), least)
+                before = DEVIATIONS * np.sqrt(np.maximum(deviation**2 - last**2, 0.0))
+                tolerance = before + last + unit * before
             eager_error = np.abs(_wrapped(own - want, _signed(dtype)))
             if not overflowed:
                 tolerance = tolerance * max(1.0, EAGER_FACTOR * _worst(eager_error, tolerance)[0])

@@ -113,5 +113,5 @@ def test_a_choice_survives_json(monkeypatch: pytest.MonkeyPatch) -> None:
     assert Choice.from_dict(json.loads(json.dumps(choice.to_dict()))) == choice
     assert "b = 16" in str(choice)
     assert "2.00 [2.00, 2.00] times as fast: chosen" in str(choice)
-    with pytest.raises(ValueError, match="was not measured"):
+    with pytest.raises(ValueError, match="was not chosen"):
         Choice.from_dict(choice.to_dict() | {"chosen": "another"})
