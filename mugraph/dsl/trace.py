@@ -26,7 +26,7 @@ from mugraph.dsl.unify import Var, VarDims
 from mugraph.errors import CaptureError, Location, ShapeError, UnsupportedOpError
 from mugraph.ir.axes import Dim, Monomial, Size, dims_of
 from mugraph.ir.graph import Equation, Program
-from mugraph.ir.ops import Reshape, Transpose
+from mugraph.ir.ops import Cast, Reshape, Transpose
 from mugraph.ir.types import DType, Input, Output, Storage
 from mugraph.ir.types import Tensor as Declared
 
@@ -226,6 +226,7 @@ class Tracing:
         recorder = self.recorder
         recorder.settle()
         steps = self._needed(outputs)
+        self._check_casts(steps)
         names = self._value_names(steps, outputs, names or {})
         naming = Naming(recorder.axes)
         naming.name(self._axis_order(steps, outputs))
@@ -246,6 +247,27 @@ class Tracing:
                 final = equation.target.name
             finals.append(Output(final, Storage(x.dtype)))
         return Program(name, tuple(inputs), tuple(equations), tuple(finals))
+
+    def _check_casts(self, steps: Sequence[Recorded]) -> None:
+        """Refuses to round to a type that no input has and to go on in a wider one: casts between floats are the
+        identity in the algebra, and here the rounding is what is asked for."""
+        given = {x.dtype for _, x, _ in self.inputs}
+        rounded: dict[Value, DType] = {}
+        for step in steps:
+            floats = [a for a in (*step.args, step.target) if a.dtype.is_float]
+            widest = max((a.dtype.bits for a in floats), default=0)
+            if isinstance(step.op, Cast) and len(floats) == 2 and step.target.dtype.bits < widest:
+                if step.target.dtype not in given:
+                    rounded[step.target] = step.args[0].dtype
+                continue
+            for a in step.args:
+                if a in rounded and a.dtype.bits < widest:
+                    raise UnsupportedOpError(
+                        f"a value is rounded from {rounded[a]} to {a.dtype}, and goes on in a wider type",
+                        op="cast",
+                        where=step.where,
+                        remedy="leave out the rounding, which would not be kept, or do it outside the program",
+                    )
 
     def _checked(self, results: Any, where: Location | None) -> list[Tensor]:
         outputs = list(results) if isinstance(results, tuple | list) else [] if results is None else [results]

@@ -1,6 +1,7 @@
 """Captured PyTorch functions compute, in the float64 oracle, what they compute eagerly."""
 
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -8,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mugraph.errors import CaptureError, UnsupportedOpError
+import mugraph as mg
+from mugraph.errors import CaptureError, FallbackWarning, UnsupportedOpError
 from mugraph.ir.axes import Dim
 from mugraph.ir.evaluate import reference
 from mugraph.ir.ops import Contract, Reshape, SizeOf
@@ -223,7 +225,7 @@ def fresh(x):
         x.masked_fill(torch.ones(5, n, dtype=torch.bool).triu(1), -math.inf).softmax(-1),
         torch.ones_like(x) - x,
         (x + torch.full((5, n), -math.inf, dtype=x.dtype).triu(1)).softmax(-1),
-        x.to(torch.float32).double() * 0 + x,
+        x.int().double() * 0 + x,
         x.int() * 2,
     )
 
@@ -274,6 +276,31 @@ def test_a_family_of_operators_computes_what_it_does_eagerly(family):
 
 
 B = Dim("B", 1, 256)
+
+
+@pytest.mark.parametrize(
+    "fn",
+    [
+        lambda x: (x * 3).to(torch.float8_e4m3fn).float(),
+        lambda x: x - x.bfloat16().float(),
+        lambda x: x - x.bfloat16(),
+        lambda x: (x * 1e5).half().float(),
+    ],
+)
+def test_rounding_that_a_function_asks_for_is_kept(fn):
+    """The algebra has no rounding, so the function runs as it was written."""
+    x = torch.tensor([[300.0, 1.26, 1e-4]])
+    with pytest.warns(FallbackWarning, match="is rounded from f32"):
+        found = mg.superoptimize(fn, target="torch")(x)
+    assert torch.equal(found, fn(x))
+
+
+def test_results_and_arithmetic_in_a_narrow_type_are_no_rounding_on_the_way():
+    norms = torch.nn.Sequential(torch.nn.LayerNorm(16), torch.nn.LayerNorm(16)).half()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FallbackWarning)
+        for fn, x in ((lambda x: (x * 2).half(), torch.randn(3, 4)), (norms, torch.randn(3, 16).half())):
+            torch.testing.assert_close(mg.superoptimize(fn, target="torch")(x), fn(x), rtol=1e-2, atol=1e-2)
 
 
 def test_a_dynamic_size_becomes_a_symbol():

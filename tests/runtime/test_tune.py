@@ -197,6 +197,50 @@ def test_a_rule_of_ones_own_proposes_too(monkeypatch: pytest.MonkeyPatch):
     assert found.trace == (Choice("rmsnorm_linear", "num_warps", 1),)
 
 
+def endless(at: Configuration) -> Iterator[Options]:
+    while True:
+        yield at.options
+
+
+def raising(at: Configuration) -> Iterator[Options]:
+    raise KeyError("no such thing")
+
+
+def three_warps(at: Configuration) -> Iterator[Options]:
+    yield replace(at.options, num_warps=3)
+
+
+def no_options(at: Configuration) -> Iterator[Options]:
+    yield 5
+
+
+@pytest.mark.parametrize("wrong", [raising, three_warps, no_options])
+def test_a_rule_that_fails_is_named(wrong: tune.Rule, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(tune, "RULES", [wrong])
+    with pytest.raises(MugraphError, match=f"the tuning rule {wrong.__name__} fails"):
+        fitted(rmsnorm_linear(), lambda kernel, o: replace(FINE, spills=1))
+
+
+def test_a_rule_without_end_is_heard_for_a_while(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(tune, "RULES", [endless])
+    assert fitted(rmsnorm_linear(), lambda kernel, o: replace(FINE, spills=1))[1].trace == ()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"tried": float("inf")}, {"tried": -1}, {"timed": True}, {"seconds": "1"}, {"seconds": -1.0}, {"notes": [5]},
+        {"schema_version": 2}, {"level": "hard"}, {"choices": [{"kernel": "k"}]}, {"kernels": [{"registers": "many"}]},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_record_that_is_none_is_refused(change: dict[str, object]):
+    _, found = fitted(rmsnorm_linear(), lambda kernel, o: FINE)
+    assert Tuned.from_dict(found.to_dict()) == found
+    with pytest.raises((ValueError, KeyError, TypeError)):
+        Tuned.from_dict(found.to_dict() | change)
+
+
 @pytest.mark.parametrize("arch", ["90", "100"])
 def test_attention_compiles_without_spills_in_loops(arch: str):
     graph = parse_program((WINNERS / "gqa.txt").read_text())

@@ -218,3 +218,24 @@ def test_the_tail_of_gelu_may_have_the_error_of_a_sum_near_one(approximate):
 
     assert not off_by(2).disagrees
     assert off_by(40).disagrees
+
+
+@pytest.mark.parametrize("dtype", [DType.f8e4m3, DType.f8e5m2])
+def test_a_result_of_eight_bits_has_to_be_the_nearest(dtype: DType):
+    """Eight deviations of so few digits would let zeros pass."""
+    torch_dtype = torch.float8_e4m3fn if dtype is DType.f8e4m3 else torch.float8_e5m2
+
+    @mg.program
+    def smooth(a: mg.f32[64]):
+        return mg.cast(mg.silu(a), getattr(mg, str(dtype)))
+
+    def agrees(f) -> bool:
+        def run(inputs, bindings):
+            return [f(inputs["a"]).to(torch_dtype)]
+
+        return numeric_check(smooth, run, bindings=[{}], how="torch", draws=("normal",)).passed
+
+    silu = torch.nn.functional.silu
+    assert agrees(silu)
+    for wrong in (torch.zeros_like, torch.relu, lambda x: 2 * silu(x), lambda x: 1.2 * silu(x)):
+        assert not agrees(wrong)
