@@ -12,13 +12,14 @@ what is there and asks the tracer; what it refuses is proposed no more.
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from random import Random
 from typing import Any
 
 import mugraph as mg
 from mugraph.dsl.tensor import Tensor
-from mugraph.errors import MugraphError
+from mugraph.errors import MugraphError, UnsupportedOpError
 from mugraph.ir.axes import Axis
 from mugraph.ir.graph import Equation, Program
 from mugraph.ir.ops import Gather
@@ -85,8 +86,14 @@ def names_in(expression: str) -> list[str]:
 
 
 def random_recipe(seed: int, lines: int = MOST_LINES, kinds: Sequence[str] = ()) -> Recipe:
-    """At most so many lines, of all kinds or of these: the names of methods of the generator."""
-    return _Generator(Random(seed), lines, kinds or KINDS).recipe()
+    """At most so many lines, of all kinds or of these: the names of methods of the generator.  A program that rounds on
+    the way to a wider type is none: another takes its place."""
+    random = Random(seed)
+    while True:
+        with suppress(UnsupportedOpError):
+            found = _Generator(random, lines, kinds or KINDS).recipe()
+            found.program()
+            return found
 
 
 class _Generator:
