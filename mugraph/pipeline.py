@@ -50,7 +50,7 @@ from mugraph.result import (
     read,
     versions,
 )
-from mugraph.runtime.bench import Spread
+from mugraph.runtime.bench import Spread, random_inputs
 from mugraph.runtime.cache import Cache, key_of
 from mugraph.runtime.choose import Candidate, choose, machine_text
 from mugraph.runtime.compile import shared_compilers
@@ -73,7 +73,7 @@ from mugraph.typed import Probability, fit_arguments
 from mugraph.verify.bounds import Bounds, in_bounds
 from mugraph.verify.certificate import How, NumericReport
 from mugraph.verify.equivalence import Verified, proved, shared_values, verify, verify_as_given
-from mugraph.verify.numeric import Checked, draw_inputs, numeric_check
+from mugraph.verify.numeric import Checked, numeric_check
 
 if TYPE_CHECKING:
     pass
@@ -421,7 +421,7 @@ def _measured(
     import torch
 
     with torch.no_grad():
-        inputs = torch_inputs(program, sizes, seed)
+        inputs = random_inputs(program, sizes, "cpu", seed)
         choice = choose(candidates, inputs, sizes=sizes, say=say)
     say(f"chosen: {choice.chosen}")
     best = results[choice.chosen.removesuffix(COMPILED)]
@@ -491,15 +491,6 @@ def _agrees(program: Program, sizes: Mapping[str, int], seed: int, stable: bool,
         program, on, bindings=[sizes], how="torch", draws=MEASURED_DRAWS, seed=seed, beyond_eager=stable
     )
     return not report.disagrees
-
-
-def torch_inputs(program: Program, sizes: Mapping[str, int], seed: int = 0) -> list[Any]:
-    """Random inputs of the program as tensors on the CPU, in order."""
-    import torch
-
-    arrays = draw_inputs(program, sizes, "normal", seed)
-    types = {i.name: getattr(torch, torch_code.TORCH_DTYPES[i.storage.dtype]) for i in program.inputs}
-    return [torch.from_numpy(arrays[i.name]).to(types[i.name]) for i in program.inputs]
 
 
 def accepted(

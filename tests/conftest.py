@@ -8,9 +8,15 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import hypothesis
 import pytest
+
+if TYPE_CHECKING:
+    from benchmarks.stub import Stub
+    from mugraph.runtime.compile import Compiler
+    from mugraph.runtime.interpret import Interpreter
 
 TESTS = Path(__file__).parent
 
@@ -39,6 +45,34 @@ def _clean_settings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         patch.setenv("MUGRAPH_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
         patch.setenv("MUGRAPH_TUNE", "none")  # compiling takes seconds: tests that want it say so
         yield
+
+
+@pytest.fixture(scope="module")
+def interpreter() -> Iterator["Interpreter"]:
+    from mugraph.runtime.interpret import Interpreter
+
+    with Interpreter() as worker:
+        yield worker
+
+
+@pytest.fixture(scope="module")
+def compiler() -> Iterator["Compiler"]:
+    from mugraph.runtime.compile import Compiler
+
+    with Compiler() as worker:
+        yield worker
+
+
+@pytest.fixture(scope="module")
+def stub(tmp_path_factory: pytest.TempPathFactory) -> "Stub":
+    """A driver library that does nothing but write down what it is asked for."""
+    from benchmarks.stub import Stub
+    from mugraph.errors import MugraphError
+
+    try:
+        return Stub(tmp_path_factory.mktemp("stub"))
+    except MugraphError as error:
+        pytest.skip(error.message)
 
 
 @pytest.fixture

@@ -50,13 +50,15 @@ class Timer(Protocol):
 
 @dataclass
 class DeviceTimer:
-    """A timer for a program at given sizes on this machine's device ("cuda", or "cpu")."""
+    """A timer for a program at given sizes on this machine's device ("cuda", or "cpu").  Once the device is lost, no
+    more is asked of it."""
 
     program: Program
     sizes: Mapping[str, int]
     device: str = "cuda"
     limit: float = LIMIT
     records: Records | None = None
+    lost: Refused | None = None
     _worker: Worker = field(default_factory=Worker)
 
     def __enter__(self) -> Self:
@@ -69,6 +71,8 @@ class DeviceTimer:
         key = self.key(source, repeats)
         if self.records is not None and (known := self.records.get(key)) is not None:
             return known
+        if self.lost is not None:
+            return self.lost
         request = {
             "source": source,
             "program": str(self.program),
@@ -83,7 +87,8 @@ class DeviceTimer:
             found = Refused(error.message.strip().splitlines()[-1][:200])
             self._worker.close()  # a CUDA context does not survive an error
             if not self.there():
-                return Refused(f"the device was lost: {found.reason}", lost=True)  # says nothing of the file
+                self.lost = Refused(f"the device was lost: {found.reason}", lost=True)  # says nothing of the file
+                return self.lost
         if self.records is not None:
             self.records.put(key, self.program.name, self.sizes, source, found)
         return found

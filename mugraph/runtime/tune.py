@@ -20,14 +20,14 @@ was chosen is a *trace* of named choices, with which `lower` gives the same plan
 from __future__ import annotations
 
 import itertools
-import json
 import math
+import queue
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 from mugraph.codegen.lower import lower
 from mugraph.codegen.plan import ANY, Beside, Choice, Launch, Machine, Options, Plan, Read, Trace, compute_of
@@ -43,6 +43,8 @@ from mugraph.settings import Tune
 from mugraph.transpiler.triton import emit, launched
 from mugraph.verify.equivalence import Verified, verify
 
+T = TypeVar("T")
+U = TypeVar("U")
 SCHEMA_VERSION = 1
 MOST_FITTED = 16  # configurations of one kernel, to find one that fits
 MOST_RANKED = 24  # and to rank them
@@ -224,20 +226,27 @@ class Tuner:
     def tilings(self, verified: Verified, level: Tune) -> list[dict[str, int]]:
         """Other tiles and numbers of parts, as the model orders them: each axis' tile doubled or halved, under
         the options that lowering then chooses.  Where nothing will be timed, only those that the model finds better."""
-        tiles = list(neighbours(verified.graph))
+        tiles = [{}, *neighbours(verified.graph)]
+        seconds = self.each(lambda compiler, t: self.lowered_seconds(compiler, verified, t), tiles)
+        most = seconds[0] if level == "model" or self.timer is None else math.inf
+        order = sorted(range(1, len(tiles)), key=lambda i: seconds[i])
+        return [tiles[i] for i in order[:TILINGS] if seconds[i] < most]
+
+    def each(self, f: Callable[[Compiler, T], U], items: Sequence[T]) -> list[U]:
+        """`f` of each item, side by side, each call with a compiler of its own."""
+        free: queue.SimpleQueue[Compiler] = queue.SimpleQueue()
+        for compiler in self.compilers:
+            free.put(compiler)
+
+        def one(item: T) -> U:
+            compiler = free.get()
+            try:
+                return f(compiler, item)
+            finally:
+                free.put(compiler)
+
         with ThreadPoolExecutor(len(self.compilers)) as pool:
-            shares = [[{}, *tiles][i :: len(self.compilers)] for i in range(len(self.compilers))]
-            parts = pool.map(
-                lambda c, share: [self.lowered_seconds(c, verified, t) for t in share], self.compilers, shares
-            )
-        seconds = {
-            json.dumps(t): s
-            for share, part in zip(shares, parts, strict=True)
-            for t, s in zip(share, part, strict=True)
-        }
-        own = seconds["{}"] if level == "model" or self.timer is None else math.inf
-        better = sorted((t for t in tiles if seconds[json.dumps(t)] < own), key=lambda t: seconds[json.dumps(t)])
-        return better[:TILINGS]
+            return list(pool.map(one, items))
 
     def lowered_seconds(self, compiler: Compiler, verified: Verified, tiles: dict[str, int]) -> float:
         """What the model predicts for the graph with these tiles as lowered; infinite where it may not run."""
@@ -255,6 +264,7 @@ class Tuner:
 
     @property
     def arch(self) -> int:
+        """What is compiled for."""
         return self.machine.arch or self.device.arch
 
     def options(self, verified: Verified, level: Tune) -> Tuned:
@@ -276,7 +286,7 @@ class Tuner:
                 best, count, lost = fastest(self.timer, [c for c in seen if c.badness == (0, 0)] or [best])
                 timed += count
                 notes += lost
-            best = self.fewer_registers(verified, best)
+            best = self.fewer_registers(verified, seen[0], best)
             assert best.resources is not None
             seconds += best.seconds
             trace += best.trace
@@ -296,7 +306,7 @@ class Tuner:
         """The configurations of a kernel that were compiled, the lowering's own first.  To fit, no more than are needed
         to find one; else the neighbours of the best, and theirs, up to a limit."""
         most = MOST_FITTED if level == "fit" else MOST_RANKED
-        (start,) = self.compiled(verified, kernel, [None])
+        (start,) = self.compiled(verified, kernel, [()])
         seen, expanded = [start], set[int]()
         known = {start.options}
         deadline = time.monotonic() + PATIENCE
@@ -315,18 +325,16 @@ class Tuner:
             proposed = dict.fromkeys(o for i in at for f in RULES for o in proposals(f, seen[i]) if o not in known)
             known.update(proposed)
             for batch in batches(list(proposed)[: most - len(seen)], len(self.compilers)):
-                seen += self.compiled(verified, kernel, batch)
+                seen += self.compiled(verified, kernel, [differences(kernel, start.options, o) for o in batch])
                 if time.monotonic() > deadline or (level == "fit" and any(c.badness == (0, 0) for c in seen)):
                     break
         return seen
 
-    def compiled(self, verified: Verified, kernel: str, options: Sequence[Options | None]) -> list[Configuration]:
-        """The kernel under each of these options, compiled side by side; None: the lowering's own."""
+    def compiled(self, verified: Verified, kernel: str, traces: Sequence[Trace]) -> list[Configuration]:
+        """The kernel under the choices of each trace, compiled side by side; an empty one: the lowering's own."""
 
-        def one(compiler: Compiler, wanted: Options | None) -> Configuration:
-            own = lower(verified, machine=self.machine)
-            trace = () if wanted is None else tuple(differences(kernel, call_of(own, kernel)[1].options, wanted))
-            plan = lower(verified, trace, self.machine) if trace else own
+        def one(compiler: Compiler, trace: Trace) -> Configuration:
+            plan = lower(verified, trace, self.machine)
             function, call = call_of(plan, kernel)
             source = emit(plan)
             found, reason = None, ""
@@ -336,19 +344,16 @@ class Tuner:
                 reason = error.message
             return Configuration(call, plan, source, self.device, trace, found, reason, self.symbolic)
 
-        if len(options) == 1:
-            return [one(self.compilers[0], options[0])]
-        with ThreadPoolExecutor(len(self.compilers)) as pool:
-            return list(pool.map(one, self.compilers, options))
+        return self.each(one, traces)
 
-    def fewer_registers(self, verified: Verified, best: Configuration) -> Configuration:
+    def fewer_registers(self, verified: Verified, own: Configuration, best: Configuration) -> Configuration:
         """With a bound on registers, if that takes away spills outside loops, which happen once.  ptxas spills some
         below what it may take."""
         assert best.resources is not None
         if not best.resources.spills_outside or best.options.maxnreg is not None or best.badness > (0, 0):
             return best
         bounded = replace(best.options, maxnreg=most_registers(best.options))
-        (found,) = self.compiled(verified, best.call.name, [bounded])
+        (found,) = self.compiled(verified, best.call.name, [differences(best.call.name, own.options, bounded)])
         fewer = found.resources and found.resources.spills_outside < best.resources.spills_outside
         return found if fewer and found.badness == (0, 0) else best
 
@@ -404,11 +409,9 @@ def call_of(plan: Plan, kernel: str) -> tuple[str, Launch | Beside]:
     return next((f, c) for f, c in launched(plan).items() if c.name == kernel)
 
 
-def differences(kernel: str, own: Options, wanted: Options) -> Iterator[Choice]:
-    for f in fields(Options):
-        value = getattr(wanted, f.name)
-        if value != getattr(own, f.name) and value is not None:
-            yield Choice(kernel, f.name, value)
+def differences(kernel: str, own: Options, wanted: Options) -> Trace:
+    values = ((f.name, getattr(wanted, f.name), getattr(own, f.name)) for f in fields(Options))
+    return tuple(Choice(kernel, name, new) for name, new, old in values if new != old and new is not None)
 
 
 def batches(options: Sequence[Options], size: int) -> Iterator[Sequence[Options]]:

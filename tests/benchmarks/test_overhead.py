@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from pathlib import Path
 
 import pytest
 
@@ -15,15 +14,7 @@ from mugraph.errors import MugraphError
 KEYS = {"case", "ours_us", "compile_us", "bare_us"}
 
 
-@pytest.fixture
-def needs_gcc(tmp_path: Path) -> None:
-    try:
-        Stub(tmp_path)
-    except MugraphError as error:
-        pytest.skip(error.message)
-
-
-def test_the_document_has_a_row_for_each_program(needs_gcc: None, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_document_has_a_row_for_each_program(stub: Stub, capsys: pytest.CaptureFixture[str]) -> None:
     assert overhead.main(["--program", "gqa", "--rounds", "3", "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
     assert document["benchmark"] == "overhead"
@@ -33,6 +24,6 @@ def test_the_document_has_a_row_for_each_program(needs_gcc: None, capsys: pytest
     assert all(math.isfinite(row[k]) and row[k] > 0 for k in ("ours_us", "bare_us"))
 
 
-def test_a_program_with_work_ahead_is_refused(needs_gcc: None) -> None:
+def test_a_program_with_work_ahead_is_refused(stub: Stub) -> None:
     with pytest.raises(MugraphError, match="cannot be timed alone"):
         overhead.main(["--program", "constant_lora", "--rounds", "1"])

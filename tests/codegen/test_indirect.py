@@ -1,6 +1,5 @@
 """Gather and scatter by index tensors: in hand-written kernels, and where a search leaves them beside its kernels."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -19,8 +18,6 @@ from mugraph.ir.ops import Gather, Kernel, Library, Scatter
 from mugraph.ir.parser import parse_program
 from mugraph.ir.types import DType, Output, Storage, tensor
 from mugraph.result import Result
-from mugraph.runtime.compile import Compiler
-from mugraph.runtime.interpret import Interpreter
 from mugraph.transpiler.triton import emit
 from mugraph.verify.bounds import in_bounds
 from mugraph.verify.equivalence import verify
@@ -29,18 +26,6 @@ from tests.blocks import gathered_rows, kernel_graph, paged_sum, prefix_sums, sc
 from tests.graphs import Builder, axis, inp
 
 ALL_TIERS = {"tested", "proved", "bounds", "numerics"}
-
-
-@pytest.fixture(scope="module")
-def interpreter() -> Iterator[Interpreter]:
-    with Interpreter() as worker:
-        yield worker
-
-
-@pytest.fixture(scope="module")
-def compiler() -> Iterator[Compiler]:
-    with Compiler() as worker:
-        yield worker
 
 
 def meaning(graph: KernelGraph) -> Program:

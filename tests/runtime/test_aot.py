@@ -60,14 +60,6 @@ def files() -> Files:
     return made(PROGRAM, {HOST: SOURCE}, [80, 90])
 
 
-@pytest.fixture(scope="module")
-def stub(tmp_path_factory: pytest.TempPathFactory) -> Stub:
-    try:
-        return Stub(tmp_path_factory.mktemp("stub"))
-    except MugraphError as error:
-        pytest.skip(error.message)
-
-
 def arguments(size: int = 5) -> list[torch.Tensor]:
     return [torch.ones(s, dtype=torch.float16) for s in ((size, 256), (256,), (256, 128))]
 

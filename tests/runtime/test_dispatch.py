@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -15,7 +15,7 @@ import torch
 from benchmarks.stub import Launched, Stub
 from mugraph.codegen.lower import plan_graph
 from mugraph.codegen.plan import Options
-from mugraph.errors import CacheError, CompileError, LaunchError, MugraphError, TargetMismatchError
+from mugraph.errors import CacheError, CompileError, LaunchError, TargetMismatchError
 from mugraph.ir.axes import Axis, Dim, size_value
 from mugraph.ir.graph import BlockGraph, Equation, KernelGraph, Load, Program, Store
 from mugraph.ir.ops import Elementwise, Kernel
@@ -68,23 +68,9 @@ PROGRAMS: dict[str, Callable[[], KernelGraph]] = {
 }
 
 
-@pytest.fixture(scope="module")
-def stub(tmp_path_factory: pytest.TempPathFactory) -> Stub:
-    try:
-        return Stub(tmp_path_factory.mktemp("stub"))
-    except MugraphError as error:
-        pytest.skip(error.message)
-
-
 @pytest.fixture(autouse=True)
 def fresh(stub: Stub) -> None:
     stub.reset(90)
-
-
-@pytest.fixture(scope="module")
-def compiler() -> Iterator[Compiler]:
-    with Compiler() as found:
-        yield found
 
 
 @pytest.fixture(scope="module")

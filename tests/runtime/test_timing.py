@@ -68,6 +68,8 @@ def test_a_device_that_is_gone_is_told_from_a_bad_file_and_nothing_is_kept(tmp_p
     clock = DeviceTimer(graphs.gated_mlp(), {"B": 3}, "no such device", 60, records(tmp_path))
     with clock:
         found = clock.seconds(SOURCE, 1)
+        clock._worker.ask = None  # nothing more is asked
+        assert clock.seconds(SOURCE, 2) == found
     assert isinstance(found, Refused)
     assert found.lost
     assert list(records(tmp_path).rows()) == []

@@ -427,12 +427,6 @@ CHANGED = [
 ]  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def interpreter() -> Iterator[Interpreter]:
-    with Interpreter() as found:
-        yield found
-
-
 @pytest.mark.parametrize("options", CHANGED, ids=str)
 @pytest.mark.parametrize("name", ["rmsnorm_linear", "gated_mlp", "gqa"])
 def test_each_variant_computes_the_same(name: str, options: Options, interpreter: Interpreter):

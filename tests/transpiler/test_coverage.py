@@ -1,6 +1,6 @@
 """One μGraph for each thing that a kernel may have: it is verified, lowers, compiles and agrees with float64."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from fractions import Fraction
 
@@ -17,7 +17,6 @@ from mugraph.ir.ops import Cast, Const, Contract, Reduce
 from mugraph.ir.parser import parse_program
 from mugraph.ir.types import DType, tensor
 from mugraph.pipeline import from_graph
-from mugraph.runtime.compile import Compiler
 from mugraph.search.reading import flattened
 from mugraph.transpiler.triton import emit
 from tests import blocks
@@ -25,12 +24,6 @@ from tests.graphs import Builder, attention, attention_fused, axis, inp, lora, l
 
 B = Dim("B", 1, 512)
 Case = tuple[Program | None, KernelGraph]
-
-
-@pytest.fixture(scope="module")
-def compiler() -> Iterator[Compiler]:
-    with Compiler() as worker:
-        yield worker
 
 
 @mg.program

@@ -334,13 +334,6 @@ def test_a_result_is_never_what_is_kept() -> None:
         torch.testing.assert_close(again, t)
 
 
-@pytest.fixture(scope="module")
-def interpreter() -> Any:
-    found = Interpreter()
-    yield found
-    found.close()
-
-
 def test_the_triton_file_computes_the_same(interpreter: Interpreter) -> None:
     source = triton_code.emit(plan_graph(folded()))
     for seed in (0, 1):

@@ -4,7 +4,7 @@ import ast
 import re
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,7 @@ from mugraph.ir.evaluate import reference
 from mugraph.ir.graph import KernelGraph, Program
 from mugraph.ir.resize import recast, resized
 from mugraph.ir.types import DType
-from mugraph.runtime.compile import SHARED_LIMITS, Compiler
+from mugraph.runtime.compile import SHARED_LIMITS
 from mugraph.runtime.interpret import Interpreter
 from mugraph.runtime.process import WorkerError
 from mugraph.transpiler.triton import emit
@@ -40,18 +40,6 @@ from tests.graphs import (
 TORCH = {DType.f16: torch.float16, DType.bf16: torch.bfloat16, DType.f32: torch.float32, DType.i32: torch.int32}
 # Relative error in the Frobenius norm.  The interpreter truncates where a device rounds f32 to bf16.
 TOLERANCE = {DType.f16: 1e-3, DType.bf16: 1e-2, DType.f32: 2e-6}
-
-
-@pytest.fixture(scope="module")
-def interpreter() -> Iterator[Interpreter]:
-    with Interpreter() as worker:
-        yield worker
-
-
-@pytest.fixture(scope="module")
-def compiler() -> Iterator[Compiler]:
-    with Compiler() as worker:
-        yield worker
 
 
 def draw(graph: Program, bindings: Mapping[str, int], scale: float = 1.0, seed: int = 0) -> dict[str, torch.Tensor]:

@@ -1,6 +1,5 @@
 """Element types from the text of a program to the signature of a kernel, and the matrix multiplies that have them."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -19,26 +18,12 @@ from mugraph.ir.serialize import dumps, loads
 from mugraph.ir.types import TORCH_NAMES, DType, Storage, tensor
 from mugraph.pipeline import from_graph
 from mugraph.runtime.cache import key_of
-from mugraph.runtime.compile import Compiler
-from mugraph.runtime.interpret import Interpreter
 from mugraph.transpiler.triton import POINTER, emit
 from tests.blocks import kernel_graph
 from tests.graphs import Builder, axis, inp
 
 STORED = [d for d in DType if d.bits >= 8]
 PACKED = [d for d in DType if d.bits < 8]
-
-
-@pytest.fixture(scope="module")
-def interpreter() -> Iterator[Interpreter]:
-    with Interpreter() as worker:
-        yield worker
-
-
-@pytest.fixture(scope="module")
-def compiler() -> Iterator[Compiler]:
-    with Compiler() as worker:
-        yield worker
 
 
 def copied(dtype: DType) -> KernelGraph:
