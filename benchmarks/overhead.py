@@ -17,7 +17,7 @@ import argparse
 import sys
 import tempfile
 import timeit
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -36,6 +36,7 @@ from mugraph.runtime.compile import Compiler
 from mugraph.runtime.dispatch import Dispatch, Recorded
 from mugraph.runtime.driver import DRIVER, driver_of
 from mugraph.runtime.load import load_module
+from mugraph.runtime.tune import combined
 from mugraph.search.cost import device
 from mugraph.search.driver import search
 from mugraph.search.space import SearchSpace
@@ -49,30 +50,39 @@ SIZE = 5  # of each symbolic size
 CALLS = 200  # in a round
 
 
-def measure(name: str, rounds: int, library: str, compiler: Compiler) -> Row:
-    """The row of a program, launched through this driver library."""
-    import torch
-
-    on_device = torch.cuda.is_available()
+def measured(name: str, rounds: int, library: str, compiler: Compiler) -> Iterator[Row]:
+    """The rows of a program, launched through this driver library: a second one where the combine of a split may be
+    left to the last blocks."""
     program = PROGRAMS[name]
     arch = driver_of(library).arch(0)
     found = search(
         program, accept=lambda g: verify(program, finished(g)), space=SearchSpace(sizes=()), on=device(str(arch))
     )
     assert isinstance(found.accepted, Verified)
-    source = emit(found.accepted, Target("triton", arch))
+    target = Target("triton", arch)
+    traces = {name: (), f"{name}, last blocks combine": combined(found.accepted, target.machine)}
+    for case, trace in traces.items():
+        if trace or case == name:
+            yield measure(case, program, emit(found.accepted, target, trace), rounds, library, compiler)
+
+
+def measure(case: str, program: Program, source: str, rounds: int, library: str, compiler: Compiler) -> Row:
+    import torch
+
+    on_device = torch.cuda.is_available()
+    arch = driver_of(library).arch(0)
     artefact = Artefact(made(program, {HOST: source}, [arch], compiler=compiler))
     artefact.signature.device = "cuda" if on_device else "cpu"
     dispatch, tensors = artefact.dispatch(driver=library).warmup(), arguments(program, artefact.signature.device)
     with torch.no_grad():
         timed = functions(dispatch, tensors)
         if on_device:
-            reference = load_module(torch_code.emit(program), f"{name}_reference").run
+            reference = load_module(torch_code.emit(program), f"{program.name}_reference").run
             timed["compile"] = partial(torch.compile(reference, fullgraph=True, dynamic=False), *tensors)
         best = least(timed, rounds, torch.cuda.synchronize if on_device else lambda: None)
     ours = best["ours"] - best["allocation"]
     return {
-        "case": name,
+        "case": case,
         "tensors": len(tensors),
         "launches": len(prepared(dispatch).steps),
         "ours_us": ours,
@@ -111,6 +121,8 @@ def functions(dispatch: Dispatch, tensors: Sequence[Any]) -> dict[str, Callable[
     pointers = [t.data_ptr() for t in (*tensors, *(a() for a in p.allocations))]
     if p.room is not None:
         pointers += [p.room().data_ptr() + offset for offset in p.offsets]
+    if p.shared is not None:
+        pointers += p.shared(0)
 
     def allocation() -> None:
         for a in allocations:
@@ -158,7 +170,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             stub.reset(90)
             stub.record(False)
             library = stub.path
-        rows = [measure(name, options.rounds, library, compiler) for name in options.program or CLASSIC]
+        rows = [r for n in options.program or CLASSIC for r in measured(n, options.rounds, library, compiler)]
     if options.json:
         print_document(document("overhead", rows, device=True))
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from fractions import Fraction
 
 from mugraph.ir.axes import Axis, Dim
@@ -554,3 +555,12 @@ BLOCKS: dict[str, Callable[..., KernelGraph]] = {
     "symbolic_loop": symbolic_loop,
     "functions": functions,
 }
+
+
+def finer_combine(graph: KernelGraph) -> KernelGraph:
+    """With one token and 8 columns in a block of the combine."""
+    (e,) = graph.equations
+    (block,) = e.op.blocks
+    tiles = {a: 1 if a == "b" else t for a, t in block.combine.grid}
+    combine = replace(block.combine, grid=(*tiles.items(), ("e", 8)))
+    return replace(graph, equations=(replace(e, op=replace(e.op, blocks=(replace(block, combine=combine),))),))

@@ -23,6 +23,8 @@ from mugraph.codegen.plan import (
     Action,
     Beside,
     Buffer,
+    Call,
+    Combined,
     Compute,
     Extent,
     Form,
@@ -41,7 +43,7 @@ from mugraph.codegen.plan import (
     compute_of,
 )  # fmt: skip
 from mugraph.errors import UnsupportedOpError
-from mugraph.ir.axes import Axis, Monomial, Size, largest, representative
+from mugraph.ir.axes import Axis, Monomial, Size, largest, product, representative
 from mugraph.ir.graph import Accumulator, BlockGraph, Equation, KernelGraph, Load, Monoid, Program, Step, Store
 from mugraph.ir.ops import (
     Broadcast,
@@ -131,7 +133,7 @@ def _plan(graph: KernelGraph, options_of: OptionsOf, machine: Machine, observer:
     views = kernel_level_views(graph, parts)
     resolved = joints | _only_loaded(graph, views, joints) - set(parts)
     equations = [e for e in graph.equations if e.targets[0].name not in resolved]
-    calls: list[Launch | Beside | Torch] = []
+    calls: list[Call | Torch] = []
     for t in (everything[name] for e in graph.equations for name in (t.name for t in e.targets)):
         if t.name not in parts and (t.name not in resolved or t.name in joints):
             buffers[t.name] = Buffer(t, "output" if t.name in outputs else "global")
@@ -162,11 +164,35 @@ def _plan(graph: KernelGraph, options_of: OptionsOf, machine: Machine, observer:
                 combine = prepare(block.combine, observer)
                 label = f"{name if split > 1 else base}_combine"
                 combines.append(_Planner(combine, label, tensors, combining, machine, views).plan())
+        if options.combine == "last" and len(mains) == len(combines) == 1 and refines(combines[0], mains[0]):
+            arrivals = counters_of(mains[0])
+            buffers[arrivals.tensor.name] = arrivals
+            calls.append(Combined(mains[0], combines[0], arrivals.tensor.name))
+            continue
         for label, launches in ((base, mains), (f"{base}_combine", combines)):
             if launches:
                 calls.append(launches[0] if len(launches) == 1 else Beside(label, tuple(launches)))
     decoded = (DType.f8e4m3,) if machine.arch is not None and machine.arch < KNOWS_E4M3 else ()
     return Plan(graph.name, tuple(buffers.values()), tuple(calls), inputs, outputs, None, machine.precision, decoded)
+
+
+def grid_extents(launch: Launch) -> dict[str, Extent]:
+    return {e.axis.name: e for s in launch.scopes for e in s.extents if e.role == "grid"}
+
+
+def refines(combine: Launch, main: Launch) -> bool:
+    """Whether each block of a combine makes results of one block of a launch's grid, its parts aside."""
+    tiles = {a: e.tile for a, e in grid_extents(main).items()}
+    fine = {a: e.tile for a, e in grid_extents(combine).items()}
+    return all(a in fine and tile % fine[a] == 0 for a, tile in tiles.items())
+
+
+def counters_of(main: Launch) -> Buffer:
+    """One counter for each result of a split launch, or more: a symbolic axis has no more blocks than entries."""
+    extents = grid_extents(main)
+    sizes = [(extents[a].axis.size, extents[a].tile) for a in main.grid]
+    counts = [-(-size // tile) if isinstance(size, int) else size for size, tile in sizes]
+    return Buffer(tensor(f"{main.name}_arrivals", (Axis("result", product(counts)),), DType.i32), "counters")
 
 
 def refuse_packed(graph: Program) -> None:

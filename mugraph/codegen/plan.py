@@ -1,6 +1,7 @@
 """Kernel plans: what a target has to write down, with every decision taken.
 
-    Plan      = inputs, outputs, calls [Launch | Torch], buffers [Buffer]
+    Plan      = inputs, outputs, calls [Launch | Beside | Combined | Torch], buffers [Buffer]
+    Combined  = a split launch whose last blocks also run the combine, as one kernel
     Launch    = one kernel: grid axes in program-id order, split part, lanes (tile dimensions) in canonical order,
                 scopes [Scope], stores, options
     Scope     = extents (how each axis is covered), loop axis | none, before [Action], body [Action]
@@ -23,7 +24,7 @@ from mugraph.ir.types import DType, Tensor
 
 Role = Literal["grid", "loop", "whole"]
 Form = Literal["pointwise", "sum", "dot", "relabel", "scan"]
-Space = Literal["input", "output", "global", "workspace", "zeroed"]
+Space = Literal["input", "output", "global", "workspace", "zeroed", "counters"]
 Precision = Literal["ieee", "tf32"]
 
 
@@ -195,6 +196,8 @@ class Options:
     pdl              programmatic dependent launch (sm_90 and later): blocks may start while the kernel before still
                      runs, and wait for its end before they touch memory
     evict_first      the largest source, of which each part is read by few blocks, is the first to leave the caches
+    combine          the parts of a split become results in a launch of its own ("apart"), or in the block that is the
+                     last to store its part ("last")
     """
 
     num_warps: int | None = None
@@ -206,6 +209,7 @@ class Options:
     unroll: int = 1
     evict_first: bool = False
     pdl: bool = False
+    combine: Literal["apart", "last"] = "apart"
 
     def __str__(self) -> str:
         parts = [f"warps {self.num_warps}", f"stages {self.num_stages}"]
@@ -244,6 +248,7 @@ VALID: dict[str, Sequence[object]] = {
     "unroll": (1, 2, 4, 8),
     "evict_first": (False, True),
     "pdl": (False, True),
+    "combine": ("apart", "last"),
 }
 
 
@@ -284,6 +289,10 @@ class Launch:
     lanes: tuple[tuple[str, ...], ...]
     scopes: tuple[Scope, ...]
     options: Options
+
+    @property
+    def launches(self) -> tuple[Launch, ...]:
+        return (self,)
 
     def sources(self) -> tuple[str, ...]:
         """Buffers read, in order of first use."""
@@ -332,6 +341,35 @@ class Beside:
 
 
 @dataclass(frozen=True)
+class Combined:
+    """A split launch and its combine as one.  Blocks count in `arrivals` how many parts of their result are stored;
+    the one that stores the last of them runs the blocks of the combine that make this result."""
+
+    main: Launch
+    combine: Launch
+    arrivals: str
+
+    @property
+    def name(self) -> str:
+        return self.main.name
+
+    @property
+    def launches(self) -> tuple[Launch, ...]:
+        return self.main, self.combine
+
+    @property
+    def options(self) -> Options:
+        return self.main.options
+
+    def __str__(self) -> str:
+        head = f"one launch {self.name}, counting in {self.arrivals}, of"
+        return "\n".join([head, *(f"  {line}" for x in self.launches for line in str(x).splitlines())])
+
+
+Call = Launch | Beside | Combined
+
+
+@dataclass(frozen=True)
 class Torch:
     """Kernel-level equations that run as calls of torch: a library call's semantics, or a plain equation."""
 
@@ -344,7 +382,7 @@ class Torch:
 @dataclass(frozen=True)
 class Buffer:
     """A kernel-level tensor in global memory.  Workspaces hold partial results in f32; `zeroed` ones start from 0 and
-    are added to by atomics."""
+    are added to by atomics; counters are 0 between launches, because each launch leaves them so."""
 
     tensor: Tensor
     space: Space
@@ -364,7 +402,7 @@ class Plan:
 
     name: str
     buffers: tuple[Buffer, ...]
-    calls: tuple[Launch | Beside | Torch, ...]
+    calls: tuple[Call | Torch, ...]
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     ahead: Plan | None = None
@@ -380,17 +418,8 @@ class Plan:
         return next(b for b in self.buffers if b.tensor.name == name)
 
     def launches(self) -> tuple[Launch, ...]:
-        """All launches, also those that run beside others."""
-        found: list[Launch] = []
-        for c in self.calls:
-            match c:
-                case Launch():
-                    found.append(c)
-                case Beside(_, launches):
-                    found += launches
-                case Torch():
-                    pass
-        return tuple(found)
+        """All launches, also those that run as one with others."""
+        return tuple(launch for c in self.calls if not isinstance(c, Torch) for launch in c.launches)
 
     def __str__(self) -> str:
         lines = [f"ahead {self.ahead}"] if self.ahead else []

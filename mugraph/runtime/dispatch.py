@@ -38,6 +38,8 @@ from mugraph.errors import CacheError, CompileError, LaunchError, TargetMismatch
 from mugraph.runtime.driver import Clear, Driver, Launch, Shape, Slot, picker
 
 ALIGNMENT, ROOM = 16, 256  # bytes: what kernels ask of addresses, and the distances of what lies in one allocation
+SPARE_COUNTERS = 65_536  # of a device, for launches in CUDA graphs
+MOST_SHARED = 2**24  # bytes that the launches of a stream share
 MOST_PREPARED, MOST_LAYOUTS = 16_384, 8  # sizes, and layouts of each, that are kept prepared
 COMPILED_BY = ("num_warps", "num_stages", "maxnreg", "launch_pdl")  # arguments of a launch for the compiler
 
@@ -266,11 +268,12 @@ class Host:
     def of(text: str, kernels: Sequence[str], name: str) -> Host:
         return Host(compile(text, name, "exec"), tuple(kernels))
 
-    def names(self, launch: OnLaunch, like_torch: Any = torch) -> dict[str, Any]:
-        """What the file defines, where kernels are launched by `launch`."""
+    def names(self, launch: OnLaunch, **others: Any) -> dict[str, Any]:
+        """What the file defines, where kernels are launched by `launch`.  `others`: what its functions see under these
+        names when they are called."""
         found = {**HOST_NAMES, "torch": torch, **{k: Kernel(k, launch) for k in self.kernels}}
         exec(self.code, found)
-        found["torch"] = like_torch  # what its functions see when they are called
+        found.update(others)
         return found
 
 
@@ -317,6 +320,7 @@ class Recorder:
     def __init__(self, binaries: Binaries, host: str, stream: int) -> None:
         self.binaries, self.host, self.stream = binaries, host, stream
         self.allocated: list[Place] = []
+        self.counted: list[Place] = []
         self.steps: list[Callable[[], Launch | Clear]] = []
 
     def place(self, t: torch.Tensor, aligned: bool) -> Place:
@@ -324,6 +328,10 @@ class Recorder:
         dense = dense_strides(t.shape)
         strides = [d if n <= 1 else s for n, s, d in zip(t.shape, t.stride(), dense, strict=True)]
         return Place(self, t.shape, strides, t.dtype, aligned)
+
+    def counters(self, count: int, device: Any) -> Place:
+        self.counted.append(Place(self, (count,), (1,), torch.int32, True))
+        return self.counted[-1]
 
     def empty(self, shape: Sequence[int], *, dtype: Any, device: Any) -> Place:
         self.allocated.append(Place(self, shape, dense_strides(shape), dtype, True))
@@ -392,6 +400,7 @@ class Torch:
     stream: Callable[[int], int]
     current: Callable[[], int]
     empty: Callable[..., torch.Tensor] = torch.empty
+    capturing: Callable[[], bool] = bool  # the current stream, into a CUDA graph
 
 
 def present_torch() -> Torch:
@@ -400,7 +409,83 @@ def present_torch() -> Torch:
     current = getattr(torch._C, "_cuda_getDevice", None)
     if stream is None or current is None or not torch.cuda.is_available():
         return Torch(stream=index, current=int)
-    return Torch(stream, current)
+    return Torch(stream, current, capturing=torch.cuda.is_current_stream_capturing)
+
+
+class Memory:
+    """Memory of a device that launches share: bytes, and counters that are 0 between launches, because each launch
+    leaves them so.
+
+    Launches on one stream follow each other, so they may have the same.  A captured launch may be replayed on any
+    stream: it takes counters of its own from a store that is made before the first capture, and gives none back; where
+    that is used up, the graph sets some to 0 at each replay."""
+
+    def __init__(self, hooks: Torch, device: torch.device) -> None:
+        self.hooks, self.device = hooks, device
+        self.of_stream: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.store: torch.Tensor | None = None
+        self.used = 0
+        self.lock = threading.Lock()
+
+    def prepare(self) -> None:
+        """Makes the store."""
+        if self.store is None:
+            self.store = self.counters(SPARE_COUNTERS)
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)  # a graph may read them on another stream
+
+    def room(self, size: int) -> torch.Tensor:
+        return self.hooks.empty((size,), dtype=torch.uint8, device=self.device)
+
+    def counters(self, count: int) -> torch.Tensor:
+        return self.hooks.empty((count,), dtype=torch.int32, device=self.device).zero_()
+
+    def shared(self, stream: int, size: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """At least so many bytes and counters, the same for all launches on a stream.  What was too small for one
+        stays with those that had enough of it."""
+        with self.lock:
+            self.prepare()
+            room, counters = self.of_stream.get(stream, (None, None))
+            if room is None or len(room) < size:
+                room = self.room(next_power_of_2(max(size, 1)))
+            if counters is None or len(counters) < count:
+                counters = self.counters(next_power_of_2(max(count, 1)))
+            self.of_stream[stream] = room, counters
+            return room, counters
+
+    def own(self, size: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """For a launch that is captured."""
+        with self.lock:
+            end = self.used + -(-count // ROOM) * ROOM
+            if self.store is None or end > SPARE_COUNTERS:
+                counters = self.counters(count)
+            else:
+                counters, self.used = self.store[self.used : self.used + count], end
+            return self.room(size), counters
+
+
+class Shared:
+    """The addresses that a call takes from `memory`: room cut at `offsets`, and `count` counters for each of `counting`
+    launches."""
+
+    def __init__(self, memory: Memory, offsets: Sequence[int], size: int, count: int, counting: int) -> None:
+        self.memory, self.offsets, self.size, self.count, self.counting = memory, offsets, size, count, counting
+        self.of_stream: dict[int, tuple[list[int], Any]] = {}
+        self.captured: Any = None
+
+    def __call__(self, stream: int) -> list[int]:
+        if self.memory.hooks.capturing():
+            self.captured = self.memory.own(self.size, self.count)  # held until the launch is in the graph
+            return self.addresses(*self.captured)
+        try:
+            return self.of_stream[stream][0]
+        except KeyError:
+            held = self.memory.shared(stream, self.size, self.count)
+            self.of_stream[stream] = self.addresses(*held), held
+            return self.of_stream[stream][0]
+
+    def addresses(self, room: torch.Tensor, counters: torch.Tensor) -> list[int]:
+        return [*(room.data_ptr() + o for o in self.offsets), *[counters.data_ptr()] * self.counting]
 
 
 @dataclass(eq=False, slots=True)
@@ -436,13 +521,15 @@ class Recorded(Prepared):
     """What is left of a call: allocations, and steps that want pointers.
 
     `kept` gives further tensors, computed ahead; `allocations` one result each; `room` the memory between launches, cut
-    at `offsets`.  `result` picks what is returned among all tensors.  `spare` holds sets of steps that no call is
-    using: another thread makes a set of its own."""
+    at `offsets`; `shared` what launches on a stream share: counters, and that memory where there is one launch, because
+    those of two calls may take turns.  `result` picks what is returned among all tensors.  `spare` holds sets of steps
+    that no call is using: another thread makes a set of its own."""
 
     kept: Callable[..., Sequence[torch.Tensor]] | None
     allocations: Sequence[Callable[[], torch.Tensor]]
     room: Callable[[], torch.Tensor] | None
     offsets: Sequence[int]
+    shared: Shared | None
     steps: tuple[Launch | Clear, ...]
     result: Callable[[Sequence[torch.Tensor]], Any]
     spare: list[tuple[Launch | Clear, ...]] = field(default_factory=list)
@@ -468,6 +555,8 @@ class Recorded(Prepared):
         except IndexError:
             steps = tuple(s.copy() for s in self.steps)
         stream = hooks.stream(ordinal)
+        if self.shared is not None:
+            pointers += self.shared(stream)
         for step in steps:
             step(stream, pointers)
         self.spare.append(steps)
@@ -510,6 +599,7 @@ class Dispatch:
         self.into: Calls = {}  # those with `out`
         self.last: Direct | Recorded | None = None
         self.on_device: dict[int, Binaries] = {}
+        self.memories: dict[torch.device, Memory] = {}
         self.live: dict[tuple[str, int], dict[str, Any]] = {}  # what a file defines, launching on a device
         self.lock = threading.RLock()
 
@@ -548,6 +638,8 @@ class Dispatch:
     def warmup(self, ordinal: int = 0) -> Dispatch:
         """Loads every kernel on a device, so that no later call does."""
         self.loaded(ordinal).load()
+        if any("counters" in host.code.co_names for host in self.hosts.values()):
+            self.memory(torch.device("cuda", ordinal) if torch.cuda.is_available() else torch.device("cpu")).prepare()
         return self
 
     def loaded(self, ordinal: int) -> Binaries:
@@ -584,7 +676,7 @@ class Dispatch:
         if not self.hosts[file].kernels:
             return Direct(*common, names["run"])
         recorder = Recorder(self.loaded(ordinal), file, self.hooks.stream(ordinal))
-        recorded = self.hosts[file].names(recorder.launch, recorder)
+        recorded = self.hosts[file].names(recorder.launch, torch=recorder, counters=recorder.counters)
         places = [recorder.place(t, a) for t, a in zip(tensors, alignment or [True] * len(tensors), strict=True)]
         inputs, out = places[: self.inputs], places[self.inputs :]
         run, kept = recorded["run"], None
@@ -600,13 +692,25 @@ class Dispatch:
         returned = found if isinstance(found, tuple) else (found,)
         results = [a for a in recorder.allocated if a in returned]
         between = [a for a in recorder.allocated if a not in returned]
-        for number, place in enumerate((*places, *results, *between)):
+        for number, place in enumerate((*places, *results, *between, *recorder.counted)):
             place.number = number
         make = [partial(self.hooks.empty, a.shape, dtype=a.dtype, device=device) for a in results]
         *offsets, end = accumulate((-(-a.size // ROOM) * ROOM for a in between), initial=0)
-        room = partial(self.hooks.empty, (end,), dtype=torch.uint8, device=device) if end else None
         pick = picker([o.number for o in found]) if isinstance(found, tuple) else itemgetter(found.number)
-        return Recorded(*common, kept, make, room, offsets, tuple(s() for s in recorder.steps), pick)
+        steps = tuple(s() for s in recorder.steps)
+        count = max((c.shape[0] for c in recorder.counted), default=0)
+        shares = len(steps) == 1 and 0 < end <= MOST_SHARED
+        shared = room = None
+        if shares or count:
+            size, cut = (end, offsets) if shares else (0, [])
+            shared = Shared(self.memory(device), cut, size, count, len(recorder.counted))
+        if end and not shares:
+            room = partial(self.hooks.empty, (end,), dtype=torch.uint8, device=device)
+        return Recorded(*common, kept, make, room, offsets, shared, steps, pick)
+
+    def memory(self, device: torch.device) -> Memory:
+        with self.lock:
+            return self.memories.setdefault(device, Memory(self.hooks, device))
 
     def names(self, file: str, ordinal: int) -> dict[str, Any]:
         """What a file defines, with kernels that are launched on the current stream of a device.  Launches that no call

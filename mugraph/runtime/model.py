@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from mugraph.codegen.plan import Beside, Launch, Plan, Read, Write
+from mugraph.codegen.plan import Call, Combined, Launch, Plan, Read, Write
 from mugraph.ir.axes import representative
 from mugraph.ir.types import Tensor
 from mugraph.runtime.compile import Resources
@@ -48,7 +48,7 @@ def occupancy(warps: int, found: Resources, d: Device) -> int:
     )
 
 
-def predicted_seconds(call: Launch | Beside, plan: Plan, found: Resources, d: Device, symbolic: int = 16) -> float:
+def predicted_seconds(call: Call, plan: Plan, found: Resources, d: Device, symbolic: int = 16) -> float:
     """Seconds of one launch, symbolic sizes being `symbolic`.
 
     Infinite where no block fits on an SM.  Formula: sum of fixed costs, the 4-norm of the
@@ -58,8 +58,8 @@ def predicted_seconds(call: Launch | Beside, plan: Plan, found: Resources, d: De
     held = occupancy(warps, found, d)
     if not held:
         return math.inf
-    each = [traffic(x, plan, symbolic) for x in (call.launches if isinstance(call, Beside) else (call,))]
-    blocks = sum(t.blocks for t in each)
+    each = [traffic(x, plan, symbolic) for x in call.launches]
+    blocks = each[0].blocks if isinstance(call, Combined) else sum(t.blocks for t in each)
     unique, moved = sum(t.unique for t in each), sum(t.moved for t in each)
     trips, stage = max(t.trips for t in each), max(t.stage for t in each)
     resident = min(blocks, d.sms * held)

@@ -30,7 +30,7 @@ from functools import cached_property
 from typing import Any, TypeVar, get_args
 
 from mugraph.codegen.lower import lower
-from mugraph.codegen.plan import ANY, Beside, Choice, Launch, Machine, Options, Plan, Read, Trace, compute_of
+from mugraph.codegen.plan import ANY, Call, Choice, Combined, Machine, Options, Plan, Read, Trace, compute_of
 from mugraph.errors import CompileError, MugraphError, UnsupportedOpError, VerificationError
 from mugraph.ir.graph import KernelGraph
 from mugraph.ir.ops import Kernel
@@ -65,7 +65,7 @@ TILES = "tiles"  # stands for the kernel in a choice of tiles
 class Configuration:
     """One kernel under some options.  `resources` is None where it does not compile, for the `reason`."""
 
-    call: Launch | Beside
+    call: Call
     plan: Plan
     source: str
     device: Device
@@ -203,6 +203,9 @@ class Tuner:
         for tiles in self.tilings(verified, level) if level != "fit" else ():
             at = with_tiles(verified, tiles)
             found.append((at, tiled(self.options(at, level), tiles)))
+        if level != "fit" and (whole := combined(found[0][0], self.machine)):
+            tiles = {c.name: int(c.value) for c in found[0][1].trace if c.kernel == TILES}
+            found.append((found[0][0], tiled(self.options(found[0][0], level, whole), tiles)))
         best = min(found, key=lambda x: (x[1].badness, x[1].seconds))
         return best[0], replace(best[1], tried=sum(t.tried for _, t in found), timed=sum(t.timed for _, t in found))
 
@@ -267,17 +270,17 @@ class Tuner:
         """What is compiled for."""
         return self.machine.arch or self.device.arch
 
-    def options(self, verified: Verified, level: Tune) -> Tuned:
-        """The options of each kernel, tiles as they are."""
-        trace: list[Choice] = []
+    def options(self, verified: Verified, level: Tune, given: Trace = ()) -> Tuned:
+        """The options of each kernel, tiles as they are, beside those that are given."""
+        trace: list[Choice] = list(given)
         resources: list[Resources] = []
         notes: list[str] = []
         tried = timed = 0
         seconds = 0.0
         if level == "measure" and self.timer is None:
             notes.append("there is no device to time kernels on: they are ranked by a model of what the compiler made")
-        for call in launched(lower(verified, machine=self.machine)).values():
-            seen = self.explored(verified, call.name, level)
+        for call in launched(lower(verified, given, self.machine)).values():
+            seen = self.explored(verified, call.name, level, given)
             tried += len(seen)
             best = min(seen, key=lambda c: (c.badness, c.seconds if level != "fit" else 0))
             if best.resources is None:
@@ -289,7 +292,7 @@ class Tuner:
             best = self.fewer_registers(verified, seen[0], best)
             assert best.resources is not None
             seconds += best.seconds
-            trace += best.trace
+            trace += best.trace[len(given) :]
             resources.append(best.resources)
             if best.resources.excess:
                 notes.append(f"{best.call.name} needs {best.resources.shared_bytes} bytes of shared memory")
@@ -302,11 +305,11 @@ class Tuner:
             seconds = math.inf if isinstance(whole, Refused) else whole.median
         return Tuned(level, tuple(trace), tuple(resources), tried, timed, tuple(notes), seconds)
 
-    def explored(self, verified: Verified, kernel: str, level: Tune) -> list[Configuration]:
+    def explored(self, verified: Verified, kernel: str, level: Tune, given: Trace) -> list[Configuration]:
         """The configurations of a kernel that were compiled, the lowering's own first.  To fit, no more than are needed
         to find one; else the neighbours of the best, and theirs, up to a limit."""
         most = MOST_FITTED if level == "fit" else MOST_RANKED
-        (start,) = self.compiled(verified, kernel, [()])
+        (start,) = self.compiled(verified, kernel, [given])
         seen, expanded = [start], set[int]()
         known = {start.options}
         deadline = time.monotonic() + PATIENCE
@@ -325,7 +328,9 @@ class Tuner:
             proposed = dict.fromkeys(o for i in at for f in RULES for o in proposals(f, seen[i]) if o not in known)
             known.update(proposed)
             for batch in batches(list(proposed)[: most - len(seen)], len(self.compilers)):
-                seen += self.compiled(verified, kernel, [differences(kernel, start.options, o) for o in batch])
+                seen += self.compiled(
+                    verified, kernel, [(*given, *differences(kernel, start.options, o)) for o in batch]
+                )
                 if time.monotonic() > deadline or (level == "fit" and any(c.badness == (0, 0) for c in seen)):
                     break
         return seen
@@ -353,7 +358,8 @@ class Tuner:
         if not best.resources.spills_outside or best.options.maxnreg is not None or best.badness > (0, 0):
             return best
         bounded = replace(best.options, maxnreg=most_registers(best.options))
-        (found,) = self.compiled(verified, best.call.name, [differences(best.call.name, own.options, bounded)])
+        trace = (*own.trace, *differences(best.call.name, own.options, bounded))
+        (found,) = self.compiled(verified, best.call.name, [trace])
         fewer = found.resources and found.resources.spills_outside < best.resources.spills_outside
         return found if fewer and found.badness == (0, 0) else best
 
@@ -404,7 +410,15 @@ def proposals(f: Rule, at: Configuration) -> list[Options]:
     return found
 
 
-def call_of(plan: Plan, kernel: str) -> tuple[str, Launch | Beside]:
+def combined(verified: Verified, machine: Machine) -> Trace:
+    """The choices by which splits are combined by the last blocks, where that is possible."""
+    names = [c.name for c in launched(lower(verified, machine=machine)).values()]
+    every = tuple(Choice(n, "combine", "last") for n in names if f"{n}_combine" in names)
+    merged = launched(lower(verified, every, machine)).values()
+    return tuple(c for c in every if any(isinstance(m, Combined) and m.name == c.kernel for m in merged))
+
+
+def call_of(plan: Plan, kernel: str) -> tuple[str, Call]:
     """The launch of that name, and the function that it calls."""
     return next((f, c) for f, c in launched(plan).items() if c.name == kernel)
 
@@ -496,7 +510,7 @@ def loops(at: Configuration) -> bool:
 
 def products(at: Configuration) -> Iterator[tuple[int, int]]:
     """The rows and columns of each matrix multiply in a tile, padding aside."""
-    for launch in at.call.launches if isinstance(at.call, Beside) else (at.call,):
+    for launch in at.call.launches:
         axes: dict[str, set[str]] = {}
         for scope in launch.scopes:
             tiles = {e.axis.name: e.tile for e in scope.extents}

@@ -14,6 +14,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
+from typing import Literal
 
 from mugraph.codegen.lower import divides
 from mugraph.codegen.passes import refuse
@@ -22,6 +23,8 @@ from mugraph.codegen.plan import (
     Action,
     Beside,
     Buffer,
+    Call,
+    Combined,
     Compute,
     Extent,
     Index,
@@ -113,6 +116,19 @@ def round_even(x):
     """The nearest whole number, halves to even: 1.5 * 2**23 leaves no room for a fraction."""
     return tl.where(tl.abs(x) < 4194304.0, (x + 12582912.0) - 12582912.0, x)''',
 }
+# Counters of launches whose last blocks combine parts.
+COUNTERS = '''_counters = {}
+
+
+def counters(count, device):
+    """`count` integers that are 0 between launches, because each launch leaves them so.  Launches on one stream follow
+    each other and share them; a captured one, which may be replayed on any stream, has its own."""
+    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        return torch.zeros(count, dtype=torch.int32, device=device)
+    key = device, torch.cuda.current_stream(device).cuda_stream
+    if key not in _counters or len(_counters[key]) < count:
+        _counters[key] = torch.zeros(count, dtype=torch.int32, device=device)
+    return _counters[key]'''
 # A kernel that may start before the one before it has ended waits for its results, and lets the next one start.
 WAIT = ("if PDL:", "    tl.extra.cuda.gdc_wait()")
 RELEASE = ("if PDL:", "    tl.extra.cuda.gdc_launch_dependents()")
@@ -129,6 +145,8 @@ RESERVED = {
     "grid",
     "pid",
     "part",
+    "counters",
+    "_counters",
     "DOT",
     "PDL",
     "LOG2E",
@@ -140,23 +158,34 @@ RESERVED = {
 def emit(plan: Plan) -> str:
     """The plan as a Python file.  Raises UnsupportedOpError, naming the operator, where there is no Triton for it."""
     kernels: dict[str, _Kernel] = {}
-    groups: dict[str, _Group] = {}
+    groups: dict[str, _Together] = {}
     texts: list[str] = []
     runs: list[str] = []
-    for part, name in ((plan.ahead, "ahead"), (plan, "rest" if plan.ahead else "run")):
+    for part, function in ((plan.ahead, "ahead"), (plan, "rest" if plan.ahead else "run")):
         if part is None:
             continue
-        beside = {launch.name for c in part.calls if isinstance(c, Beside) for launch in c.launches}
-        own = {launch.name: _Kernel(launch, part, launch.name in beside) for launch in part.launches()}
-        together = {c.name: _Group(c, own) for c in part.calls if isinstance(c, Beside)}
+        own: dict[str, _Kernel] = {}
+        together: dict[str, _Together] = {}
+        for call in part.calls:
+            match call:
+                case Launch():
+                    own[call.name] = _Kernel(call, part)
+                case Beside(name, launches):
+                    own |= {x.name: _Kernel(x, part, "pid") for x in launches}
+                    together[name] = _Group(call, own)
+                case Combined(main, combine):
+                    own |= {main.name: _Kernel(main, part, "pid"), combine.name: _Kernel(combine, part, "blocks")}
+                    together[call.name] = _Last(call, own)
+                case Torch():
+                    pass
         texts += [k.text() for k in own.values()] + [g.text() for g in together.values()]
         functions: dict[str, str] = {}
         for call in part.calls:
             if isinstance(call, Torch):
-                function = f"{re.sub(r'[^0-9A-Za-z_]', '_', part.name)}_torch_{len(functions)}"
-                functions[call.equation.targets[0].name] = function
-                texts.append(_torch_function(call.equation, part, function))
-        runs.append(_run(part, own, together, functions, name))
+                torch_name = f"{re.sub(r'[^0-9A-Za-z_]', '_', part.name)}_torch_{len(functions)}"
+                functions[call.equation.targets[0].name] = torch_name
+                texts.append(_torch_function(call.equation, part, torch_name))
+        runs.append(_run(part, own, together, functions, function))
         kernels |= own
         groups |= together
     if plan.ahead:
@@ -165,16 +194,18 @@ def emit(plan: Plan) -> str:
     return "\n\n\n".join(p for p in parts if p) + "\n"
 
 
-def function_name(call: Launch | Beside) -> str:
+def function_name(call: Call) -> str:
     """The function of the emitted text that a launch calls."""
     match call:
         case Launch(name):
             return _Namer()("kernel", name)
         case Beside(name, launches):
             return _Namer(set(RESERVED) | {function_name(x) for x in launches})("group", name)
+        case Combined(main):
+            return _Namer(set(RESERVED) | {function_name(x) for x in call.launches})("group", f"{main.name}_whole")
 
 
-def launched(plan: Plan) -> dict[str, Launch | Beside]:
+def launched(plan: Plan) -> dict[str, Call]:
     """The launch of the plan that each function is compiled for."""
     parts = (plan.ahead, plan) if plan.ahead else (plan,)
     return {function_name(c): c for part in parts for c in part.calls if not isinstance(c, Torch)}
@@ -195,6 +226,8 @@ def _header(plan: Plan, functions: list[str]) -> str:
         lines += ["import triton", "import triton.language as tl"]
     if any(word in k for k in kernels for word in ("LOG2E", "tanh(", "gelu_tanh(")):
         lines += ["", f"LOG2E = tl.constexpr({LOG2E})  # exp(x) = exp2(x * LOG2E)"]
+    if any(b.space == "counters" for part in (plan, plan.ahead) if part for b in part.buffers):
+        lines += ["", COUNTERS]
     for name, text in HELPERS.items():
         if any(f" {name}(" in k or f"({name}(" in k for k in kernels):
             lines += ["", "", text]
@@ -312,8 +345,9 @@ Lane = tuple[str, ...]
 class _Kernel:
     """Writes one launch as a `@triton.jit` function, and collects the parameters that it turns out to need."""
 
-    def __init__(self, launch: Launch, plan: Plan, beside: bool = False) -> None:
-        self.launch, self.plan, self.beside = launch, plan, beside
+    def __init__(self, launch: Launch, plan: Plan, given: Literal["", "pid", "blocks"] = "") -> None:
+        """`given`: what another kernel calls this one with, its program id or the numbers of its block."""
+        self.launch, self.plan, self.given_by = launch, plan, given
         self.name_of = _Namer()
         self.fn = self.name_of("kernel", launch.name)
         self.buffers: list[Buffer] = []
@@ -426,7 +460,7 @@ class _Kernel:
                         self.tensors[value.name] = value
                     case Compute(e) | Accumulate(Compute(e)):
                         self.tensors[e.target.name] = e.target
-        pdl = self.launch.options.pdl and not self.beside
+        pdl = self.launch.options.pdl and not self.given_by
         self.lines += [f"    {line}" for line in WAIT] if pdl else []
         self.program_ids()
         for number, scope in enumerate(self.launch.scopes):
@@ -438,22 +472,31 @@ class _Kernel:
 
     def program_ids(self) -> None:
         """The program id taken apart: the first grid axis runs fastest, the part of a split slowest."""
-        names = [a for a in self.launch.grid if self.blocks(a) != "1"]
+        if self.given_by == "blocks":
+            return
+        names = self.cut_axes()
         last = "part" if self.launch.split else names[-1] if names else ""
         if not last:
             return
-        pids = {a: self.name_of(("block", a), f"{a}_block") for a in names}
+        pids = {a: self.block_name(a) for a in names}
         if not self.launch.split:
             names = names[:-1]
         if not names:
-            self.put(f"{pids.get(last, last)} = {'pid' if self.beside else 'tl.program_id(0)'}")
+            self.put(f"{pids.get(last, last)} = {'pid' if self.given_by else 'tl.program_id(0)'}")
             return
-        if not self.beside:
+        if not self.given_by:
             self.put("pid = tl.program_id(0)")
         for i, axis in enumerate(names):
             count = _paren(self.blocks(axis))
             self.put(f"{pids[axis]} = pid % {count}")
             self.put(f"{'pid' if i < len(names) - 1 else pids.get(last, last)} = pid // {count}")
+
+    def cut_axes(self) -> list[str]:
+        """Grid axes with more than one block, or of which that is not known."""
+        return [a for a in self.launch.grid if self.blocks(a) != "1"]
+
+    def block_name(self, axis: str) -> str:
+        return self.name_of(("block", axis), f"{axis}_block")
 
     def extent_of(self, axis: str) -> Extent:
         return next(e for s in self.launch.scopes for e in s.extents if e.axis.name == axis and e.role == "grid")
@@ -589,7 +632,7 @@ class _Kernel:
             return
         self.defined.add(index)
         single = e.role == "grid" and self.blocks(axis) == "1"
-        block = self.name_of(("block", axis), f"{axis}_block") if e.role == "grid" and not single else ""
+        block = self.block_name(axis) if e.role == "grid" and not single else ""
         if not self.many(axis):
             if e.role == "grid":
                 self.put(f"{index} = {'0' if single else block}")
@@ -755,6 +798,8 @@ class _Kernel:
                     self.argument(mask, value.name),
                     "other=0.0" if value.dtype.is_float and not coded else "other=0",
                 ]
+            if self.given_by == "blocks" and self.plan.buffer(piece.source).space == "workspace":
+                args.append('cache_modifier=".cg"')  # other multiprocessors wrote it: from the cache that all share
             if self.launch.options.evict_first and self.is_largest(piece.source):
                 args.append('eviction_policy="evict_first"')
             texts.append(f"tl.load({', '.join(args)})")
@@ -1121,7 +1166,7 @@ class _Kernel:
         """Constants that are others under the interpreter: the name, the value when compiled, and the text in `run`."""
         compiled = f"isinstance({self.fn}, triton.JITFunction)"
         found = [("DOT", "tl.bfloat16", f"tl.bfloat16 if {compiled} else tl.float32")] if self.widen else []
-        return found + ([("PDL", "True", compiled)] if self.launch.options.pdl and not self.beside else [])
+        return found + ([("PDL", "True", compiled)] if self.launch.options.pdl and not self.given_by else [])
 
     def symbolic(self) -> list[str]:
         return [self.name_of(("size", n), "") for n, a in self.sizes.items() if not isinstance(a.size, int)]
@@ -1129,10 +1174,20 @@ class _Kernel:
     def text(self) -> str:
         fixed = ", ".join(f'"{n}"' for n in self.symbolic())
         lines = [f"@triton.jit(do_not_specialize=[{fixed}])" if fixed else "@triton.jit"]
-        lines += call_lines(f"def {self.fn}", [*(["pid"] if self.beside else []), *self.parameters()], ":", "")
+        lines += call_lines(f"def {self.fn}", [*self.place_names(), *self.parameters()], ":", "")
         lines.append(f'    """{self.summary()}"""')
         body = "\n".join(self.lines).strip("\n").splitlines()
         return "\n".join(lines + (body if body else ["    pass"]))
+
+    def place_names(self) -> list[str]:
+        """What the kernel that calls this one says about its place."""
+        match self.given_by:
+            case "":
+                return []
+            case "pid":
+                return ["pid"]
+            case "blocks":
+                return [self.block_name(a) for a in self.cut_axes()]
 
     def summary(self) -> str:
         cut = [f"{self.extent_of(a).tile} of {a}" for a in self.launch.grid]
@@ -1211,13 +1266,13 @@ def _keywords(options: Options) -> list[str]:
     return [f"{name}={value}" for name, value in options.compiled.items()]
 
 
-class _Group:
-    """Several launches as one: a kernel that calls the function of the launch which its program id belongs to."""
+class _Together:
+    """Several launches as one kernel, which calls the functions of these."""
 
-    def __init__(self, beside: Beside, kernels: Mapping[str, _Kernel]) -> None:
-        self.kernels = [kernels[launch.name] for launch in beside.launches]
-        self.fn = function_name(beside)
-        self.compiled = beside.options
+    def __init__(self, call: Beside | Combined, kernels: Mapping[str, _Kernel]) -> None:
+        self.kernels = [kernels[launch.name] for launch in call.launches]
+        self.fn = function_name(call)
+        self.compiled = call.options
         self.parameters: dict[str, tuple[str, str, str]] = {}  # name -> annotation, argument, signature
         self.calls: list[list[str]] = []
         for k in self.kernels:
@@ -1225,7 +1280,6 @@ class _Group:
             self.calls.append([self.parameter(n, note, arg, types[n]) for n, note, arg in k.bound()])
         if self.compiled.pdl:
             self.parameter("PDL", ": tl.constexpr", f"isinstance({self.fn}, triton.JITFunction)", "True")
-        self.counts = [f"blocks_{i}" for i in range(len(self.kernels))]
 
     def parameter(self, name: str, note: str, argument: str, signature: str) -> str:
         """A parameter of the group for one of a kernel: shared where name and argument are the same."""
@@ -1235,39 +1289,142 @@ class _Group:
         self.parameters.setdefault(own, (note, argument, signature))
         return own
 
-    def text(self) -> str:
-        sizes = {self.calls[i][k.parameters().index(n)] for i, k in enumerate(self.kernels) for n in k.symbolic()}
-        fixed = ", ".join(f'"{n}"' for n in [*sorted(sizes), *self.counts[:-1]])
-        lines = [f"@triton.jit(do_not_specialize=[{fixed}])"]
-        names = [f"{n}{note}" for n, (note, _, _) in self.parameters.items() if not note]
-        names += self.counts[:-1] + [f"{n}{note}" for n, (note, _, _) in self.parameters.items() if note]
-        lines += call_lines(f"def {self.fn}", names, ":", "")
-        lines += [f'    """The blocks of {", ".join(k.fn for k in self.kernels)}, one after the other."""']
-        lines += [f"    {line}" for line in WAIT] if self.compiled.pdl else []
-        lines += ["    pid = tl.program_id(0)"]
-        for i, k in enumerate(self.kernels):
-            before = " + ".join(self.counts[:i])
-            here = " + ".join(self.counts[: i + 1])
-            last = i == len(self.kernels) - 1
-            lines.append("    else:" if last else f"    {'if' if i == 0 else 'elif'} pid < {here}:")
-            start = f"pid - {_paren(before)}" if before else "pid"
-            lines += call_lines(k.fn, [start, *self.calls[i]], "", "        ")
-        return "\n".join(lines)
+    def more(self) -> list[tuple[str, str, str]]:
+        """Parameters of its own: names, what `run` gives, and types."""
+        raise NotImplementedError
+
+    def summary(self) -> str:
+        raise NotImplementedError
+
+    def body(self) -> list[str]:
+        raise NotImplementedError
+
+    def counted(self) -> list[str]:
+        """Lines of `run` before the launch."""
+        raise NotImplementedError
 
     def grid(self) -> str:
-        return " + ".join(self.counts)
+        raise NotImplementedError
+
+    def text(self) -> str:
+        sizes = {self.calls[i][k.parameters().index(n)] for i, k in enumerate(self.kernels) for n in k.symbolic()}
+        fixed = ", ".join(f'"{n}"' for n in [*sorted(sizes), *(n for n, _, t in self.more() if t == '"i32"')])
+        lines = [f"@triton.jit(do_not_specialize=[{fixed}])" if fixed else "@triton.jit"]
+        names = [n for n, (note, _, _) in self.parameters.items() if not note] + [n for n, _, _ in self.more()]
+        names += [f"{n}{note}" for n, (note, _, _) in self.parameters.items() if note]
+        lines += call_lines(f"def {self.fn}", names, ":", "")
+        lines.append(f'    """{self.summary()}"""')
+        lines += [f"    {line}" for line in WAIT] if self.compiled.pdl else []
+        return "\n".join([*lines, "    pid = tl.program_id(0)", *self.body()])
 
     def launch(self) -> list[str]:
-        lines = [f"    {n} = {k.grid()}" for n, k in zip(self.counts, self.kernels, strict=True)]
-        args = [a for note, a, _ in self.parameters.values() if not note] + self.counts[:-1]
+        args = [a for note, a, _ in self.parameters.values() if not note] + [a for _, a, _ in self.more()]
         args += [f"{n}={a}" for n, (note, a, _) in self.parameters.items() if note]
         args += _keywords(self.compiled)
-        return lines + call_lines(f"{self.fn}[({self.grid()},)]", args, "", "    ")
+        return self.counted() + call_lines(f"{self.fn}[({self.grid()},)]", args, "", "    ")
 
     def signature(self) -> list[tuple[str, str]]:
         plain = [(n, t) for n, (note, _, t) in self.parameters.items() if not note]
         constant = [(n, t) for n, (note, _, t) in self.parameters.items() if note]
-        return plain + [(n, '"i32"') for n in self.counts[:-1]] + constant
+        return plain + [(n, t) for n, _, t in self.more()] + constant
+
+
+class _Group(_Together):
+    """Launches that do not depend on each other: a program id belongs to one of them."""
+
+    def counts(self) -> list[str]:
+        return [f"blocks_{i}" for i in range(len(self.kernels))]
+
+    def more(self) -> list[tuple[str, str, str]]:
+        return [(n, n, '"i32"') for n in self.counts()[:-1]]
+
+    def summary(self) -> str:
+        return f"The blocks of {', '.join(k.fn for k in self.kernels)}, one after the other."
+
+    def body(self) -> list[str]:
+        lines: list[str] = []
+        for i, k in enumerate(self.kernels):
+            before = " + ".join(self.counts()[:i])
+            here = " + ".join(self.counts()[: i + 1])
+            last = i == len(self.kernels) - 1
+            lines.append("    else:" if last else f"    {'if' if i == 0 else 'elif'} pid < {here}:")
+            start = f"pid - {_paren(before)}" if before else "pid"
+            lines += call_lines(k.fn, [start, *self.calls[i]], "", "        ")
+        return lines
+
+    def counted(self) -> list[str]:
+        return [f"    {n} = {k.grid()}" for n, k in zip(self.counts(), self.kernels, strict=True)]
+
+    def grid(self) -> str:
+        return " + ".join(self.counts())
+
+
+class _Last(_Together):
+    """A split launch whose last blocks run the combine (Triton's threads all reach a barrier before one of them counts,
+    with acquire and release, so what the others counted for is there)."""
+
+    def __init__(self, call: Combined, kernels: Mapping[str, _Kernel]) -> None:
+        super().__init__(call, kernels)
+        self.main, self.combine = self.kernels
+        name_of = _Namer(set(RESERVED) | set(self.parameters) | {k.fn for k in self.kernels})
+        self.arrivals = name_of("arrivals", "arrivals")
+        self.result, self.rest = name_of("result", "result"), name_of("others", "others")
+        self.block = {a: name_of(a, f"{a}_block") for a in call.main.grid}
+        self.inner = {a: name_of((a, "inner"), f"{a}_inner") for a in call.combine.grid}
+        self.buffer = call.arrivals
+        self.parts = call.main.split[1] if call.main.split else 1
+
+    def more(self) -> list[tuple[str, str, str]]:
+        return [(self.arrivals, _python(self.buffer), '"*i32:16"')]
+
+    def summary(self) -> str:
+        return f"A block of {self.main.fn}; the last one of a result runs {self.combine.fn} for it."
+
+    def counted(self) -> list[str]:
+        return []
+
+    def grid(self) -> str:
+        return self.main.grid()
+
+    def body(self) -> list[str]:
+        lines = call_lines(self.main.fn, ["pid", *self.calls[0]], "", "    ")
+        names = self.main.cut_axes()
+        counts = [self.main.blocks(a) for a in names]
+        last = f'tl.atomic_add({self.arrivals} + {self.result}, 1, sem="acq_rel") == {self.parts - 1}'
+        lines += [
+            f"    {self.result} = pid % {_paren(' * '.join(map(_paren, counts)))}"
+            if names
+            else f"    {self.result} = 0",
+            "    tl.debug_barrier()  # all threads have stored",
+            f"    if {last}:",
+        ]
+        at = "pid"
+        for i, (axis, count) in enumerate(zip(names, counts, strict=True)):
+            lines.append(f"        {self.block[axis]} = {at} % {_paren(count)}")
+            if i + 1 < len(names):
+                lines.append(f"        {self.rest} = {at} // {_paren(count)}")
+            at = self.rest
+        indent = "        "
+        places: list[str] = []
+        for axis in self.combine.cut_axes():
+            outer = self.block.get(axis) if axis in names else None
+            ratio = self.main.extent_of(axis).tile // self.combine.extent_of(axis).tile if outer else 0
+            if outer and ratio == 1:
+                places.append(outer)
+                continue
+            count, name = self.translated(self.combine.blocks(axis)), self.inner[axis]
+            limits = f"{outer} * {ratio}, tl.minimum({outer} * {ratio} + {ratio}, {count})" if outer else f"0, {count}"
+            lines.append(f"{indent}for {name} in range({limits}):")
+            indent += "    "
+            places.append(name)
+        lines += call_lines(self.combine.fn, [*places, *self.calls[1]], "", indent)
+        lines.append(f"        tl.store({self.arrivals} + {self.result}, 0)  # for the next launch")
+        return lines
+
+    def translated(self, text: str) -> str:
+        """With the names that sizes have among the parameters of the whole."""
+        own = dict(zip(self.combine.parameters(), self.calls[1], strict=False))
+        return re.sub(r"\b[A-Za-z_]\w*\b", lambda m: own.get(m[0], m[0]), text)
 
 
 def _split_args(call: str) -> list[str]:
@@ -1308,7 +1465,7 @@ def _size_text(size: Size) -> str:
 
 
 def _run(
-    plan: Plan, kernels: Mapping[str, _Kernel], groups: Mapping[str, _Group], functions: Mapping[str, str], name: str
+    plan: Plan, kernels: Mapping[str, _Kernel], groups: Mapping[str, _Together], functions: Mapping[str, str], name: str
 ) -> str:
     inputs = [_python(n) for n in plan.inputs]
     result = ", ".join(map(_python, plan.outputs))
@@ -1322,8 +1479,8 @@ def _run(
             case Launch(name):
                 k = kernels[name]
                 lines += call_lines(f"{k.fn}[({k.grid()},)]", k.arguments(), "", "    ")
-            case Beside(name):
-                lines += groups[name].launch()
+            case Beside() | Combined():
+                lines += groups[call.name].launch()
             case Torch(equation):
                 targets = ", ".join(_python(t.name) for t in equation.targets)
                 args = [_python(a) for a in _operands(equation, plan)]
@@ -1344,6 +1501,8 @@ def _allocations(plan: Plan) -> list[str]:
     lines: list[str] = []
 
     def allocated(b: Buffer, indent: str) -> list[str]:
+        if b.space == "counters":
+            return [f"{indent}{_python(b.tensor.name)} = counters({_shape(b.tensor)[1:-2]}, {device})"]
         args = [_shape(b.tensor), f"dtype=torch.{TORCH_NAMES[b.tensor.dtype]}", f"device={device}"]
         return call_lines(f"{_python(b.tensor.name)} = torch.empty", args, "", indent)
 
@@ -1415,14 +1574,14 @@ def _torch_function(equation: Equation, plan: Plan, name: str) -> str:
     return text.split("import torch\n", 1)[1].strip()
 
 
-def _signatures(kernels: Mapping[str, _Kernel], groups: Mapping[str, _Group]) -> str:
+def _signatures(kernels: Mapping[str, _Kernel], groups: Mapping[str, _Together]) -> str:
     if not kernels:
         return ""
     lines = [
         "# How each kernel compiles ahead of time: types (`:16`: divisible by 16) or constants, and launch options."
     ]
     lines.append("SIGNATURES = {")
-    found = [(k.fn, k.signature(), k.launch.options) for k in kernels.values() if not k.beside]
+    found = [(k.fn, k.signature(), k.launch.options) for k in kernels.values() if not k.given_by]
     found += [(g.fn, g.signature(), g.compiled) for g in groups.values()]
     for fn, parameters, options in found:
         compiled = ", ".join(f'"{name}": {value}' for name, value in options.compiled.items())

@@ -19,7 +19,7 @@ from typing import Any
 from mugraph.errors import ShapeError, VerificationError
 from mugraph.ir.axes import MAX_SIZE, Size, dims_of, over, product, size_value, times
 from mugraph.ir.graph import Program
-from mugraph.verify.source import Access, Buffer, Reading, Unreadable, launches_of
+from mugraph.verify.source import Access, Buffer, Launch, Reading, Unreadable, launches_of
 
 SECONDS = 2.0  # of one query
 NO_SOLVER = "z3 is not installed"
@@ -94,10 +94,14 @@ class _Claims:
 
     def all(self) -> Iterator[Claim]:
         stores: dict[Buffer, list[Access]] = {}
-        for launch in self.reading.launches:
-            written = {a.buffer for a in launch.accesses if a.kind != "read"}
+        for launch, following in zip(self.reading.launches, [*self.reading.launches[1:], None], strict=True):
+            if launch.result is not None and following:
+                yield from self.of_one_result(launch, following)
+            written = {a.buffer for a in launch.accesses if a.kind in ("write", "atomic")}
             for a in launch.accesses:
                 yield from self.inside(a)
+                if a.kind in ("arrive", "clear"):
+                    continue
                 if a.kind == "read" and a.buffer in written:
                     yield Claim(a.where, f"{a.buffer.name} is read in the launch that writes it", [True])
             reads = [a.buffer for a in launch.accesses if a.kind == "read" and a.buffer not in written]
@@ -179,6 +183,22 @@ class _Claims:
             constraints.append(self.z3.BoolVal(False))  # one block, one lane
         return Claim(x.where, f"{x.buffer.name} is written twice", constraints, [*x.digits, *(o for _, o in other)])
 
+    def of_one_result(self, launch: Launch, following: Launch) -> Iterator[Claim]:
+        """The last block of a result, which goes on in the launch that follows, reads what was stored for another, or
+        writes what blocks of other results, still under way, read or write."""
+        for x in launch.accesses:
+            for y in following.accesses:
+                if y.kind != "read" and x.buffer is y.buffer:
+                    yield Claim(y.where, f"{x.buffer.name} is written while other blocks use it", [True])
+                if x.kind == "write" and y.kind == "read" and x.buffer is y.buffer:
+                    other = [(d, self.z3.Int(f"another {d}")) for d in self.unknowns(y)]
+                    pairs = zip(self.places(x), self.places(y), strict=True)
+                    same = [p.index == self.z3.substitute(q.index, *other) for p, q in pairs]
+                    holds = [*self.holds(x), *(self.z3.substitute(h, *other) for h in self.holds(y)), *same]
+                    differ = launch.result != self.z3.substitute(launch.result, *other)
+                    text = f"{x.buffer.name} is read before it is written by all blocks"
+                    yield Claim(y.where, text, [*holds, differ], [*x.digits, *(o for _, o in other)])
+
     def unknowns(self, a: Access) -> list[Any]:
         """All unknowns but sizes."""
         sizes = {str(s) for s in self.sizes.known.values()}
@@ -238,16 +258,22 @@ class _Claims:
                 if n + 1 < len(steps):
                     value = value % (steps[n + 1][0] // step)
                 found[str(d)] = d, value
-        links = list(a.linked)
-        changed = True
-        while changed:
-            changed = False
-            for p, q in links:
+        sums = {str(d) for p, q in a.linked for d in (p, q) if z3.is_const(d)}  # of others, which come first
+        while True:
+            for p, q in a.linked:
                 for one, other in ((p, q), (q, p)):
                     given = all(str(d) in found for d in self.unknowns_of(other) if str(d) in free)
                     if given and z3.is_const(one) and str(one) in free and str(one) not in found:
                         found[str(one)] = one, z3.substitute(other, *found.values())
-                        changed = True
+                        break
+                else:
+                    continue
+                break
+            else:
+                left = next((d for name, d in free.items() if name not in found and name not in sums), None)
+                if left is None:
+                    break
+                found[str(left)] = left, z3.IntVal(0)
         for name, d in free.items():
             found.setdefault(name, (d, z3.IntVal(0)))
         return list(found.values())

@@ -8,6 +8,9 @@ index per dimension; whatever was loaded is opaque.  An `if` on an unknown is fo
 runs twice for one unknown iteration, and must do the same to memory both times: what it does then does not depend on
 iterations before.
 
+Blocks may count in a tensor of zeros how many of those that share a result have stored, and the last one goes on.
+What it does then is read as a launch of its own, of one block for each result, after the first one.
+
 A program id, like a lane, is a counter: `n % f` and `n // f` are its low digits and the rest, where f is a product of
 factors of its count.  So they are unknowns of their own with known ranges, and indices stay linear.
 """
@@ -19,7 +22,7 @@ import itertools
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from inspect import signature
 from types import FunctionType, SimpleNamespace
 from typing import Any, Literal
@@ -41,7 +44,7 @@ class Buffer:
 
     name: str
     shape: tuple[Size, ...]
-    made: Literal["given", "empty", "zeroed", "copied"] = "given"
+    made: Literal["given", "empty", "zeroed", "copied", "counters"] = "given"
     dtype: str | None = None
     source: Buffer | None = None
 
@@ -75,8 +78,12 @@ class Access:
 
 @dataclass(frozen=True)
 class Launch:
+    """`result`: in which all blocks that store for one result agree, where the last of these goes on in the next
+    launch."""
+
     name: str
     accesses: tuple[Access, ...]
+    result: Any = None
 
 
 @dataclass
@@ -199,8 +206,19 @@ class Counter:
         at = view.start
         if any(p < at for p in (*self.splits[view.splits :], *(p for p, _ in self.moves[view.moves :]))):
             raise Unreadable(f"digits of a {self.kind} number, after those before them changed")
-        for f in sorted(_factors(factor, self.reader.z3), key=lambda f: not isinstance(f, int)):  # static weights
-            at = self.cut_static(at, f) if isinstance(f, int) else self.cut_symbolic(at, f)
+        factors = _factors(factor, self.reader.z3)
+        n, symbols = math.prod(f for f in factors if isinstance(f, int)), [f for f in factors if not isinstance(f, int)]
+        while n > 1 or symbols:
+            here = self.digits[at][0] if at < len(self.digits) else 0
+            if isinstance(here, int) and n > 1 and n % max(here, 2) == 0:  # the digits as they stand, if these do
+                at, n = at + 1, n // here
+            elif found := [s for s in symbols if not isinstance(here, int) and here.eq(s)]:
+                symbols = [s for s in symbols if s is not found[0]]
+                at += 1
+            elif n > 1:  # static weights
+                at, n = self.cut_static(at, n), 1
+            else:
+                at, symbols = self.cut_symbolic(at, symbols[0]), symbols[1:]
         return at
 
     def cut_static(self, at: int, n: int) -> int:
@@ -517,6 +535,8 @@ class Pointer:
     lanes: Lanes = ()
 
     def __add__(self, other: Any) -> Pointer:
+        if self.buffer.made == "counters" and not self.terms:
+            other = Moved(other, Stride(self.buffer, 0))
         if not isinstance(other, Moved):
             raise Unreadable("an offset that is no index times a stride")
         s, index = other.stride, self.reader.lifted(other.index)
@@ -556,6 +576,31 @@ class Tensor:
 
 
 # -- program ids
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """How many of the blocks of a result had stored before this one."""
+
+    reader: _Reader
+    pointer: Pointer
+
+    def __eq__(self, other: object) -> Any:
+        return Last(self.reader, self.pointer, other)
+
+    __hash__ = object.__hash__
+
+
+@dataclass(frozen=True)
+class Last:
+    """Whether so many had."""
+
+    reader: _Reader
+    pointer: Pointer
+    others: object
+
+    def __bool__(self) -> bool:
+        return self.reader.goes_on(self.pointer, self.others)
 
 
 class Linear:
@@ -681,6 +726,7 @@ class _Reader:
     def begin(self, decisions: list[bool], count: Any) -> None:
         self.decisions, self.decided = decisions, 0
         self.holds: list[Any] = []
+        self.ranges: list[Any] = []  # of unknowns, wherever they come into play
         self.linked: list[tuple[Any, Any]] = []
         self.unknowns: dict[str, Any] = {}
         self.digits: list[str] = []
@@ -688,6 +734,10 @@ class _Reader:
         self.made: list[Any] = []  # lanes and loops, in the order of the text
         self.next = 0
         self.program = ProgramId(self, count)
+        self.depth = 0  # of loops
+        self.settled = 0  # accesses before the last barrier
+        self.stays: int | None = None  # accesses after which this path, of a block that is not the last, ends
+        self.last: tuple[int, Pointer, list[str]] | None = None  # accesses before, the counter, digits of the parts
 
     def run(self, source: str, has_out: bool) -> None:
         space: dict[str, Any] = {"__builtins__": self.builtins(), "__name__": "emitted"}
@@ -695,6 +745,7 @@ class _Reader:
         for name, found in list(space.items()):
             if isinstance(found, FunctionType) and TORCH_FUNCTION.fullmatch(name):
                 space[name] = self.torch_function(found)
+        space["counters"] = self.counters
         if "keep" in space:  # what is kept is what is computed
             space["keep"] = space["ahead"]
         inputs = [Tensor(self, Buffer(i.name, i.tensor.shape, dtype=TORCH_NAMES.get(i.tensor.dtype)))
@@ -733,6 +784,7 @@ class _Reader:
                 value.buffer.name = value.buffer.name or name
                 bound.arguments[name] = Pointer(self, value.buffer)
         found: list[Access] = []
+        after: list[tuple[Access, Any]] = []
         decisions: list[bool] = []
         self.where = fn.__name__
         for path in itertools.count():
@@ -740,20 +792,77 @@ class _Reader:
                 raise Unreadable(f"more than {MOST_PATHS} paths through a kernel")
             self.begin(decisions, self.scalar(count))
             fn(*bound.args, **bound.kwargs)
-            found += self.accesses
+            self.accesses = [replace(a, holds=(*self.ranges, *a.holds)) for a in self.accesses]
+            found += self.ended()
+            after += self.after()
             while decisions and not decisions[-1]:
                 decisions.pop()
             if not decisions:
                 break
             decisions[-1] = False
-        self.launches.append(Launch(fn.__name__, tuple(found)))
+        results = {str(r): r for _, r in after}
+        if len(results) > 1:
+            raise Unreadable("several counts of blocks in one kernel")
+        self.launches.append(Launch(fn.__name__, tuple(found), *results.values()))
+        if after:
+            self.launches.append(Launch(f"{fn.__name__}, last blocks", tuple(a for a, _ in after)))
+
+    def ended(self) -> list[Access]:
+        """What a path does as one of all blocks; nothing where the path on which it goes on has the same."""
+        if self.stays is not None:
+            if len(self.accesses) > self.stays:
+                raise Unreadable("a block that is not the last goes on too")
+            return []
+        return self.accesses[: self.last[0]] if self.last else self.accesses
+
+    def after(self) -> list[tuple[Access, Any]]:
+        """What the last block of a result does, with the result."""
+        if self.last is None:
+            return []
+        start, counter, _ = self.last
+        (at,) = counter.terms
+        kept, cleared = [], 0
+        for a in self.accesses[start:]:
+            if a.buffer is not counter.buffer:
+                kept.append((a, at.index))
+            elif a.kind == "clear" and len(a.terms) == 1 and a.terms[0].index.eq(at.index):
+                cleared += 1
+            else:
+                raise VerificationError(f"{self.where}: counters are used for something else")
+        if cleared != 1:
+            raise VerificationError(f"{self.where}: a counter is not set to 0 for the next launch")
+        return kept
+
+    def goes_on(self, pointer: Pointer, others: object) -> bool:
+        """A branch on being the last of the blocks of a result."""
+        (at,) = pointer.terms
+        number = (self.program - self.program.base).view
+        assert number is not None
+        digits = number.counter.digits
+        ends = [n for n in range(len(digits) + 1) if at.index.eq(self.viewed(number.counter, 0, n).number)]
+        parts = digits[ends[0] :] if ends else []
+        if self.depth or self.last or not ends or not all(isinstance(n, int) for n, _ in parts):
+            raise Unreadable("a count of blocks that is not that of the parts of a result")
+        if others != math.prod(n for n, _ in parts) - 1:
+            raise VerificationError(f"{self.where}: {others} other blocks are waited for, of {parts}")
+        if self.settled < len([a for a in self.accesses if a.kind != "arrive"]):
+            raise VerificationError(f"{self.where}: no barrier between what a block stores and its being counted")
+        goes_on = self.decide(None)
+        if goes_on:
+            self.last = len(self.accesses), pointer, [str(d) for _, d in parts]
+        else:
+            self.stays = len(self.accesses)
+        return goes_on
+
+    def barrier(self) -> None:
+        self.settled = len(self.accesses)
 
     # -- values
 
     def unknown(self, kind: str, count: Any) -> Any:
         self.names += 1
         found = self.z3.Int(f"{kind} {self.names}")
-        self.holds += [found >= 0, found < count] if count is not None else []
+        self.ranges += [found >= 0, found < count] if count is not None else []
         self.unknowns[str(found)] = found
         self.digits.append(str(found))
         return found
@@ -835,6 +944,7 @@ class _Reader:
         self.digits += [] if str(number) in self.digits else [str(number)]
         self.holds += [number >= 0, at.z < self.scalar(high)]
         begun = self.next
+        self.depth += 1
         yield at
         before = self.accesses[first:]
         del self.accesses[first:]
@@ -844,6 +954,7 @@ class _Reader:
             raise Unreadable("a loop whose later iterations do other things to memory")
         del self.holds[kept:]
         self.digits.remove(str(number))
+        self.depth -= 1
 
     def access(self, kind: str, pointer: Any, mask: Any = None) -> Opaque:
         if not isinstance(pointer, Pointer):
@@ -858,6 +969,11 @@ class _Reader:
         mine = {str(d) for c in self.made if isinstance(c, Counter) and id(c.root) in roots for _, d in c.digits}
         digits = tuple(self.unknowns[d] for d in self.digits if not d.startswith("lane") or d in mine)
         holds = (*self.holds, *on)
+        if self.last:  # one block is the last of a result, whichever
+            parts = set(self.last[2])
+            digits = tuple(d for d in digits if str(d) not in parts)
+            if parts & {str(x) for e in (*(t.index for t in pointer.terms), *on) for x in self.atoms(e)}:
+                raise Unreadable("what the last block of a result does depends on which one it is")
         found = Access(self.where, kind, pointer.buffer, pointer.terms, holds, digits, tuple(self.linked))
         self.accesses.append(found)
         return OPAQUE
@@ -874,10 +990,20 @@ class _Reader:
         self.names += 1
         return self.z3.Int(f"loaded {self.names}")
 
-    def store(self, pointer: Any, value: Any, mask: Any = None, **_: Any) -> Opaque:
-        return self.access("write", pointer, mask)
+    def atoms(self, e: Any) -> list[Any]:
+        """The unknowns of an expression."""
+        return [e] if not e.children() else [x for c in e.children() for x in self.atoms(c)]
 
-    def atomic_add(self, pointer: Any, value: Any, mask: Any = None, **_: Any) -> Opaque:
+    def store(self, pointer: Any, value: Any, mask: Any = None, **_: Any) -> Opaque:
+        clears = isinstance(pointer, Pointer) and pointer.buffer.made == "counters" and type(value) is int and not value
+        return self.access("clear" if clears and mask is None and not self.depth else "write", pointer, mask)
+
+    def atomic_add(self, pointer: Any, value: Any, mask: Any = None, sem: Any = None, **_: Any) -> Any:
+        if isinstance(pointer, Pointer) and pointer.buffer.made == "counters":
+            if value != 1 or sem != "acq_rel" or mask is not None or pointer.lanes or len(pointer.terms) != 1:
+                raise Unreadable("a count of blocks in another way")
+            self.access("arrive", pointer)
+            return Arrival(self, pointer)
         return self.access("atomic", pointer, mask)
 
     def cdiv(self, a: Any, b: Any) -> Any:
@@ -934,6 +1060,10 @@ class _Reader:
             raise Unreadable("a tensor whose sizes are no products of known ones")
         return Tensor(self, Buffer("", sizes, "empty", dtype.name if isinstance(dtype, Named) else None))
 
+    def counters(self, count: Any, device: Any) -> Tensor:
+        """A function of the text that gives integers that are 0 between launches."""
+        return Tensor(self, Buffer("", (count if isinstance(count, int) else count.size,), "counters"))
+
     def torch_function(self, fn: FunctionType) -> Callable[..., Any]:
         """A function of torch alone: what it gives has the shapes that its first line says."""
         dims = {d.name: d for d in self.graph.dims()}
@@ -951,7 +1081,8 @@ class _Reader:
     def builtins(self) -> dict[str, Any]:
         language = _Stand(
             jit=self.jit, program_id=self.program_id, arange=self.arange, range=self.loop, static_range=self.loop,
-            load=self.load, store=self.store, atomic_add=self.atomic_add, cdiv=self.cdiv, where=self.where_,
+            debug_barrier=self.barrier, load=self.load,
+            store=self.store, atomic_add=self.atomic_add, cdiv=self.cdiv, where=self.where_,
             maximum=lambda a, b: self.extreme(True, a, b), minimum=lambda a, b: self.extreme(False, a, b),
             cast=self.cast, broadcast_to=self.broadcast_to, constexpr=lambda x: x, int64=Wide(),
         )  # fmt: skip

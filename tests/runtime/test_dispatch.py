@@ -209,6 +209,97 @@ def test_several_sizes_are_prepared_once_each(calls: Callable[[str], Dispatch], 
     assert stub.loads == 1
 
 
+# -- counters of last blocks that combine
+
+
+@pytest.fixture
+def counting(compiler: Compiler, stub: Stub) -> Dispatch:
+    graph = PROGRAMS["split_attention"]()
+    source = emit(plan_graph(graph, options=Options(combine="last")))
+    artefact = Artefact(made(graph, {HOST: source}, [90], compiler=compiler))
+    artefact.signature.device = "cpu"
+    call = artefact.dispatch(driver=stub.path)
+    call.hooks = replace(call.hooks, stream=lambda ordinal: stream["now"], capturing=lambda: stream["captured"])
+    return call
+
+
+stream: dict[str, Any] = {"now": 0, "captured": False}
+
+
+def memory_of(call: Dispatch, stub: Stub, on: int, captured: bool = False, size: int = 5) -> tuple[int, int]:
+    """Where the partial results and the counters of a call lie."""
+    stream.update(now=on, captured=captured)
+    before = len(stub.launches)
+    call(*drawn(PROGRAMS["split_attention"](), size))
+    (launch,) = stub.launches[before:]
+    pointers = [p for p in launch.parameters if p > 1 << 20]  # Q, K, V, three partial results, O, counters
+    assert len(pointers) == 8
+    return pointers[3], pointers[-1]
+
+
+def test_launches_on_one_stream_share_their_memory(counting: Dispatch, stub: Stub) -> None:
+    first = memory_of(counting, stub, 1)
+    assert memory_of(counting, stub, 1) == first
+    second = memory_of(counting, stub, 2)
+    assert not set(second) & set(first)
+    assert memory_of(counting, stub, 1) == first
+    (memory,) = counting.memories.values()
+    assert all(int(counters.abs().sum()) == 0 for _, counters in memory.of_stream.values())
+
+
+def test_memory_that_is_too_small_stays_with_those_that_it_is_enough_for(counting: Dispatch, stub: Stub) -> None:
+    small = memory_of(counting, stub, 1, size=5)
+    large = memory_of(counting, stub, 1, size=900)
+    assert small[0] != large[0]
+    assert small[1] != large[1]
+    assert memory_of(counting, stub, 1, size=7) == large
+    assert memory_of(counting, stub, 1, size=5) == small
+    (memory,) = counting.memories.values()
+    rows = sum(n * 8 * 2 * 900 * 4 for n in (1, 1, 64))
+    assert len(memory.of_stream[1][0]) >= 2 * rows // 8
+
+
+def test_each_captured_launch_has_memory_of_its_own(counting: Dispatch, stub: Stub) -> None:
+    plain = memory_of(counting, stub, 1)
+    found = [memory_of(counting, stub, 1, captured=True) for _ in range(4)]
+    assert len({counters for _, counters in (plain, *found)}) == 5
+    assert plain[0] not in {room for room, _ in found}  # a graph has its own, of which it may use the same again
+    (memory,) = counting.memories.values()
+    assert memory.store is not None
+    held = range(memory.store.data_ptr(), memory.store.data_ptr() + 4 * len(memory.store))
+    assert all(counters in held for _, counters in found)
+
+
+def test_warmup_makes_the_store(counting: Dispatch, calls: Callable[[str], Dispatch]) -> None:
+    counting.warmup()
+    (memory,) = counting.memories.values()
+    assert memory.store is not None
+    assert calls("split_attention").warmup().memories == {}
+
+
+def test_a_capture_without_a_store_sets_its_counters_to_zero(counting: Dispatch, stub: Stub) -> None:
+    memory_of(counting, stub, 1, captured=True)
+    (memory,) = counting.memories.values()
+    assert memory.store is None
+    assert memory.of_stream == {}
+    memory_of(counting, stub, 1)
+    memory.used = dispatch.SPARE_COUNTERS
+    _, at = memory_of(counting, stub, 1, captured=True)
+    assert memory.store is not None
+    assert not memory.store.data_ptr() <= at < memory.store.data_ptr() + 4 * len(memory.store)
+
+
+def test_two_launches_share_no_memory_with_those_of_another_call(calls: Callable[[str], Dispatch]) -> None:
+    """Another thread may launch its first between them."""
+    call = calls("split_attention")
+    call(*drawn(PROGRAMS["split_attention"]()))
+    ((p,),) = call.ready.values()
+    assert isinstance(p, Recorded)
+    assert len(p.steps) == 2
+    assert p.shared is None
+    assert p.room is not None
+
+
 # -- alignment
 
 

@@ -16,7 +16,7 @@ import triton
 
 from benchmarks.programs import PROGRAMS
 from mugraph.codegen.lower import lower, plan_graph
-from mugraph.codegen.plan import Launch, Options
+from mugraph.codegen.plan import ANY, Combined, Launch, Options
 from mugraph.errors import CompileError, MugraphError
 from mugraph.ir.graph import KernelGraph
 from mugraph.ir.parser import parse_program
@@ -27,7 +27,7 @@ from mugraph.runtime.bench import Spread
 from mugraph.runtime.compile import Compiler, Resources
 from mugraph.runtime.interpret import Interpreter
 from mugraph.runtime.timing import Refused
-from mugraph.runtime.tune import Choice, Configuration, Tuned, Tuner, loops_of, rule, with_tiles
+from mugraph.runtime.tune import Choice, Configuration, Tuned, Tuner, combined, loops_of, rule, with_tiles
 from mugraph.search.cost import device
 from mugraph.transpiler.triton import emit, launched
 from mugraph.verify.equivalence import Verified, verify
@@ -155,6 +155,23 @@ def test_each_kernel_of_a_plan_has_its_own_choices():
     _, found = fitted(before, lambda k, o: replace(FINE, spills=int(k == second and o["num_warps"] != 8)))
     assert {c.kernel for c in found.trace} == {launched(lower(before))[second].name}
     assert lower(before, found.options).launches()[0] == lower(before).launches()[0]
+
+
+@pytest.mark.usefixtures("own_tiles")
+def test_the_model_prefers_one_launch_for_a_split_and_its_combine():
+    before = verify_itself(split_matmul(parts=3))
+    _, found = fitted(before, lambda k, o: FINE, "model")
+    assert Choice("split_matmul", "combine", "last") in found.trace
+    (whole,) = launched(lower(before, found.options)).values()
+    assert isinstance(whole, Combined)
+    assert Tuned.from_dict(json.loads(json.dumps(found.to_dict()))).trace == found.trace
+    worse = Told(lambda k, o: replace(FINE, spills=int(k.endswith("_whole"))))
+    _, found = fitted(before, worse, "model")
+    assert not any(c.name == "combine" for c in found.trace)
+
+
+def test_what_has_no_split_has_no_combine_to_choose():
+    assert combined(rmsnorm_linear(), ANY) == ()
 
 
 def test_kernels_of_one_launch_share_their_choices():

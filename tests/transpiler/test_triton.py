@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ from mugraph.runtime.compile import SHARED_LIMITS
 from mugraph.runtime.interpret import Interpreter
 from mugraph.runtime.process import WorkerError
 from mugraph.transpiler.triton import emit
-from tests.blocks import BLOCKS, batched_matmul, gram, matvec, softmax_in_tile, split_matmul
+from tests.blocks import BLOCKS, batched_matmul, finer_combine, gram, matvec, softmax_in_tile, split_matmul
 from tests.graphs import (
     ALL,
     attention,
@@ -92,6 +93,10 @@ def test_source_of_a_split_with_a_combine(golden):
     golden(emit(plan_graph(attention_fused(parts=8))), "py")
 
 
+def test_source_of_last_blocks_that_combine(golden):
+    golden(emit(plan_graph(attention_fused(parts=8), options=Options(combine="last"))), "py")
+
+
 EVERYTHING = {**{n: f for n, (_, f) in ALL.items()}, **BLOCKS}
 
 
@@ -129,7 +134,6 @@ def test_comments_name_every_step_of_the_mugraph():
 def test_names_that_clash_stay_apart(interpreter, taken):
     graph = matvec(k_size=20, n_size=10)
     names = dict(zip(("X", "W", "Y"), taken, strict=True))
-    from dataclasses import replace
 
     def tensor(t):
         return replace(t, name=names.get(t.name, t.name))
@@ -226,6 +230,43 @@ def test_any_number_of_parts_agrees(interpreter, parts):
     check(interpreter, split_matmul(parts=parts), {"B": 5})
 
 
+LAST = Options(combine="last")
+
+
+@pytest.mark.parametrize("parts", [1, 3, 7])
+def test_last_blocks_combine_any_number_of_parts(interpreter, parts):
+    for size in (1, 5, 33):
+        check(interpreter, split_matmul(parts=parts), {"B": size}, options=LAST)
+
+
+@pytest.mark.parametrize("name", ["gqa_split", "gqa_plain_split", "gqa_empty_parts"])
+@pytest.mark.parametrize("dtype", [DType.f16, DType.bf16, DType.f32])
+def test_last_blocks_combine_attentions(interpreter, name, dtype):
+    program, graph = SMALL[name]
+    check(interpreter, graph(dtype), {"B": 7}, program(dtype), options=LAST)
+
+
+def test_a_combine_that_is_cut_finer_runs_in_a_loop(interpreter):
+    graph = finer_combine(attention_fused(DType.f16, 150, 20, parts=2))
+    source = emit(plan_graph(graph, options=LAST))
+    assert "for b_inner in range(b_block * 2, tl.minimum(b_block * 2 + 2, size_b)):" in source
+    assert "for e_inner in range(0, 3):" in source
+    for size in (1, 2, 7):
+        check(interpreter, graph, {"B": size}, attention(DType.f16, 150, 20), options=LAST)
+
+
+def test_counters_are_left_as_they_were(interpreter):
+    """Two calls that share them, as two launches on one stream do."""
+    graph = split_matmul(parts=3)
+    source = emit(plan_graph(graph, options=LAST))
+    again = "\n\nzeros = torch.zeros(64, dtype=torch.int32)\ncounters = lambda count, device: zeros\ninner = run\n\n\n"
+    again += "def run(*inputs):\n    inner(*[torch.zeros_like(t) for t in inputs])\n    return inner(*inputs)\n"
+    check_source(interpreter, source + again, graph, {"B": 5}, draw(graph, {"B": 5}))
+    kept = source.replace("tl.store(arrivals + result, 0)", "tl.store(arrivals + result, 1)") + again
+    with pytest.raises(AssertionError):
+        check_source(interpreter, kept, graph, {"B": 5}, draw(graph, {"B": 5}))
+
+
 def test_large_logits_stay_finite(interpreter):
     graph = stabilise(attention_fused(DType.f16, 100, 32, online=False, parts=2))
     source = emit(plan_graph(graph))
@@ -312,6 +353,16 @@ def test_true_sizes_compile(compiler, name, arch):
         assert r.spills == r.spills_outside == 0
         assert r.wide_loads > 0
         assert r.matrix_ops > 0 or r.kernel.endswith("_combine") or arch == 100
+
+
+@pytest.mark.parametrize(
+    "arch", [pytest.param(80, marks=pytest.mark.full), 90, pytest.param(100, marks=pytest.mark.full)]
+)
+def test_last_blocks_that_combine_compile(compiler, arch):
+    (r,) = compiler.resources(emit(plan_graph(attention_fused(parts=8), options=LAST)), arch)
+    assert r.kernel == "gqa_whole"
+    assert r.spills == r.spills_outside == 0
+    assert r.matrix_ops > 0 or arch == 100
 
 
 def test_more_than_the_shared_memory_shows(compiler):

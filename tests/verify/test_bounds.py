@@ -14,6 +14,7 @@ from mugraph.errors import VerificationError
 from mugraph.ir.graph import KernelGraph, Program
 from mugraph.ir.parser import parse_program
 from mugraph.ir.resize import resized
+from mugraph.ir.types import DType
 from mugraph.pipeline import emit, finished
 from mugraph.search.driver import search
 from mugraph.search.space import SearchSpace
@@ -23,7 +24,7 @@ from mugraph.verify import bounds
 from mugraph.verify.bounds import NO_SOLVER, Bounds, in_bounds
 from mugraph.verify.equivalence import Verified, verify
 from tests import graphs
-from tests.blocks import BLOCKS, split_matmul
+from tests.blocks import BLOCKS, finer_combine, split_matmul
 
 WINNERS = Path(__file__).parents[1] / "corpora/winners"
 H100 = parse_target("cuda:90")
@@ -242,3 +243,64 @@ def test_a_query_without_time_is_unknown():
     source, program = source_of("rmsnorm_linear")
     cubes = source.replace("in_b = i_b < size_b", "in_b = i_b * i_b * i_b < size_b * size_b * size_b")
     assert "not decided in 0.001 s" in in_bounds(cubes, program, seconds=0.001).reason
+
+
+# -- the last block of a result combines its parts
+
+
+def combined_source() -> tuple[str, KernelGraph]:
+    graph = graphs.attention_fused(parts=8)
+    return triton.emit(plan_graph(graph, options=Options(combine="last"))), graph
+
+
+@pytest.mark.parametrize("parts", [1, 2, 7])
+def test_last_blocks_that_combine_are_in_bounds(parts: int):
+    graph = split_matmul(parts=parts)
+    source = triton.emit(plan_graph(graph, options=Options(combine="last")))
+    assert "tl.atomic_add(arrivals" in source
+    holds(in_bounds(source, graph), 20)
+
+
+def test_last_blocks_of_an_attention_are_in_bounds():
+    holds(in_bounds(*combined_source()), 50)
+
+
+def test_a_combine_that_is_cut_finer_is_in_bounds():
+    graph = finer_combine(graphs.attention_fused(DType.f16, 150, 20, parts=2))
+    source = triton.emit(plan_graph(graph, options=Options(combine="last")))
+    holds(in_bounds(source, graph), 50)
+    old = "range(b_block * 2, tl.minimum(b_block * 2 + 2, size_b))"
+    assert old in source
+    for new in ("range(b_block * 2, b_block * 2 + 2)", "range(b_block * 2, tl.minimum(b_block * 2 + 1, size_b))"):
+        with pytest.raises(VerificationError):
+            in_bounds(source.replace(old, new), graph)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("    tl.debug_barrier()  # all threads have stored\n", "", "no barrier"),
+        ('"acq_rel") == 7', '"acq_rel") == 6', "6 other blocks are waited for"),
+        ("result = pid % (tl.cdiv(size_b, 2) * 2)", "result = pid % tl.cdiv(size_b, 2)", "7 other blocks"),
+        ("        tl.store(arrivals + result, 0)  # for the next launch\n", "", "not set to 0"),
+        ("tl.store(arrivals + result, 0)", "tl.store(arrivals + result, 1)", "something else"),
+        ("tl.store(arrivals + result, 0)", "tl.store(arrivals, 0)", "something else"),
+        ("h_block = others % 2", "h_block = 1 - others % 2", "before it is written by all blocks"),
+        ("b_block = pid % tl.cdiv(size_b, 2)\n        others", "b_block = 0\n        others", "written"),
+        ("counters(2 * size_B, Q.device)", "counters(size_B, Q.device)", "out of bounds"),
+    ],
+)
+def test_a_wrong_count_of_blocks_is_refused(old: str, new: str, message: str):
+    source, graph = combined_source()
+    assert source.count(old) == 1
+    with pytest.raises(VerificationError, match=message):
+        in_bounds(source.replace(old, new), graph)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [('sem="acq_rel"', 'sem="relaxed"'), ("arrivals + result, 1,", "arrivals + result, 2,")]
+)
+def test_another_way_of_counting_blocks_is_not_known(old: str, new: str):
+    source, graph = combined_source()
+    assert old in source
+    assert "in another way" in in_bounds(source.replace(old, new), graph).reason
