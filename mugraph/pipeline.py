@@ -57,7 +57,7 @@ from mugraph.runtime.compile import shared_compilers
 from mugraph.runtime.engine import Engine, EngineName, Job, checked_engine, completed, engine_of
 from mugraph.runtime.load import load_module
 from mugraph.runtime.timing import DeviceTimer, Records, Timer
-from mugraph.runtime.tune import AS_LOWERED, REPEATS, RULES, Tuned, Tuner
+from mugraph.runtime.tune import AS_LOWERED, REPEATS, RULES, Tuned, Tuner, fastest_by_size
 from mugraph.search.build import baseline
 from mugraph.search.cost import CPU, Device, device
 from mugraph.search.driver import search, searched
@@ -324,7 +324,9 @@ def by_size(result: Result, sizes: Sequence[int], arches: Sequence[int] = ()) ->
 
     Structures are searched for at these sizes and at the one that the result is for; each then serves the sizes
     next to its own, by the model of the device.  The program as library calls is among the candidates, and serves where
-    a kernel does not compile for `arches` at some size of its range.  Raises SettingError unless the program has one
+    a kernel does not compile for `arches` at some size of its range.  Where the result was tuned by measurement and the
+    device is there, all are timed at these sizes and at the ends of ranges; the fastest at one serves the sizes from
+    the one before.  Raises SettingError unless the program has one
     symbolic size, in whose range `sizes` are, VerificationError where a source disagrees with float64, MugraphError
     where MUGRAPH_DISALLOW_SEARCH is set."""
     program, target, c = result.program, result.target, result.certificate
@@ -355,7 +357,31 @@ def by_size(result: Result, sizes: Sequence[int], arches: Sequence[int] = ()) ->
             tuning = partial(tuned, target=target, level=result.tuning.level, symbolic=s.at)
             found_here = _checked(verified, source, target, c.seed, report, tuning=tuning)
             results[low, high] = _compiling(found_here, (dim.name, low, high), arches)
+    if result.tuning.level == "measure" and device_is_there(target):
+        results = _fastest_ranges(result, results, sizes, arches)
     return results
+
+
+def _fastest_ranges(
+    result: Result, ranges: Mapping[tuple[int, int], Result], sizes: Sequence[int], arches: Sequence[int]
+) -> dict[tuple[int, int], Result]:
+    """The results by what was measured; as they were where nothing could be timed up to some size."""
+    program, target, c = result.program, result.target, result.certificate
+    (dim,) = program.dims()
+    stands = _as_it_stands(result, SearchSpace(), 2.0**c.delta_requested_log2, c.seed)
+    rivals = list({r.source: r for r in (stands, result, *ranges.values())}.values())
+    at = sorted({*sizes, *(high for _, high in ranges)})
+    best, notes = fastest_by_size([r.source for r in rivals], at, lambda n: _timer(program, target, "measure", n))
+    found: list[tuple[int, int, Result]] = []
+    for n in at:
+        as_predicted = next(r for (first, last), r in ranges.items() if first <= n <= last)
+        chosen = rivals[best[n]] if n in best else as_predicted
+        if found and found[-1][2] is chosen:
+            found[-1] = found[-1][0], n, chosen
+        else:
+            found.append((found[-1][1] + 1 if found else dim.min, n, chosen))
+    compiling = {(low, high): _compiling(r, (dim.name, low, high), arches) for low, high, r in found}
+    return {at: replace(r, notes=tuple(dict.fromkeys((*r.notes, *notes)))) for at, r in compiling.items()}
 
 
 def _compiling(found: Result, sizes: tuple[str, int, int], arches: Sequence[int]) -> Result:

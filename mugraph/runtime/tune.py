@@ -25,6 +25,7 @@ import queue
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from typing import Any, TypeVar, get_args
@@ -390,6 +391,31 @@ def fastest(timer: Timer, configurations: Sequence[Configuration]) -> tuple[Conf
         if first not in left and 0 in times:
             left.append(first)
     return best, count, notes
+
+
+def fastest_by_size(
+    sources: Sequence[str], sizes: Sequence[int], timer_at: Callable[[int], AbstractContextManager[Timer | None]]
+) -> tuple[dict[int, int], list[str]]:
+    """Which of the sources, by its place, is the fastest at each of these values of a symbolic size, and notes on what
+    was refused.  The first one stays unless another is faster.  A size at which none could be timed is left out, and
+    where the device is lost all that follow."""
+    best: dict[int, int] = {}
+    notes: list[str] = []
+    for n in sizes:
+        times: dict[int, float] = {}
+        with timer_at(n) as timer:
+            for i, source in enumerate(sources if timer else ()):
+                assert timer
+                answer = timer.seconds(source, REPEATS[-1])
+                if not isinstance(answer, Refused):
+                    times[i] = answer.median
+                    continue
+                notes.append(f"at {n}: {answer.reason}")
+                if answer.lost:
+                    return best, notes
+        if times:
+            best[n] = min(times, key=lambda i: (times[i], i))
+    return best, notes
 
 
 def proposals(f: Rule, at: Configuration) -> list[Options]:

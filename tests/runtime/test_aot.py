@@ -9,6 +9,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +38,12 @@ from mugraph.ir.types import DType, Input, Storage, tensor
 from mugraph.result import Result, load
 from mugraph.runtime.aot import HOST, host_part, loader_text, made, turning_points, whole_range
 from mugraph.runtime.artefact import INDEX, Artefact, digest, sealed
+from mugraph.runtime.bench import Spread
 from mugraph.runtime.cache import Cache
 from mugraph.runtime.compile import Compiler
 from mugraph.runtime.dispatch import Direct, Range, Recorded, Table
 from mugraph.runtime.load import Executable
+from mugraph.runtime.timing import Refused
 from mugraph.transpiler import torch as torch_code
 from mugraph.transpiler.target import Target
 from mugraph.transpiler.triton import emit
@@ -381,6 +384,38 @@ def test_ranges_of_sizes_have_structures_of_their_own(stub: Stub, monkeypatch: p
     monkeypatch.setenv("MUGRAPH_DISALLOW_SEARCH", "1")
     with pytest.raises(MugraphError, match="forbids a search for other sizes"):
         pipeline.by_size(result, (1, 64))
+
+
+def test_what_is_fastest_at_a_size_serves_the_sizes_from_the_one_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A made-up clock: the program's own matmuls win at 64, the second structure elsewhere."""
+    program = PROGRAMS["low_rank_chain"]
+    result = pipeline.optimize(program, target="cuda:90", tune="none")
+    ranges = pipeline.by_size(result, (1, 1024))
+    (first, second), asked = list(ranges.values())[:2], []
+
+    class Clock:
+        def __init__(self, size: int) -> None:
+            self.size = size
+
+        def seconds(self, source: str, repeats: int) -> Spread | Refused:
+            asked.append(self.size)
+            if source == first.source:
+                return Refused("it hangs")
+            best = "@triton.jit" not in source if self.size == 64 else source == second.source
+            return Spread(*[1.0 if best else 2.0] * 3)
+
+    monkeypatch.setattr(pipeline, "_timer", lambda program, target, level, n: nullcontext(Clock(n)))
+    found = pipeline._fastest_ranges(result, ranges, (1, 16, 64), ())
+    (dim,) = program.dims()
+    assert list(found) == [(dim.min, 16), (17, 64), (65, dim.max)]
+    assert [r.has_kernels for r in found.values()] == [True, False, True]
+    assert found[dim.min, 16].source == found[65, dim.max].source == second.source
+    assert all("it hangs" in " ".join(r.notes) for r in found.values())
+    assert {1, 16, 64, dim.max} <= set(asked)
+    monkeypatch.setattr(pipeline, "_timer", lambda program, target, level, n: nullcontext(None))
+    assert [r.source for r in pipeline._fastest_ranges(result, ranges, (1, 64), ()).values()] == [
+        r.source for r in ranges.values()
+    ]
 
 
 def test_ranges_are_of_one_symbolic_size() -> None:

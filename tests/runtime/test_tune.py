@@ -8,6 +8,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,7 +28,17 @@ from mugraph.runtime.bench import Spread
 from mugraph.runtime.compile import Compiler, Resources
 from mugraph.runtime.interpret import Interpreter
 from mugraph.runtime.timing import Refused
-from mugraph.runtime.tune import Choice, Configuration, Tuned, Tuner, combined, loops_of, rule, with_tiles
+from mugraph.runtime.tune import (
+    Choice,
+    Configuration,
+    Tuned,
+    Tuner,
+    combined,
+    fastest_by_size,
+    loops_of,
+    rule,
+    with_tiles,
+)
 from mugraph.search.cost import device
 from mugraph.transpiler.triton import emit, launched
 from mugraph.verify.equivalence import Verified, verify
@@ -433,6 +444,26 @@ def test_neighbours_differ_in_one_tile_and_are_the_program():
     wrong = replace(graph, outputs=())
     with pytest.raises(MugraphError):
         verify(graph, retiled(wrong, {part: 8}))
+
+
+# -- by size
+
+
+def test_the_fastest_of_several_sources_is_found_at_each_size():
+    clocks = {1: {"a": 1.0, "b": 1.0}, 8: {"a": 3.0, "b": 2.0}, 64: {"a": Refused("out of memory"), "b": 9.0}}
+    found, notes = fastest_by_size(["a", "b"], [1, 8, 64], lambda n: nullcontext(Clock(lambda s: clocks[n][s])))
+    assert found == {1: 0, 8: 1, 64: 1}
+    assert notes == ["at 64: out of memory"]
+
+
+def test_a_lost_device_ends_the_comparison_and_keeps_what_was_found():
+    lost = Refused("the device was lost", lost=True)
+    found, notes = fastest_by_size(
+        ["a", "b"], [1, 8, 64], lambda n: nullcontext(Clock(lambda s: lost if (n, s) == (8, "b") else 1.0))
+    )
+    assert found == {1: 0}
+    assert notes == ["at 8: the device was lost"]
+    assert fastest_by_size(["a"], [1], lambda n: nullcontext(None)) == ({}, [])
 
 
 # -- what options do to the text
