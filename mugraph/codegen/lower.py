@@ -748,6 +748,11 @@ class _Planner:
     def size_of(self, axes: Iterable[str], scope: int) -> int:
         return math.prod(self.lane_size(lane, scope) for lane in self.lanes_of(axes, scope))
 
+    def most_of(self, axes: Iterable[str], scope: int) -> int:
+        """The elements of a tile where lanes that a launch computes are many."""
+        extents = self.extents[scope]
+        return math.prod(extents[a].most_lanes for lane in self.lanes_of(axes, scope) for a in lane if a in extents)
+
     # -- contractions --------------------------------------------------------------------------------------------
 
     def sides(self, e: Equation, scope: int) -> _Sides:
@@ -1047,7 +1052,7 @@ class _Planner:
             return self.options.num_warps
         largest = demand = 1
         for number, raw in enumerate(self.raw):
-            sizes = [(i, self.size_of(self.names(_name(i)), number)) for i in raw.items]
+            sizes = [(i, self.most_of(self.names(_name(i)), number)) for i in raw.items]
             kept = sum(n for i, n in sizes if isinstance(i, Accumulator))
             computed = sorted(n for i, n in sizes if isinstance(i, Equation))
             largest = max([largest, *(n for _, n in sizes)])

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Literal, assert_never
 
-from mugraph.ir.axes import Axis
+from mugraph.ir.axes import Axis, largest
 from mugraph.ir.graph import Equation, Monoid
 from mugraph.ir.printer import op_head
 from mugraph.ir.types import DType, Tensor
@@ -26,6 +26,9 @@ Role = Literal["grid", "loop", "whole"]
 Form = Literal["pointwise", "sum", "dot", "relabel", "scan"]
 Space = Literal["input", "output", "global", "workspace", "zeroed", "counters"]
 Precision = Literal["ieee", "tf32"]
+
+
+MOST_LAUNCHED = 2**14  # lanes that a launch computes, as far as its kernel is made to fit
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,13 @@ class Extent:
     tail: bool
     at_launch: bool = False
     least: int = 1
+
+    @property
+    def most_lanes(self) -> int:
+        """What registers and warps are chosen for: the greatest number of lanes, within reason."""
+        if not self.at_launch:
+            return self.lanes
+        return max(self.lanes, min(1 << (largest(self.axis.size) - 1).bit_length(), MOST_LAUNCHED))
 
     @property
     def padded(self) -> bool:

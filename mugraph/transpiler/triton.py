@@ -1249,7 +1249,7 @@ class _Kernel:
             for at in range(len(b.tensor.dims)):
                 param = self.name_of(("stride", b.tensor.name, at), "")
                 found.append((param, _int_type(product(b.tensor.shape[at + 1 :]), True)))
-        found += [(n, str(e.lanes)) for n, e in self.lane_params.items()]
+        found += [(n, str(e.most_lanes)) for n, e in self.lane_params.items()]
         return found + [(name, value) for name, value, _ in self.flags()]
 
 

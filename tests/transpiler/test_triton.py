@@ -16,7 +16,7 @@ from mugraph.codegen.lower import plan_graph
 from mugraph.codegen.plan import Options
 from mugraph.codegen.stabilise import stabilise
 from mugraph.errors import CompileError, UnsupportedOpError
-from mugraph.ir.axes import size_value
+from mugraph.ir.axes import Dim, size_value
 from mugraph.ir.evaluate import reference
 from mugraph.ir.graph import KernelGraph, Program
 from mugraph.ir.resize import recast, resized
@@ -363,6 +363,19 @@ def test_last_blocks_that_combine_compile(compiler, arch):
     assert r.kernel == "gqa_whole"
     assert r.spills == r.spills_outside == 0
     assert r.matrix_ops > 0 or arch == 100
+
+
+def test_an_axis_of_any_length_gets_warps_and_is_compiled_for_its_longest(compiler):
+    def source(most: int) -> str:
+        return emit(plan_graph(softmax_in_tile(DType.f16, Dim("L", 3, most))))
+
+    assert ("num_warps=1," in source(40), '"LANES_k": 64,' in source(40)) == (True, True)
+    assert ("num_warps=16," in source(4096), '"LANES_k": 4096,' in source(4096)) == (True, True)
+    assert '"LANES_k": 16384,' in source(2**20)
+    (enough,) = compiler.resources(source(4096), 90)
+    assert enough.repeated_spills == 0
+    (one_warp,) = compiler.resources(source(4096), 90, {"num_warps": 1})
+    assert one_warp.repeated_spills > 0
 
 
 def test_more_than_the_shared_memory_shows(compiler):
