@@ -175,7 +175,18 @@ class Footprint:
 
 
 def product_dtype(p: Problem, operands: Sequence[int]) -> DType:
-    """The type that a product multiplies in: the widest of its floating operands, 16 bits at least."""
-    types = [p.dtypes.get(x, p.dtype) for x in operands]
+    """The type that a product multiplies in: the widest of its floating operands, 16 bits at least; 8 bits where all
+    operands are of one such type and the device has instructions for it."""
+    types = [uncast(p, x) for x in operands]
+    if len(set(types)) == 1 and types[0].bits == 8 and p.device.on_tensor_cores(types[0]):
+        return types[0]
     wide = [t for t in types if t.is_float and t.bits >= 16]
     return max(wide, key=lambda t: t.bits) if wide else DType.f16
+
+
+def uncast(p: Problem, c: int) -> DType:
+    """The type of a class, or that of the narrower integers that it is made of by a cast."""
+    own = p.dtypes.get(c, p.dtype)
+    given = (e.children[0] for e in p.closure.classes[c].edges if e.kind == "call" and e.fn == "cast")
+    narrow = [t for t in (p.dtypes.get(x, p.dtype) for x in given) if not t.is_float]
+    return min([own, *narrow], key=lambda t: t.bits)

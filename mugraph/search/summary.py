@@ -198,7 +198,8 @@ def unsearched(
 
 def kernel_cost(name: str, found: Prediction, p: Problem, steps: tuple[LawStep, ...] = ()) -> KernelCost:
     """The prediction for a launch, with the laws that it follows from, as the report has it."""
-    floor = floor_seconds(found.unique_bytes, found.flops, p.dtype, p.device)
+    types = [p.dtype, *(t for t in p.dtypes.values() if t.is_float or t.bits == 8)]
+    floor = floor_seconds(found.unique_bytes, found.flops, max(types, key=p.device.matmul_rate), p.device)
     return KernelCost(name, found.seconds, found.bound, dict(found.terms), floor, steps)
 
 

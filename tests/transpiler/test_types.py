@@ -182,6 +182,26 @@ def test_an_integer_matmul_passes_all_tiers():
     assert {"tested", "proved", "bounds", "numerics"} <= set(result.certificate.tiers)
 
 
+def test_a_large_integer_matmul_is_priced_at_the_rate_of_8_bits():
+    """Else it would be left to torch, which has no instructions for it."""
+    rows = mg.Dim("b", 1, 8192)
+
+    @mg.program
+    def matmul_i8(x: mg.i8[rows, 4096], w: mg.i8[4096, 4096]):
+        return mg.cast(x, mg.i32) @ mg.cast(w, mg.i32)
+
+    @mg.program
+    def matmul_i16(x: mg.i16[rows, 4096], w: mg.i16[4096, 4096]):
+        return mg.cast(x, mg.i32) @ mg.cast(w, mg.i32)
+
+    space = mg.SearchSpace(symbolic=4096)
+    found = [mg.optimize(p, target="cuda:90", tune="none", space=space) for p in (matmul_i8, matmul_i16)]
+    bytes_, words = (r.report for r in found)
+    assert found[0].has_kernels
+    assert bytes_.predicted_seconds < words.predicted_seconds / 4  # i16 has no matrix instructions
+    assert all(k.seconds >= k.floor_seconds for r in (bytes_, words) for k in r.kernels)
+
+
 # -- floats of 8 bits ----------------------------------------------------------------------------------------------
 
 
