@@ -195,6 +195,8 @@ class Options:
     pdl              programmatic dependent launch (sm_90 and later): blocks may start while the kernel before still
                      runs, and wait for its end before they touch memory
     evict_first      the largest source, of which each part is read by few blocks, is the first to leave the caches
+    group            blocks of the second grid axis that program ids walk before the next block of the first, so that
+                     blocks which run together share what they load in L2 (1: one axis after the other)
     """
 
     num_warps: int | None = None
@@ -206,6 +208,7 @@ class Options:
     unroll: int = 1
     evict_first: bool = False
     pdl: bool = False
+    group: int = 1
 
     def __str__(self) -> str:
         parts = [f"warps {self.num_warps}", f"stages {self.num_stages}"]
@@ -244,6 +247,7 @@ VALID: dict[str, Sequence[object]] = {
     "unroll": (1, 2, 4, 8),
     "evict_first": (False, True),
     "pdl": (False, True),
+    "group": (1, 4, 8, 16),
 }
 
 
@@ -284,6 +288,25 @@ class Launch:
     lanes: tuple[tuple[str, ...], ...]
     scopes: tuple[Scope, ...]
     options: Options
+
+    def extent(self, axis: str) -> Extent:
+        """How a grid axis is covered, in all scopes alike."""
+        return next(e for s in self.scopes for e in s.extents if e.axis.name == axis and e.role == "grid")
+
+    def parallel(self) -> tuple[Extent, ...]:
+        """The grid axes that are not one block at all sizes, in program-id order."""
+        extents = map(self.extent, self.grid)
+        return tuple(e for e in extents if not isinstance(e.axis.size, int) or e.axis.size > e.tile)
+
+    def grouped(self) -> tuple[str, int]:
+        """The grid axis of which blocks go together, the second one, and how many; none: ("", 1)."""
+        axes = self.parallel()
+        if len(axes) < 2:
+            return "", 1
+        second, group = axes[1], self.options.group
+        if isinstance(second.axis.size, int):
+            group = min(group, -(-second.axis.size // second.tile))
+        return (second.axis.name, group) if group > 1 else ("", 1)
 
     def sources(self) -> tuple[str, ...]:
         """Buffers read, in order of first use."""

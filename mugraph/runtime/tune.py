@@ -36,7 +36,7 @@ from mugraph.ir.graph import KernelGraph
 from mugraph.ir.ops import Kernel
 from mugraph.ir.resize import neighbours, retiled
 from mugraph.runtime.compile import Compiler, Resources
-from mugraph.runtime.model import predicted_seconds
+from mugraph.runtime.model import digits, predicted_seconds, traffic
 from mugraph.runtime.timing import Refused, Timer
 from mugraph.search.cost import Device
 from mugraph.settings import Tune
@@ -494,9 +494,13 @@ def loops(at: Configuration) -> bool:
     return bool(at.resources and at.resources.loop_instructions)
 
 
+def launches(at: Configuration) -> tuple[Launch, ...]:
+    return at.call.launches if isinstance(at.call, Beside) else (at.call,)
+
+
 def products(at: Configuration) -> Iterator[tuple[int, int]]:
     """The rows and columns of each matrix multiply in a tile, padding aside."""
-    for launch in at.call.launches if isinstance(at.call, Beside) else (at.call,):
+    for launch in launches(at):
         axes: dict[str, set[str]] = {}
         for scope in launch.scopes:
             tiles = {e.axis.name: e.tile for e in scope.extents}
@@ -563,3 +567,15 @@ def dependent_launch(at: Configuration) -> Iterator[Options]:
     """The launch of a kernel overlaps with the end of the one before."""
     if at.badness == (0, 0) and at.arch >= 90 and not at.options.pdl:
         yield replace(at.options, pdl=True)
+
+
+@rule
+def grouped_blocks(at: Configuration) -> Iterator[Options]:
+    """Blocks that run together share what they load along both axes of the grid.  Where L2 holds all that the kernel
+    touches, their order does not matter."""
+    touched = sum(traffic(x, at.plan, at.symbolic).unique for x in launches(at))
+    if at.badness == (0, 0) and at.options.group == 1 and touched > at.device.l2_bytes:
+        counts = [[count for _, count in digits(x, at.symbolic)] for x in launches(at)]
+        if any(len(x.parallel()) > 1 and min(c[:2]) > 1 for x, c in zip(launches(at), counts, strict=True)):
+            for group in (8, 4, 16):
+                yield replace(at.options, group=group)

@@ -434,39 +434,52 @@ class _Kernel:
             if scope.before or scope.body:
                 self.write_scope()
             if pdl and scope.loop and number == self.last_loop():
-                self.lines += [f"    {line}" for line in RELEASE]
+                self.lines += [f"{self.indent}{line}" for line in RELEASE]
 
     def program_ids(self) -> None:
         """The program id taken apart: the first grid axis runs fastest, the part of a split slowest."""
-        names = [a for a in self.launch.grid if self.blocks(a) != "1"]
-        last = "part" if self.launch.split else names[-1] if names else ""
-        if not last:
+        names = [e.axis.name for e in self.launch.parallel()]
+        digits = [(self.name_of(("block", a), f"{a}_block"), self.blocks(a)) for a in names]
+        axis, group = self.launch.grouped()
+        if axis:
+            inner, outer = (self.name_of((x, axis), f"{axis}_{x}") for x in ("inner", "outer"))
+            digits[:2] = [(inner, str(group)), digits[0], (outer, self.blocks(axis, group))]
+        digits += [("part", str(self.launch.split[1]))] if self.launch.split else []
+        if not digits:
             return
-        pids = {a: self.name_of(("block", a), f"{a}_block") for a in names}
-        if not self.launch.split:
-            names = names[:-1]
-        if not names:
-            self.put(f"{pids.get(last, last)} = {'pid' if self.beside else 'tl.program_id(0)'}")
+        *lower, (last, _) = digits
+        if not lower:
+            self.put(f"{last} = {'pid' if self.beside else 'tl.program_id(0)'}")
             return
         if not self.beside:
             self.put("pid = tl.program_id(0)")
-        for i, axis in enumerate(names):
-            count = _paren(self.blocks(axis))
-            self.put(f"{pids[axis]} = pid % {count}")
-            self.put(f"{'pid' if i < len(names) - 1 else pids.get(last, last)} = pid // {count}")
+        for i, (name, blocks) in enumerate(lower):
+            count = _paren(blocks)
+            self.put(f"{name} = pid % {count}")
+            self.put(f"{'pid' if i < len(lower) - 1 else last} = pid // {count}")
+        if axis:
+            self.in_group(axis, group, f"{outer} * {group} + {inner}")
 
-    def extent_of(self, axis: str) -> Extent:
-        return next(e for s in self.launch.scopes for e in s.extents if e.axis.name == axis and e.role == "grid")
+    def in_group(self, axis: str, group: int, block: str) -> None:
+        """The block of a grouped axis; where the last group is not full, those beyond the axis do nothing."""
+        name, size = self.name_of(("block", axis), f"{axis}_block"), self.launch.extent(axis).axis.size
+        self.put(f"{name} = {block}")
+        if not isinstance(size, int) or int(self.blocks(axis)) % group:
+            self.put(f"if {name} < {self.blocks(axis)}:")
+            self.indent += "    "
 
-    def blocks(self, axis: str) -> str:
-        e = self.extent_of(axis)
+    def blocks(self, axis: str, together: int = 1) -> str:
+        """How many blocks a grid axis has, or groups of so many."""
+        e = self.launch.extent(axis)
+        tile = e.tile * together
         if isinstance(e.axis.size, int):
-            return str(-(-e.axis.size // e.tile))
-        return self.size(e.axis) if e.tile == 1 else f"tl.cdiv({self.size(e.axis)}, {e.tile})"
+            return str(-(-e.axis.size // tile))
+        return self.size(e.axis) if tile == 1 else f"tl.cdiv({self.size(e.axis)}, {tile})"
 
     def write_scope(self) -> None:
         scope = self.scope
-        self.lines.append("")
+        if not (self.lines and self.lines[-1].endswith(":")):
+            self.lines.append("")
         self.tail, self.offsets = False, {}
         for e in scope.extents:
             self.define_index(e)
@@ -1135,20 +1148,23 @@ class _Kernel:
         return "\n".join(lines + (body if body else ["    pass"]))
 
     def summary(self) -> str:
-        cut = [f"{self.extent_of(a).tile} of {a}" for a in self.launch.grid]
+        cut = [f"{self.launch.extent(a).tile} of {a}" for a in self.launch.grid]
         cut += [f"one of {self.launch.split[1]} parts of {self.launch.split[0]}"] if self.launch.split else []
         return f"One block: {', '.join(cut)}." if cut else "One block."
 
     def grid(self) -> str:
         counts: list[str] = []
+        grouped, group = self.launch.grouped()
         static = self.launch.split[1] if self.launch.split else 1
         for axis in self.launch.grid:
-            e = self.extent_of(axis)
+            e, together = self.launch.extent(axis), group if axis == grouped else 1
+            tile = e.tile * together
+            static *= together
             if isinstance(e.axis.size, int):
-                static *= -(-e.axis.size // e.tile)
+                static *= -(-e.axis.size // tile)
             else:
                 size = _size_text(e.axis.size)
-                counts.append(size if e.tile == 1 else f"triton.cdiv({size}, {e.tile})")
+                counts.append(size if tile == 1 else f"triton.cdiv({size}, {tile})")
         if static > 1 or not counts:
             counts.append(str(static))
         return " * ".join(counts)

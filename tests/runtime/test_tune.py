@@ -26,6 +26,7 @@ from mugraph.runtime import tune
 from mugraph.runtime.bench import Spread
 from mugraph.runtime.compile import Compiler, Resources
 from mugraph.runtime.interpret import Interpreter
+from mugraph.runtime.model import fetched, traffic
 from mugraph.runtime.timing import Refused
 from mugraph.runtime.tune import Choice, Configuration, Tuned, Tuner, loops_of, rule, with_tiles
 from mugraph.search.cost import device
@@ -416,6 +417,35 @@ def test_neighbours_differ_in_one_tile_and_are_the_program():
     wrong = replace(graph, outputs=())
     with pytest.raises(MugraphError):
         verify(graph, retiled(wrong, {part: 8}))
+
+
+# -- the order of blocks
+
+
+def at_size(options: Options, symbolic: int, resources: Resources = FINE) -> Configuration:
+    """rmsnorm_linear as it would be ranked for that many rows."""
+    plan = plan_graph(graphs.ALL["rmsnorm_linear"][1](), options=options)
+    ((function, call),) = launched(plan).items()
+    return Configuration(call, plan, emit(plan), H100, (), replace(resources, kernel=function), symbolic=symbolic)
+
+
+def test_groups_of_blocks_are_proposed_where_l2_does_not_hold_all():
+    proposed = [o.group for o in tune.proposals(tune.grouped_blocks, at_size(Options(), 4096))]
+    assert proposed == [8, 4, 16]
+    assert tune.proposals(tune.grouped_blocks, at_size(Options(), 16)) == []  # one block of rows
+    assert tune.proposals(tune.grouped_blocks, at_size(Options(group=4), 4096)) == []
+    small = replace(at_size(Options(), 4096), device=replace(H100, l2_bytes=1e9))
+    assert tune.proposals(tune.grouped_blocks, small) == []
+
+
+def test_groups_fetch_less_where_waves_reach_beyond_l2():
+    few = replace(FINE, shared_bytes=100_000)  # two blocks of an SM: 264 at a time of 256 x 96
+    one_axis, grouped = (at_size(Options(group=g), 4096, few) for g in (1, 16))
+    fetch = [fetched(c.call, c.plan, 264, 4096) for c in (one_axis, grouped)]
+    assert fetch[1] < 0.5 * fetch[0]
+    assert grouped.seconds < one_axis.seconds
+    everything = fetched(grouped.call, grouped.plan, 256 * 96, 4096)
+    assert everything == traffic(grouped.call, grouped.plan, 4096).unique
 
 
 # -- what options do to the text

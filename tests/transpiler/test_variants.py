@@ -1,0 +1,139 @@
+"""Variants of a launch: the order of its blocks.  Texts, agreement with float64 at odd sizes, bounds, machine code, and
+errors that must show."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mugraph.codegen.lower import plan_graph
+from mugraph.codegen.plan import Options
+from mugraph.errors import VerificationError
+from mugraph.ir.graph import KernelGraph
+from mugraph.ir.types import DType
+from mugraph.runtime.compile import SHARED_LIMITS, Compiler
+from mugraph.runtime.interpret import Interpreter
+from mugraph.transpiler.triton import emit
+from mugraph.verify.bounds import in_bounds
+from tests.blocks import BLOCKS, batched_matmul, split_matmul
+from tests.graphs import ALL, rmsnorm_linear, rmsnorm_linear_fused
+from tests.transpiler.test_triton import check
+
+
+def linear(dtype: DType = DType.f16, n: int = 300) -> KernelGraph:
+    """Two blocks of rows at B = 17, five of columns."""
+    return rmsnorm_linear_fused(dtype, 200, n)
+
+
+GROUPS = [Options(group=4), Options(group=16)]
+VARIANTS = GROUPS
+
+
+def source(graph: KernelGraph, options: Options) -> str:
+    return emit(plan_graph(graph, options=options))
+
+
+# -- texts
+
+
+def test_the_text_of_grouped_blocks(golden):
+    golden(source(linear(), Options(group=4)), "py")
+
+
+@pytest.mark.parametrize("options", VARIANTS, ids=str)
+def test_variants_are_formatted(options: Options, tmp_path: Path):
+    graphs = {**BLOCKS, **{n: f for n, (_, f) in ALL.items()}, "linear": linear}
+    texts = {name: source(make(), options) for name, make in graphs.items()}
+    assert any(text != emit(plan_graph(graphs[name]())) for name, text in texts.items())
+    for name, text in texts.items():
+        assert max(map(len, text.splitlines())) <= 120, name
+        (tmp_path / f"{name}.py").write_text(text)
+    ruff = Path(sys.executable).with_name("ruff")
+    command = [ruff, "format", "--isolated", "--line-length=120", "--diff", tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def test_a_grid_of_one_axis_has_no_groups():
+    graph = BLOCKS["softmax_two_pass"]()
+    assert source(graph, Options(group=8)) == source(graph, Options())
+
+
+def test_a_group_is_no_larger_than_its_axis():
+    """Of six blocks of heads, grouped by eight, none is empty."""
+    text = source(linear(n=128), Options(group=8))
+    assert "n_inner = pid % 2" in text
+    assert "if n_block" not in text
+
+
+@pytest.mark.parametrize(("name", "value"), [("group", 3), ("group", True), ("group", "4")])
+def test_what_is_no_value_of_an_option_is_refused(name: str, value: object):
+    with pytest.raises(ValueError, match=f"there is no option {name}"):
+        Options().changed(name, value)
+
+
+# -- agreement with float64
+
+
+@pytest.mark.parametrize("b", [1, 17, 35])
+@pytest.mark.parametrize("options", VARIANTS, ids=str)
+def test_variants_agree_with_float64(interpreter: Interpreter, options: Options, b: int):
+    check(interpreter, linear(), {"B": b}, rmsnorm_linear(DType.f16, 200, 300), options=options)
+
+
+@pytest.mark.parametrize("options", VARIANTS, ids=str)
+def test_variants_of_splits_and_batches_agree_with_float64(interpreter: Interpreter, options: Options):
+    check(interpreter, split_matmul(parts=3), {"B": 37}, options=options)
+    check(interpreter, batched_matmul(), {"B": 90}, options=options)  # the second axis is symbolic: six blocks
+
+
+# -- bounds
+
+
+@pytest.mark.parametrize("options", VARIANTS, ids=str)
+@pytest.mark.parametrize("name", [*BLOCKS, *ALL])
+def test_variants_are_in_bounds_at_all_sizes(name: str, options: Options):
+    pytest.importorskip("z3")
+    graph = BLOCKS[name]() if name in BLOCKS else ALL[name][1]()
+    found = in_bounds(source(graph, options), graph)
+    assert found.unknown == ()
+    assert found.claims >= 3
+
+
+GROUP = Options(group=4)
+OUTSIDE, TWICE, MISSING = "is out of bounds", "is written twice", "is not written everywhere"
+EDITS = [
+    (GROUP, "if n_block < 5:", "if n_block < 6:", OUTSIDE),
+    (GROUP, "if n_block < 5:", "if n_block < 4:", MISSING),
+    (GROUP, "n_outer * 4 + n_inner", "n_outer * 2 + n_inner", TWICE),
+    (GROUP, "n_outer * 4 + n_inner", "n_outer * 4 + n_inner + 1", MISSING),
+    (GROUP, "n_outer * 4 + n_inner", "n_outer + n_inner * 4", MISSING),
+    (GROUP, "triton.cdiv(size_B, 16) * 8", "triton.cdiv(size_B, 16) * 4", MISSING),
+]
+
+
+@pytest.mark.parametrize(("options", "old", "new", "why"), EDITS)
+def test_an_error_in_a_variant_is_shown(options: Options, old: str, new: str, why: str):
+    pytest.importorskip("z3")
+    graph = linear(n=320)  # whole tiles of columns: no mask hides a wrong block
+    text = source(graph, options)
+    in_bounds(text, graph)
+    assert text.count(old) == 1
+    with pytest.raises(VerificationError, match=why):
+        in_bounds(text.replace(old, new), graph)
+
+
+# -- machine code
+
+
+@pytest.mark.parametrize("arch", [80, 90, 100])
+@pytest.mark.parametrize("options", VARIANTS, ids=str)
+def test_variants_compile_without_spills(compiler: Compiler, options: Options, arch: int):
+    for graph in (rmsnorm_linear_fused(), linear(n=320)):
+        (found,) = compiler.resources(source(graph, options), arch)
+        assert found.spills == found.spills_outside == 0
+        assert found.wide_loads > 0
+        assert 0 < found.shared_bytes <= SHARED_LIMITS[arch]
