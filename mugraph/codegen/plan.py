@@ -197,6 +197,8 @@ class Options:
     evict_first      the largest source, of which each part is read by few blocks, is the first to leave the caches
     group            blocks of the second grid axis that program ids walk before the next block of the first, so that
                      blocks which run together share what they load in L2 (1: one axis after the other)
+    persistent       blocks that each multiprocessor gets, which loop over what would else be all blocks (0: one block
+                     for each); kernels that share a launch have all of theirs
     """
 
     num_warps: int | None = None
@@ -209,6 +211,7 @@ class Options:
     evict_first: bool = False
     pdl: bool = False
     group: int = 1
+    persistent: int = 0
 
     def __str__(self) -> str:
         parts = [f"warps {self.num_warps}", f"stages {self.num_stages}"]
@@ -236,6 +239,7 @@ class Options:
         return replace(self, **{name: value})  # type: ignore[arg-type]
 
 
+MOST_RESIDENT = 8  # persistent blocks of a multiprocessor
 # The values that a choice may have.
 VALID: dict[str, Sequence[object]] = {
     "num_warps": (1, 2, 4, 8, 16, 32),
@@ -248,6 +252,7 @@ VALID: dict[str, Sequence[object]] = {
     "evict_first": (False, True),
     "pdl": (False, True),
     "group": (1, 4, 8, 16),
+    "persistent": range(MOST_RESIDENT + 1),
 }
 
 

@@ -266,11 +266,13 @@ class Host:
     def of(text: str, kernels: Sequence[str], name: str) -> Host:
         return Host(compile(text, name, "exec"), tuple(kernels))
 
-    def names(self, launch: OnLaunch, like_torch: Any = torch) -> dict[str, Any]:
-        """What the file defines, where kernels are launched by `launch`."""
+    def names(self, launch: OnLaunch, like_torch: Any = torch, multiprocessors: int = 1) -> dict[str, Any]:
+        """What the file defines, where kernels are launched by `launch` on a device of so many multiprocessors."""
         found = {**HOST_NAMES, "torch": torch, **{k: Kernel(k, launch) for k in self.kernels}}
         exec(self.code, found)
         found["torch"] = like_torch  # what its functions see when they are called
+        if "multiprocessors" in found:
+            found["multiprocessors"] = lambda device: multiprocessors
         return found
 
 
@@ -556,6 +558,9 @@ class Dispatch:
                 self.on_device[ordinal] = self.binaries(ordinal)
             return self.on_device[ordinal]
 
+    def multiprocessors(self, ordinal: int) -> int:
+        return self.loaded(ordinal).driver.multiprocessors(ordinal)
+
     def prepared(
         self, tensors: Sequence[torch.Tensor], pointers: Sequence[int], sizes: Mapping[str, int]
     ) -> Direct | Recorded:
@@ -584,7 +589,7 @@ class Dispatch:
         if not self.hosts[file].kernels:
             return Direct(*common, names["run"])
         recorder = Recorder(self.loaded(ordinal), file, self.hooks.stream(ordinal))
-        recorded = self.hosts[file].names(recorder.launch, recorder)
+        recorded = self.hosts[file].names(recorder.launch, recorder, self.multiprocessors(ordinal))
         places = [recorder.place(t, a) for t, a in zip(tensors, alignment or [True] * len(tensors), strict=True)]
         inputs, out = places[: self.inputs], places[self.inputs :]
         run, kept = recorded["run"], None
@@ -629,7 +634,8 @@ class Dispatch:
 
         with self.lock:  # one for all calls: it may keep what it computes ahead
             if (file, ordinal) not in self.live:
-                self.live[file, ordinal] = self.hosts[file].names(launch)
+                count = self.multiprocessors(ordinal) if self.hosts[file].kernels else 1
+                self.live[file, ordinal] = self.hosts[file].names(launch, multiprocessors=count)
             return self.live[file, ordinal]
 
 

@@ -52,12 +52,14 @@ def predicted_seconds(call: Launch | Beside, plan: Plan, found: Resources, d: De
     """Seconds of one launch, symbolic sizes being `symbolic`.
 
     Infinite where no block fits on an SM.  Formula: sum of fixed costs, the 4-norm of the
-    limits, and what each further wave of blocks costs."""
+    limits, and what each further wave of blocks costs: nothing where blocks are persistent."""
     warps = call.options.num_warps or 1
     stages = call.options.num_stages or 1
     held = occupancy(warps, found, d)
     if not held:
         return math.inf
+    persistent = call.options.persistent if isinstance(call, Launch) else 0
+    held = min(held, persistent) if persistent else held
     launches = call.launches if isinstance(call, Beside) else (call,)
     each = [traffic(x, plan, symbolic) for x in launches]
     blocks = sum(t.blocks for t in each)
@@ -76,7 +78,8 @@ def predicted_seconds(call: Launch | Beside, plan: Plan, found: Resources, d: De
         waves * trips * TRIP_CLOCKS / d.clock_hz,
     )
     streaming: float = math.fsum(x**NORM for x in limits) ** (1 / NORM)
-    return d.launch_seconds + d.fill_seconds + streaming + DRAIN_SECONDS + (waves - 1) * WAVE_SECONDS
+    further = 0 if persistent else waves - 1  # blocks that stay give way to none
+    return d.launch_seconds + d.fill_seconds + streaming + DRAIN_SECONDS + further * WAVE_SECONDS
 
 
 def traffic(launch: Launch, plan: Plan, symbolic: int = 16) -> Traffic:

@@ -30,13 +30,25 @@ from functools import cached_property
 from typing import Any, TypeVar, get_args
 
 from mugraph.codegen.lower import lower
-from mugraph.codegen.plan import ANY, Beside, Choice, Launch, Machine, Options, Plan, Read, Trace, compute_of
+from mugraph.codegen.plan import (
+    ANY,
+    MOST_RESIDENT,
+    Beside,
+    Choice,
+    Launch,
+    Machine,
+    Options,
+    Plan,
+    Read,
+    Trace,
+    compute_of,
+)  # fmt: skip
 from mugraph.errors import CompileError, MugraphError, UnsupportedOpError, VerificationError
 from mugraph.ir.graph import KernelGraph
 from mugraph.ir.ops import Kernel
 from mugraph.ir.resize import neighbours, retiled
 from mugraph.runtime.compile import Compiler, Resources
-from mugraph.runtime.model import digits, predicted_seconds, traffic
+from mugraph.runtime.model import digits, occupancy, predicted_seconds, traffic
 from mugraph.runtime.timing import Refused, Timer
 from mugraph.search.cost import Device
 from mugraph.settings import Tune
@@ -579,3 +591,13 @@ def grouped_blocks(at: Configuration) -> Iterator[Options]:
         if any(len(x.parallel()) > 1 and min(c[:2]) > 1 for x, c in zip(launches(at), counts, strict=True)):
             for group in (8, 4, 16):
                 yield replace(at.options, group=group)
+
+
+@rule
+def persistent_blocks(at: Configuration) -> Iterator[Options]:
+    """As many blocks as the device runs at once, where there are more: none has to wait for another to leave."""
+    if at.badness != (0, 0) or at.resources is None or isinstance(at.call, Beside) or at.options.persistent:
+        return
+    held = min(occupancy(at.options.num_warps or 1, at.resources, at.device), MOST_RESIDENT)
+    if traffic(at.call, at.plan, at.symbolic).blocks > at.device.sms * held > 0:
+        yield replace(at.options, persistent=held)

@@ -116,6 +116,9 @@ def round_even(x):
 # A kernel that may start before the one before it has ended waits for its results, and lets the next one start.
 WAIT = ("if PDL:", "    tl.extra.cuda.gdc_wait()")
 RELEASE = ("if PDL:", "    tl.extra.cuda.gdc_launch_dependents()")
+MULTIPROCESSORS = '''def multiprocessors(device):
+    """Those of a GPU; a few for the interpreter, so that each block has several tiles."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3'''
 RESERVED = {
     *keyword.kwlist,
     *HELPERS,
@@ -128,7 +131,10 @@ RESERVED = {
     "range",
     "grid",
     "pid",
+    "tile",
     "part",
+    "min",
+    "multiprocessors",
     "DOT",
     "PDL",
     "LOG2E",
@@ -161,6 +167,8 @@ def emit(plan: Plan) -> str:
         groups |= together
     if plan.ahead:
         runs += divided_text("run", [_python(n) for n in plan.parameters], *_names_of(plan.ahead))
+    if any(k.persistent for k in kernels.values()):
+        texts.append(MULTIPROCESSORS)
     parts = [_header(plan, texts), *texts, *runs, _signatures(kernels, groups)]
     return "\n\n\n".join(p for p in parts if p) + "\n"
 
@@ -314,6 +322,7 @@ class _Kernel:
 
     def __init__(self, launch: Launch, plan: Plan, beside: bool = False) -> None:
         self.launch, self.plan, self.beside = launch, plan, beside
+        self.persistent = 0 if beside else launch.options.persistent
         self.name_of = _Namer()
         self.fn = self.name_of("kernel", launch.name)
         self.buffers: list[Buffer] = []
@@ -445,18 +454,25 @@ class _Kernel:
             inner, outer = (self.name_of((x, axis), f"{axis}_{x}") for x in ("inner", "outer"))
             digits[:2] = [(inner, str(group)), digits[0], (outer, self.blocks(axis, group))]
         digits += [("part", str(self.launch.split[1]))] if self.launch.split else []
+        pid = "pid"
+        if self.persistent:
+            pid = "tile"
+            tiles = " * ".join(_paren(count) for _, count in digits if count != "1") or "1"
+            self.put(f"for tile in tl.range(tl.program_id(0), {tiles}, tl.num_programs(0)):")
+            self.indent += "    "
         if not digits:
             return
         *lower, (last, _) = digits
         if not lower:
-            self.put(f"{last} = {'pid' if self.beside else 'tl.program_id(0)'}")
+            self.put(f"{last} = {pid if self.beside or self.persistent else 'tl.program_id(0)'}")
             return
-        if not self.beside:
+        if not self.beside and not self.persistent:
             self.put("pid = tl.program_id(0)")
         for i, (name, blocks) in enumerate(lower):
             count = _paren(blocks)
-            self.put(f"{name} = pid % {count}")
-            self.put(f"{'pid' if i < len(lower) - 1 else last} = pid // {count}")
+            self.put(f"{name} = {pid} % {count}")
+            self.put(f"{'pid' if i < len(lower) - 1 else last} = {pid} // {count}")
+            pid = "pid"
         if axis:
             self.in_group(axis, group, f"{outer} * {group} + {inner}")
 
@@ -1153,6 +1169,16 @@ class _Kernel:
         return f"One block: {', '.join(cut)}." if cut else "One block."
 
     def grid(self) -> str:
+        """How many blocks are launched, in `run`."""
+        if not self.persistent:
+            return self.tiles()
+        device = f"{_python(self.plan.inputs[0])}.device"
+        most = (
+            f"multiprocessors({device})" if self.persistent == 1 else f"{self.persistent} * multiprocessors({device})"
+        )
+        return f"min({self.tiles()}, {most})"
+
+    def tiles(self) -> str:
         counts: list[str] = []
         grouped, group = self.launch.grouped()
         static = self.launch.split[1] if self.launch.split else 1

@@ -8,6 +8,9 @@ index per dimension; whatever was loaded is opaque.  An `if` on an unknown is fo
 runs twice for one unknown iteration, and must do the same to memory both times: what it does then does not depend on
 iterations before.
 
+A persistent kernel loops over tiles from its program id, with the number of programs as the step: (program, iteration)
+and tile are one to one, so the tile is what a program id would be.
+
 A program id, like a lane, is a counter: `n % f` and `n // f` are its low digits and the rest, where f is a product of
 factors of its count.  So they are unknowns of their own with known ranges, and indices stay linear.
 """
@@ -58,8 +61,8 @@ class Term:
 
 @dataclass(frozen=True)
 class Access:
-    """A load, store or atomic addition.  `holds`: what is true where it happens, its mask included; `digits`: the
-    unknowns that tell apart who does it; `linked`: equations between these and others."""
+    """A load, store or atomic addition.  `holds`: what is true where it happens, first the ranges of unknowns, its mask
+    included; `digits`: the unknowns that tell apart who does it; `linked`: equations between these and others."""
 
     where: str
     kind: str
@@ -68,9 +71,10 @@ class Access:
     holds: tuple[Any, ...]
     digits: tuple[Any, ...]
     linked: tuple[tuple[Any, Any], ...]
+    ranges: int = 0
 
     def key(self) -> tuple[object, ...]:
-        return self.kind, self.buffer, str(self.terms), str(self.holds)
+        return self.kind, self.buffer, str(self.terms), str(self.holds[self.ranges :])
 
 
 @dataclass(frozen=True)
@@ -604,6 +608,7 @@ class ProgramId:
     def __init__(self, reader: _Reader, count: Any) -> None:
         self.reader = reader
         self.base: Any = 0
+        self.count = count
         self.low, self.high = Linear(0, reader.z3), Linear(count, reader.z3)
         self.number: Int | None = None
 
@@ -620,6 +625,8 @@ class ProgramId:
         return False
 
     def __sub__(self, other: Any) -> Int:
+        if self.reader.tiling:
+            raise Unreadable("a program id beside the tiles that it stands for")
         at = Linear(self.reader.scalar(other), self.reader.z3).minus(self.low)
         if at is None or not at.empty:
             raise Unreadable("a program id less what is no border of kernels")
@@ -631,6 +638,15 @@ class ProgramId:
 
     def to(self, dtype: Any) -> Any:
         return (self - 0).to(dtype)
+
+    @property
+    def used(self) -> bool:
+        """Whether anything but a loop over tiles depends on it."""
+        return self.number is not None or self.reader.decided > 0
+
+
+class Programs:
+    """The number of programs, as the step of a loop over tiles."""
 
 
 def _as_number(name: str) -> Callable[..., Any]:
@@ -679,7 +695,8 @@ class _Reader:
         self.begin([], 1)
 
     def begin(self, decisions: list[bool], count: Any) -> None:
-        self.decisions, self.decided = decisions, 0
+        self.decisions, self.decided, self.asked = decisions, 0, 0
+        self.ranges: list[Any] = []  # of unknowns
         self.holds: list[Any] = []
         self.linked: list[tuple[Any, Any]] = []
         self.unknowns: dict[str, Any] = {}
@@ -687,6 +704,7 @@ class _Reader:
         self.accesses: list[Access] = []
         self.made: list[Any] = []  # lanes and loops, in the order of the text
         self.next = 0
+        self.tiling: Literal["", "inside", "after"] = ""  # a loop over tiles
         self.program = ProgramId(self, count)
 
     def run(self, source: str, has_out: bool) -> None:
@@ -695,6 +713,8 @@ class _Reader:
         for name, found in list(space.items()):
             if isinstance(found, FunctionType) and TORCH_FUNCTION.fullmatch(name):
                 space[name] = self.torch_function(found)
+        if "multiprocessors" in space:
+            space["multiprocessors"] = self.multiprocessors
         if "keep" in space:  # what is kept is what is computed
             space["keep"] = space["ahead"]
         inputs = [Tensor(self, Buffer(i.name, i.tensor.shape, dtype=TORCH_NAMES.get(i.tensor.dtype)))
@@ -753,7 +773,7 @@ class _Reader:
     def unknown(self, kind: str, count: Any) -> Any:
         self.names += 1
         found = self.z3.Int(f"{kind} {self.names}")
-        self.holds += [found >= 0, found < count] if count is not None else []
+        self.ranges += [found >= 0, found < count] if count is not None else []
         self.unknowns[str(found)] = found
         self.digits.append(str(found))
         return found
@@ -800,9 +820,14 @@ class _Reader:
         return found
 
     def decide(self, condition: Any) -> bool:
+        self.asked += 1
+        if self.asked > MOST_BRANCHES:
+            raise Unreadable(f"more than {MOST_BRANCHES} branches on one path")
+        if condition is not None:  # what was decided stays so
+            for found, known in ((True, condition), (False, self.z3.Not(condition))):
+                if any(known.eq(h) for h in self.holds):
+                    return found
         if self.decided == len(self.decisions):
-            if self.decided == MOST_BRANCHES:
-                raise Unreadable(f"more than {MOST_BRANCHES} branches on one path")
             self.decisions.append(True)
         found = self.decisions[self.decided]
         self.decided += 1
@@ -827,6 +852,9 @@ class _Reader:
 
     def loop(self, *limits: Any, **_: Any) -> Iterator[Any]:
         low, high, step = (0, *limits, 1) if len(limits) == 1 else (*limits, 1)[:3]
+        if isinstance(step, Programs):
+            yield from self.tiles(low, high)
+            return
         if not isinstance(step, int) or step < 1:
             raise Unreadable("a loop whose step is no positive number")
         kept, first = len(self.holds), len(self.accesses)
@@ -845,6 +873,25 @@ class _Reader:
         del self.holds[kept:]
         self.digits.remove(str(number))
 
+    def tiles(self, first: Any, count: Any) -> Iterator[Any]:
+        """The loop of a persistent kernel, for an unknown tile."""
+        if first is not self.program or self.program.used or self.accesses or self.made or self.tiling:
+            raise Unreadable("a loop over tiles that is not all that a kernel does")
+        solver = self.z3.Solver()
+        solver.add(*self.sizes.holds, self.program.count < 1)
+        if solver.check() != self.z3.unsat:
+            raise Unreadable("a loop over tiles by what may be no blocks at all")
+        self.tiling = "inside"
+        found = Counter(self, "tile", self.scalar(count))
+        begun = self.next
+        yield self.viewed(found, 0, None)
+        before, self.accesses = self.accesses, []
+        self.next = begun
+        yield self.viewed(found, 0, None)
+        if [a.key() for a in before] != [a.key() for a in self.accesses]:
+            raise Unreadable("a loop whose later tiles do other things to memory")
+        self.tiling = "after"
+
     def access(self, kind: str, pointer: Any, mask: Any = None) -> Opaque:
         if not isinstance(pointer, Pointer):
             raise Unreadable(f"a {kind} at what is no address")
@@ -853,13 +900,15 @@ class _Reader:
             lanes, on = self.together(lanes, mask.lanes), [mask.z]
         elif mask is not None and kind != "read":  # one that is loaded from does no harm
             raise Unreadable("a store with a mask that was loaded")
-        _ = self.program - self.program.base  # which block it is
+        if self.tiling == "after":
+            raise Unreadable("a kernel that goes on after its tiles")
+        if not self.tiling:
+            _ = self.program - self.program.base  # which block it is
         roots = {id(c.root) for c in lanes if c}
         mine = {str(d) for c in self.made if isinstance(c, Counter) and id(c.root) in roots for _, d in c.digits}
         digits = tuple(self.unknowns[d] for d in self.digits if not d.startswith("lane") or d in mine)
-        holds = (*self.holds, *on)
-        found = Access(self.where, kind, pointer.buffer, pointer.terms, holds, digits, tuple(self.linked))
-        self.accesses.append(found)
+        holds, linked, ranges = (*self.ranges, *self.holds, *on), tuple(self.linked), len(self.ranges)
+        self.accesses.append(Access(self.where, kind, pointer.buffer, pointer.terms, holds, digits, linked, ranges))
         return OPAQUE
 
     def load(self, pointer: Any, mask: Any = None, other: Any = None, **_: Any) -> Any:
@@ -928,6 +977,19 @@ class _Reader:
             raise Unreadable("a grid of several dimensions")
         return self.program
 
+    def num_programs(self, axis: int) -> Programs:
+        if axis != 0:
+            raise Unreadable("a grid of several dimensions")
+        return Programs()
+
+    def multiprocessors(self, device: Any) -> Int:
+        """Of any device."""
+        name = "multiprocessors"
+        if name not in self.sizes.known:
+            self.sizes.known[name] = self.z3.Int(name)
+            self.sizes.holds.append(self.sizes.known[name] >= 1)
+        return Int(self, self.sizes.known[name])
+
     def empty(self, shape: Sequence[Any], *, dtype: Any = None, **_: Any) -> Tensor:
         sizes = tuple(s if isinstance(s, int) else s.size for s in shape)
         if None in sizes:
@@ -950,7 +1012,8 @@ class _Reader:
 
     def builtins(self) -> dict[str, Any]:
         language = _Stand(
-            jit=self.jit, program_id=self.program_id, arange=self.arange, range=self.loop, static_range=self.loop,
+            jit=self.jit, program_id=self.program_id, num_programs=self.num_programs,
+            arange=self.arange, range=self.loop, static_range=self.loop,
             load=self.load, store=self.store, atomic_add=self.atomic_add, cdiv=self.cdiv, where=self.where_,
             maximum=lambda a, b: self.extreme(True, a, b), minimum=lambda a, b: self.extreme(False, a, b),
             cast=self.cast, broadcast_to=self.broadcast_to, constexpr=lambda x: x, int64=Wide(),

@@ -448,6 +448,28 @@ def test_groups_fetch_less_where_waves_reach_beyond_l2():
     assert everything == traffic(grouped.call, grouped.plan, 4096).unique
 
 
+# -- persistent blocks
+
+
+def test_persistent_blocks_are_proposed_where_there_are_more_than_run_at_once():
+    few = replace(FINE, shared_bytes=100_000)  # two blocks of an SM
+    assert [o.persistent for o in tune.proposals(tune.persistent_blocks, at_size(Options(), 4096, few))] == [2]
+    assert tune.proposals(tune.persistent_blocks, at_size(Options(), 16, few)) == []  # 96 blocks for 132 SMs
+    assert tune.proposals(tune.persistent_blocks, at_size(Options(persistent=1), 4096, few)) == []
+    tiny = replace(FINE, registers=16, shared_bytes=0)
+    assert [o.persistent for o in tune.proposals(tune.persistent_blocks, at_size(Options(), 4096, tiny))] == [8]
+    plan = plan_graph(BLOCKS["two_blocks"]())
+    (call,) = launched(plan).values()
+    assert tune.proposals(tune.persistent_blocks, replace(at_size(Options(), 4096), call=call)) == []
+
+
+def test_persistent_blocks_drain_once():
+    few = replace(FINE, shared_bytes=100_000)
+    plain, persistent, half = (at_size(Options(persistent=n), 4096, few).seconds for n in (0, 2, 1))
+    assert persistent < plain
+    assert persistent < half
+
+
 # -- what options do to the text
 
 

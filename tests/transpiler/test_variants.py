@@ -1,4 +1,4 @@
-"""Variants of a launch: the order of its blocks.  Texts, agreement with float64 at odd sizes, bounds, machine code, and
+"""Variants of a launch: the order of its blocks, persistent blocks.  Texts, agreement with float64 at odd sizes, bounds, machine code, and
 errors that must show."""
 
 from __future__ import annotations
@@ -29,7 +29,13 @@ def linear(dtype: DType = DType.f16, n: int = 300) -> KernelGraph:
 
 
 GROUPS = [Options(group=4), Options(group=16)]
-VARIANTS = GROUPS
+PERSISTENT = [Options(persistent=1), Options(persistent=2, group=4)]
+VARIANTS = [*GROUPS, *PERSISTENT]
+
+
+def marked(options: Options) -> object:
+    """One variant of each kind is compiled by default."""
+    return pytest.param(options, marks=() if options in VARIANTS[::2] else pytest.mark.full, id=str(options))
 
 
 def source(graph: KernelGraph, options: Options) -> str:
@@ -41,6 +47,10 @@ def source(graph: KernelGraph, options: Options) -> str:
 
 def test_the_text_of_grouped_blocks(golden):
     golden(source(linear(), Options(group=4)), "py")
+
+
+def test_the_text_of_persistent_blocks(golden):
+    golden(source(linear(), Options(persistent=2)), "py")
 
 
 @pytest.mark.parametrize("options", VARIANTS, ids=str)
@@ -69,7 +79,10 @@ def test_a_group_is_no_larger_than_its_axis():
     assert "if n_block" not in text
 
 
-@pytest.mark.parametrize(("name", "value"), [("group", 3), ("group", True), ("group", "4")])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("group", 3), ("group", True), ("group", "4"), ("persistent", -1), ("persistent", 9), ("persistent", True)],
+)
 def test_what_is_no_value_of_an_option_is_refused(name: str, value: object):
     with pytest.raises(ValueError, match=f"there is no option {name}"):
         Options().changed(name, value)
@@ -103,7 +116,7 @@ def test_variants_are_in_bounds_at_all_sizes(name: str, options: Options):
     assert found.claims >= 3
 
 
-GROUP = Options(group=4)
+GROUP, TILES = Options(group=4), Options(persistent=2)
 OUTSIDE, TWICE, MISSING = "is out of bounds", "is written twice", "is not written everywhere"
 EDITS = [
     (GROUP, "if n_block < 5:", "if n_block < 6:", OUTSIDE),
@@ -112,6 +125,19 @@ EDITS = [
     (GROUP, "n_outer * 4 + n_inner", "n_outer * 4 + n_inner + 1", MISSING),
     (GROUP, "n_outer * 4 + n_inner", "n_outer + n_inner * 4", MISSING),
     (GROUP, "triton.cdiv(size_B, 16) * 8", "triton.cdiv(size_B, 16) * 4", MISSING),
+    (TILES, "tl.cdiv(size_b, 16) * 5, tl", "tl.cdiv(size_b, 16) * 4, tl", MISSING),
+    (TILES, "tl.cdiv(size_b, 16) * 5, tl", "tl.cdiv(size_b, 16) * 6, tl", OUTSIDE),
+    (TILES, "n_block = tile // tl.cdiv(size_b, 16)", "n_block = 0", "is written twice|is not written everywhere"),
+]
+UNREADABLE = [
+    ("tl.num_programs(0)", "tl.num_programs(1)", "a grid of several dimensions"),
+    ("range(tl.program_id(0)", "range(0", "a loop over tiles that is not all"),
+    ("range(tl.program_id(0)", "range(tl.program_id(0) + 1", "a loop over tiles that is not all"),
+    ("min(triton", "min(0 * triton", "a loop over tiles by what may be no blocks at all"),
+    ("    tl.store(Y_at", "tl.store(Y_at", "a kernel that goes on after its tiles"),
+    ("b_block = tile %", "b_block = tl.program_id(0) %", "a program id beside the tiles"),
+    ("    for tile", "    first = tl.program_id(0) + 1\n    for tile", "a loop over tiles that is not all"),
+    ("        x_at = X +", "        X = X + i_b[:, None] * X_b\n        x_at = X +", "later tiles"),
 ]
 
 
@@ -126,11 +152,22 @@ def test_an_error_in_a_variant_is_shown(options: Options, old: str, new: str, wh
         in_bounds(text.replace(old, new), graph)
 
 
+@pytest.mark.parametrize(("old", "new", "why"), UNREADABLE)
+def test_tiles_that_may_be_other_blocks_are_unknown(old: str, new: str, why: str):
+    pytest.importorskip("z3")
+    graph = linear(n=320)
+    text = source(graph, TILES)
+    assert text.count(old) == 1
+    found = in_bounds(text.replace(old, new), graph)
+    assert found.claims == 0
+    assert why in found.reason
+
+
 # -- machine code
 
 
 @pytest.mark.parametrize("arch", [80, 90, 100])
-@pytest.mark.parametrize("options", VARIANTS, ids=str)
+@pytest.mark.parametrize("options", [*map(marked, VARIANTS)])
 def test_variants_compile_without_spills(compiler: Compiler, options: Options, arch: int):
     for graph in (rmsnorm_linear_fused(), linear(n=320)):
         (found,) = compiler.resources(source(graph, options), arch)
