@@ -104,7 +104,7 @@ def plan_graph(
 
     def options_of(kernel: str) -> Options:
         met.add(kernel)
-        return chosen.get(kernel, options or Options())
+        return chosen.get(kernel, options or Options()).check()
 
     if parts := graph.divided():
         first, rest = (_plan(part, options_of, machine, observer) for part in parts)

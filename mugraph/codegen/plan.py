@@ -199,6 +199,8 @@ class Options:
                      blocks which run together share what they load in L2 (1: one axis after the other)
     persistent       blocks that each multiprocessor gets, which loop over what would else be all blocks (0: one block
                      for each); kernels that share a launch have all of theirs
+    prefetch         with pdl, and unless persistent: the first tile of the largest source is fetched into L2 before the
+                     wait, as a hint; kernels that share a launch fetch nothing
     """
 
     num_warps: int | None = None
@@ -212,6 +214,7 @@ class Options:
     pdl: bool = False
     group: int = 1
     persistent: int = 0
+    prefetch: bool = False
 
     def __str__(self) -> str:
         parts = [f"warps {self.num_warps}", f"stages {self.num_stages}"]
@@ -225,6 +228,12 @@ class Options:
         values = {"num_warps": self.num_warps, "num_stages": self.num_stages, "maxnreg": self.maxnreg}
         values |= {"launch_pdl": True} if self.pdl else {}
         return {name: value for name, value in values.items() if value is not None}
+
+    def check(self) -> Options:
+        """Raises ValueError where options do not go together."""
+        if self.prefetch and (not self.pdl or self.persistent):
+            raise ValueError("prefetch goes with pdl, and with blocks that are not persistent")
+        return self
 
     def changed(self, name: str, value: object) -> Options:
         """With another value of one of them.  Raises ValueError where there is no such option, or it has no such
@@ -253,6 +262,7 @@ VALID: dict[str, Sequence[object]] = {
     "pdl": (False, True),
     "group": (1, 4, 8, 16),
     "persistent": range(MOST_RESIDENT + 1),
+    "prefetch": (False, True),
 }
 
 

@@ -403,6 +403,7 @@ def proposals(f: Rule, at: Configuration) -> list[Options]:
     try:
         found = list(itertools.islice(f(at), MOST_PROPOSED))
         for o in found:
+            o.check()
             for field in fields(Options):
                 value = getattr(o, field.name)
                 if value is not None:
@@ -600,4 +601,12 @@ def persistent_blocks(at: Configuration) -> Iterator[Options]:
         return
     held = min(occupancy(at.options.num_warps or 1, at.resources, at.device), MOST_RESIDENT)
     if traffic(at.call, at.plan, at.symbolic).blocks > at.device.sms * held > 0:
-        yield replace(at.options, persistent=held)
+        yield replace(at.options, persistent=held, prefetch=False)
+
+
+@rule
+def prefetched_weights(at: Configuration) -> Iterator[Options]:
+    """While a dependent launch waits, its first weights may come into L2."""
+    o = at.options
+    if at.badness == (0, 0) and o.pdl and not (o.prefetch or o.persistent or isinstance(at.call, Beside)):
+        yield replace(o, prefetch=True)

@@ -82,6 +82,7 @@ def neutral(kind: str, dtype: DType) -> str:
     return str(low if kind == "max" else low + 2**dtype.bits - 1)
 
 
+LINE = 128  # bytes that come into L2 together
 LOG2E = 1.4426950408889634
 DEEPEST_F8 = 128  # products of f8 that sm_90 sums with 14 bits, before f32 takes the sum
 # Functions that take more than an expression, emitted where they are used.
@@ -115,6 +116,7 @@ def round_even(x):
 }
 # A kernel that may start before the one before it has ended waits for its results, and lets the next one start.
 WAIT = ("if PDL:", "    tl.extra.cuda.gdc_wait()")
+PREFETCH = "prefetch.global.L2 [$1]; mov.u32 $0, 0;"
 RELEASE = ("if PDL:", "    tl.extra.cuda.gdc_launch_dependents()")
 MULTIPROCESSORS = '''def multiprocessors(device):
     """Those of a GPU; a few for the interpreter, so that each block has several tiles."""
@@ -436,8 +438,18 @@ class _Kernel:
                     case Compute(e) | Accumulate(Compute(e)):
                         self.tensors[e.target.name] = e.target
         pdl = self.launch.options.pdl and not self.beside
-        self.lines += [f"    {line}" for line in WAIT] if pdl else []
-        self.program_ids()
+        prefetched = self.largest_read() if pdl and self.launch.options.prefetch else None
+        guard = self.program_ids() if prefetched else ""
+        if pdl:
+            self.put(WAIT[0])
+            if prefetched:
+                self.prefetch(*prefetched)
+            self.put(WAIT[1])
+        if not prefetched:
+            guard = self.program_ids()
+        if guard:
+            self.put(guard)
+            self.indent += "    "
         for number, scope in enumerate(self.launch.scopes):
             self.scope, self.number = scope, number
             if scope.before or scope.body:
@@ -445,8 +457,9 @@ class _Kernel:
             if pdl and scope.loop and number == self.last_loop():
                 self.lines += [f"{self.indent}{line}" for line in RELEASE]
 
-    def program_ids(self) -> None:
-        """The program id taken apart: the first grid axis runs fastest, the part of a split slowest."""
+    def program_ids(self) -> str:
+        """The program id taken apart: the first grid axis runs fastest, the part of a split slowest.  Returns the head
+        of the branch that the rest is in, if any."""
         names = [e.axis.name for e in self.launch.parallel()]
         digits = [(self.name_of(("block", a), f"{a}_block"), self.blocks(a)) for a in names]
         axis, group = self.launch.grouped()
@@ -461,11 +474,11 @@ class _Kernel:
             self.put(f"for tile in tl.range(tl.program_id(0), {tiles}, tl.num_programs(0)):")
             self.indent += "    "
         if not digits:
-            return
+            return ""
         *lower, (last, _) = digits
         if not lower:
             self.put(f"{last} = {pid if self.beside or self.persistent else 'tl.program_id(0)'}")
-            return
+            return ""
         if not self.beside and not self.persistent:
             self.put("pid = tl.program_id(0)")
         for i, (name, blocks) in enumerate(lower):
@@ -473,16 +486,74 @@ class _Kernel:
             self.put(f"{name} = {pid} % {count}")
             self.put(f"{'pid' if i < len(lower) - 1 else last} = {pid} // {count}")
             pid = "pid"
-        if axis:
-            self.in_group(axis, group, f"{outer} * {group} + {inner}")
+        if not axis:
+            return ""
+        name = self.name_of(("block", axis), f"{axis}_block")
+        self.put(f"{name} = {outer} * {group} + {inner}")
+        if isinstance(self.launch.extent(axis).axis.size, int) and int(self.blocks(axis)) % group == 0:
+            return ""
+        return f"if {name} < {self.blocks(axis)}:"  # the last group is not full: blocks beyond the axis do nothing
 
-    def in_group(self, axis: str, group: int, block: str) -> None:
-        """The block of a grouped axis; where the last group is not full, those beyond the axis do nothing."""
-        name, size = self.name_of(("block", axis), f"{axis}_block"), self.launch.extent(axis).axis.size
-        self.put(f"{name} = {block}")
-        if not isinstance(size, int) or int(self.blocks(axis)) % group:
-            self.put(f"if {name} < {self.blocks(axis)}:")
-            self.indent += "    "
+    def largest_read(self) -> tuple[int, Piece] | None:
+        """The first read of the largest source, in its scope, if that is an input and nothing has to be read before to
+        know its place."""
+        for number, scope in enumerate(self.launch.scopes):
+            for action in scope.actions():
+                for p in action.pieces if isinstance(action, Read) else ():
+                    given = self.plan.buffer(p.source).space == "input" and self.is_largest(p.source)
+                    if given and p.joined is None and all(i.value is None for i in p.index):
+                        return number, p
+        return None
+
+    def prefetch(self, number: int, piece: Piece) -> None:
+        """A hint that the first tile of a source will be read: one address of each line, in a dense layout.  Nothing
+        that was not written yet is used, so this may come before the wait."""
+        self.scope, self.number, self.indent = self.launch.scopes[number], number, self.indent + "    "
+        tensor = self.plan.buffer(piece.source).tensor
+        found: list[tuple[str, int, str]] = []  # positions, how many of them, their stride
+        for axis, i in zip(tensor.axes, piece.index, strict=True):
+            stride, far = self.stride(piece.source, axis.name), self.far(piece.source, axis.name)
+            if i.start:
+                found.append((f"tl.cast({i.start}, tl.int64)" if far else str(i.start), 1, stride))
+            if i.axis is None:
+                continue
+            e = self.scope.extent(i.axis)
+            apart = max(1, LINE * 8 // tensor.dtype.bits // abs(i.step)) if axis is tensor.axes[-1] else 1
+            count = 1 if e.at_launch else max(1, e.lanes // apart)
+            if text := self.first_positions(e, count, apart):
+                wide = f"tl.cast({text}, tl.int64)" if far else text
+                found.append((wide, count, stride if i.step == 1 else f"{i.step} * {stride}"))
+        rank = sum(count > 1 for _, count, _ in found)
+        terms, at = [self.pointer(piece.source)], 0
+        for text, count, stride in found:
+            place = ", ".join(":" if n == at else "None" for n in range(rank))
+            spread = f"[{place}]" if count > 1 and rank > 1 else ""
+            whole = text.startswith(("tl.minimum(", "tl.cast(")) or not (spread or " + " in text)
+            terms.append(f"{text if whole else _paren(text)}{spread} * {stride}")
+            at += count > 1
+        name = self.name_of("ahead", f"{piece.source}_ahead")
+        self.sum(name, terms)
+        self.put(f"{name} = {name}.to(tl.int64, bitcast=True)")
+        self.put_call("tl.inline_asm_elementwise", [f'"{PREFETCH}"', '"=r,l"', f"[{name}]", "tl.int32", "False", "1"])
+        self.indent = self.indent[4:]
+
+    def first_positions(self, e: Extent, count: int, apart: int) -> str:
+        """So many positions of the first tile along an axis, within the axis; empty for 0."""
+        name, bounded = e.axis.name, e.masked or e.axis.name == self.launch.grouped()[0]
+        texts = []
+        if e.role == "grid" and self.blocks(name) != "1":
+            block = self.name_of(("block", name), f"{name}_block")
+            texts.append(block if e.tile == 1 else f"{block} * {e.tile}")
+        if self.launch.split and self.launch.split[0] == name and self.number == self.last_loop():
+            parts, bounded = self.launch.split[1], True
+            texts.append(f"part * tl.cdiv(tl.cdiv({self.size(e.axis, runtime=True)}, {e.tile}), {parts}) * {e.tile}")
+        if count > 1:
+            texts.append(f"tl.arange(0, {count})" + (f" * {apart}" if apart > 1 else ""))
+        text = " + ".join(texts)
+        if not (text and bounded):
+            return text
+        last = str(e.axis.size - 1) if isinstance(e.axis.size, int) else f"{self.size(e.axis)} - 1"
+        return f"tl.minimum({text}, {last})"
 
     def blocks(self, axis: str, together: int = 1) -> str:
         """How many blocks a grid axis has, or groups of so many."""

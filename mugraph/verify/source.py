@@ -531,6 +531,10 @@ class Pointer:
         lanes = self.reader.together(self.lanes, index.lanes)
         return Pointer(self.reader, self.buffer, (*self.terms, Term(s.dim, index.z, s.coefficient, index.wide)), lanes)
 
+    def to(self, dtype: Any, bitcast: bool) -> Pointer:
+        """The address as a number, which only assembly takes."""
+        return self
+
 
 class Tensor:
     """A tensor in `run`."""
@@ -670,7 +674,14 @@ class Jit:
         return self.fn(*args, **named)
 
     def __getitem__(self, grid: tuple[Any, ...]) -> Callable[..., None]:
-        def launch(*args: Any, num_warps: int = 4, num_stages: int = 1, maxnreg: Any = None, **named: Any) -> None:
+        def launch(
+            *args: Any,
+            num_warps: int = 4,
+            num_stages: int = 1,
+            maxnreg: Any = None,
+            launch_pdl: Any = False,
+            **named: Any,
+        ) -> None:
             self.reader.launch(self.fn, grid, args, named)
 
         return launch
@@ -923,6 +934,14 @@ class _Reader:
         self.names += 1
         return self.z3.Int(f"loaded {self.names}")
 
+    def assembly(self, text: str, constraints: str, args: Sequence[Any], *_: Any) -> Opaque:
+        """A prefetch is a load."""
+        if not text.startswith("prefetch.global.L2 [$1];"):
+            raise Unreadable("assembly that is no prefetch")
+        for pointer in args:
+            self.access("read", pointer)
+        return OPAQUE
+
     def store(self, pointer: Any, value: Any, mask: Any = None, **_: Any) -> Opaque:
         return self.access("write", pointer, mask)
 
@@ -1014,7 +1033,7 @@ class _Reader:
         language = _Stand(
             jit=self.jit, program_id=self.program_id, num_programs=self.num_programs,
             arange=self.arange, range=self.loop, static_range=self.loop,
-            load=self.load, store=self.store, atomic_add=self.atomic_add, cdiv=self.cdiv, where=self.where_,
+            inline_asm_elementwise=self.assembly, load=self.load, store=self.store, atomic_add=self.atomic_add, cdiv=self.cdiv, where=self.where_,
             maximum=lambda a, b: self.extreme(True, a, b), minimum=lambda a, b: self.extreme(False, a, b),
             cast=self.cast, broadcast_to=self.broadcast_to, constexpr=lambda x: x, int64=Wide(),
         )  # fmt: skip

@@ -215,7 +215,11 @@ def no_options(at: Configuration) -> Iterator[Options]:
     yield 5
 
 
-@pytest.mark.parametrize("wrong", [raising, three_warps, no_options])
+def only_prefetch(at: Configuration) -> Iterator[Options]:
+    yield replace(at.options, prefetch=True)
+
+
+@pytest.mark.parametrize("wrong", [raising, three_warps, no_options, only_prefetch])
 def test_a_rule_that_fails_is_named(wrong: tune.Rule, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(tune, "RULES", [wrong])
     with pytest.raises(MugraphError, match=f"the tuning rule {wrong.__name__} fails"):
@@ -468,6 +472,18 @@ def test_persistent_blocks_drain_once():
     plain, persistent, half = (at_size(Options(persistent=n), 4096, few).seconds for n in (0, 2, 1))
     assert persistent < plain
     assert persistent < half
+
+
+# -- a prefetch
+
+
+def test_a_prefetch_is_proposed_for_dependent_launches():
+    assert tune.proposals(tune.prefetched_weights, at_size(Options(), 16)) == []
+    (found,) = tune.proposals(tune.prefetched_weights, at_size(Options(pdl=True), 16))
+    assert found.prefetch
+    assert tune.proposals(tune.prefetched_weights, at_size(Options(pdl=True, persistent=1), 16)) == []
+    large = at_size(found, 4096, replace(FINE, shared_bytes=100_000))
+    assert [o.prefetch for o in tune.proposals(tune.persistent_blocks, large)] == [False]
 
 
 # -- what options do to the text

@@ -1,8 +1,9 @@
-"""Variants of a launch: the order of its blocks, persistent blocks.  Texts, agreement with float64 at odd sizes, bounds, machine code, and
-errors that must show."""
+"""Variants of a launch: the order of its blocks, persistent blocks, a prefetch before the wait.  Texts, agreement with
+float64 at odd sizes, bounds, machine code, and errors that must show."""
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 
 from mugraph.codegen.lower import plan_graph
 from mugraph.codegen.plan import Options
-from mugraph.errors import VerificationError
+from mugraph.errors import CompileError, VerificationError
 from mugraph.ir.graph import KernelGraph
 from mugraph.ir.types import DType
 from mugraph.runtime.compile import SHARED_LIMITS, Compiler
@@ -20,6 +21,7 @@ from mugraph.transpiler.triton import emit
 from mugraph.verify.bounds import in_bounds
 from tests.blocks import BLOCKS, batched_matmul, split_matmul
 from tests.graphs import ALL, rmsnorm_linear, rmsnorm_linear_fused
+from tests.runtime.test_tune import compiled_with, disassembly
 from tests.transpiler.test_triton import check
 
 
@@ -30,12 +32,14 @@ def linear(dtype: DType = DType.f16, n: int = 300) -> KernelGraph:
 
 GROUPS = [Options(group=4), Options(group=16)]
 PERSISTENT = [Options(persistent=1), Options(persistent=2, group=4)]
-VARIANTS = [*GROUPS, *PERSISTENT]
+PREFETCH = [Options(pdl=True, prefetch=True), Options(pdl=True, prefetch=True, group=4)]
+VARIANTS = [*GROUPS, *PERSISTENT, *PREFETCH]
+QUICK = [GROUPS[0], PERSISTENT[1], PREFETCH[1]]
 
 
 def marked(options: Options) -> object:
-    """One variant of each kind is compiled by default."""
-    return pytest.param(options, marks=() if options in VARIANTS[::2] else pytest.mark.full, id=str(options))
+    """One variant of each kind is compiled, and proved for every block, by default."""
+    return pytest.param(options, marks=() if options in QUICK else pytest.mark.full, id=str(options))
 
 
 def source(graph: KernelGraph, options: Options) -> str:
@@ -51,6 +55,18 @@ def test_the_text_of_grouped_blocks(golden):
 
 def test_the_text_of_persistent_blocks(golden):
     golden(source(linear(), Options(persistent=2)), "py")
+
+
+def test_the_text_of_a_prefetch(golden):
+    golden(source(linear(), PREFETCH[1]), "py")
+
+
+def test_a_prefetch_is_of_what_is_given_and_large():
+    texts = {name: source(make(), PREFETCH[0]) for name, make in BLOCKS.items()}
+    assert "acc_parts_ahead" not in texts["split_matmul"]  # partial results were written by the launch before
+    assert "W_ahead" in texts["split_matmul"]
+    assert "prefetch" not in texts["two_blocks"]  # kernels of one launch
+    assert "prefetch" not in texts["paged_sum"]  # where the pages lie is read first
 
 
 @pytest.mark.parametrize("options", VARIANTS, ids=str)
@@ -88,6 +104,12 @@ def test_what_is_no_value_of_an_option_is_refused(name: str, value: object):
         Options().changed(name, value)
 
 
+@pytest.mark.parametrize("options", [Options(prefetch=True), Options(pdl=True, prefetch=True, persistent=1)])
+def test_a_prefetch_without_a_wait_after_it_is_refused(options: Options):
+    with pytest.raises(ValueError, match="prefetch goes with pdl"):
+        source(linear(), options)
+
+
 # -- agreement with float64
 
 
@@ -106,7 +128,7 @@ def test_variants_of_splits_and_batches_agree_with_float64(interpreter: Interpre
 # -- bounds
 
 
-@pytest.mark.parametrize("options", VARIANTS, ids=str)
+@pytest.mark.parametrize("options", [*map(marked, VARIANTS)])
 @pytest.mark.parametrize("name", [*BLOCKS, *ALL])
 def test_variants_are_in_bounds_at_all_sizes(name: str, options: Options):
     pytest.importorskip("z3")
@@ -116,7 +138,7 @@ def test_variants_are_in_bounds_at_all_sizes(name: str, options: Options):
     assert found.claims >= 3
 
 
-GROUP, TILES = Options(group=4), Options(persistent=2)
+GROUP, TILES, FIRST = Options(group=4), Options(persistent=2), PREFETCH[1]
 OUTSIDE, TWICE, MISSING = "is out of bounds", "is written twice", "is not written everywhere"
 EDITS = [
     (GROUP, "if n_block < 5:", "if n_block < 6:", OUTSIDE),
@@ -127,6 +149,9 @@ EDITS = [
     (GROUP, "triton.cdiv(size_B, 16) * 8", "triton.cdiv(size_B, 16) * 4", MISSING),
     (TILES, "tl.cdiv(size_b, 16) * 5, tl", "tl.cdiv(size_b, 16) * 4, tl", MISSING),
     (TILES, "tl.cdiv(size_b, 16) * 5, tl", "tl.cdiv(size_b, 16) * 6, tl", OUTSIDE),
+    (FIRST, "tl.minimum(n_block * 64, 319)", "n_block * 64", OUTSIDE),
+    (FIRST, "tl.minimum(tl.arange(0, 128), 199)", "tl.arange(0, 256)", OUTSIDE),
+    (TILES, "tl.num_programs(0)", "5", TWICE),
     (TILES, "n_block = tile // tl.cdiv(size_b, 16)", "n_block = 0", "is written twice|is not written everywhere"),
 ]
 UNREADABLE = [
@@ -170,7 +195,25 @@ def test_tiles_that_may_be_other_blocks_are_unknown(old: str, new: str, why: str
 @pytest.mark.parametrize("options", [*map(marked, VARIANTS)])
 def test_variants_compile_without_spills(compiler: Compiler, options: Options, arch: int):
     for graph in (rmsnorm_linear_fused(), linear(n=320)):
+        if options.pdl and arch < 90:
+            with pytest.raises(CompileError, match="griddepcontrol"):
+                compiler.resources(source(graph, options), arch)
+            continue
         (found,) = compiler.resources(source(graph, options), arch)
         assert found.spills == found.spills_outside == 0
         assert found.wide_loads > 0
         assert 0 < found.shared_bytes <= SHARED_LIMITS[arch]
+
+
+def test_a_prefetch_comes_before_the_wait_in_machine_code(compiler: Compiler):
+    """CCTL.E.PF2 fetches into L2, ACQBULK waits for the launch before, LDG and LDGSTS load."""
+    for options in (PREFETCH[0], Options(pdl=True)):
+        text = source(rmsnorm_linear_fused(), options)
+        parameters, compiled = compiled_with(text, "rmsnorm_linear")
+        image = compiler.binary(text, 90, "rmsnorm_linear", parameters, compiled)["image"]
+        found = re.findall(r"\b(CCTL\.E\.PF2|ACQBULK|LDG|LDGSTS)\b", disassembly(image).decode())
+        assert found.count("CCTL.E.PF2") == (1 if options.prefetch else 0)
+        assert found[0] == ("CCTL.E.PF2" if options.prefetch else "ACQBULK")
+        wait = found.index("ACQBULK")
+        assert {"LDG", "LDGSTS"} & {*found[wait:]}
+        assert not {"LDG", "LDGSTS"} & {*found[:wait]}
