@@ -596,11 +596,13 @@ def grouped_blocks(at: Configuration) -> Iterator[Options]:
 
 @rule
 def persistent_blocks(at: Configuration) -> Iterator[Options]:
-    """As many blocks as the device runs at once, where there are more: none has to wait for another to leave."""
-    if at.badness != (0, 0) or at.resources is None or isinstance(at.call, Beside) or at.options.persistent:
+    """As many blocks as the device runs at once, where there are more: none has to wait for another to leave.  The loop
+    over tiles may take registers, so that fewer fit."""
+    if at.badness != (0, 0) or at.resources is None or isinstance(at.call, Beside):
         return
     held = min(occupancy(at.options.num_warps or 1, at.resources, at.device), MOST_RESIDENT)
-    if traffic(at.call, at.plan, at.symbolic).blocks > at.device.sms * held > 0:
+    more = traffic(at.call, at.plan, at.symbolic).blocks > at.device.sms * held > 0
+    if more and not 0 < at.options.persistent <= held:
         yield replace(at.options, persistent=held, prefetch=False)
 
 

@@ -1033,7 +1033,8 @@ class _Reader:
         language = _Stand(
             jit=self.jit, program_id=self.program_id, num_programs=self.num_programs,
             arange=self.arange, range=self.loop, static_range=self.loop,
-            inline_asm_elementwise=self.assembly, load=self.load, store=self.store, atomic_add=self.atomic_add, cdiv=self.cdiv, where=self.where_,
+            inline_asm_elementwise=self.assembly,
+            load=self.load, store=self.store, atomic_add=self.atomic_add, cdiv=self.cdiv, where=self.where_,
             maximum=lambda a, b: self.extreme(True, a, b), minimum=lambda a, b: self.extreme(False, a, b),
             cast=self.cast, broadcast_to=self.broadcast_to, constexpr=lambda x: x, int64=Wide(),
         )  # fmt: skip

@@ -460,6 +460,9 @@ def test_persistent_blocks_are_proposed_where_there_are_more_than_run_at_once():
     assert [o.persistent for o in tune.proposals(tune.persistent_blocks, at_size(Options(), 4096, few))] == [2]
     assert tune.proposals(tune.persistent_blocks, at_size(Options(), 16, few)) == []  # 96 blocks for 132 SMs
     assert tune.proposals(tune.persistent_blocks, at_size(Options(persistent=1), 4096, few)) == []
+    assert [
+        o.persistent for o in tune.proposals(tune.persistent_blocks, at_size(Options(persistent=3), 4096, few))
+    ] == [2]
     tiny = replace(FINE, registers=16, shared_bytes=0)
     assert [o.persistent for o in tune.proposals(tune.persistent_blocks, at_size(Options(), 4096, tiny))] == [8]
     plan = plan_graph(BLOCKS["two_blocks"]())

@@ -8,21 +8,25 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from mugraph.codegen.lower import plan_graph
 from mugraph.codegen.plan import Options
 from mugraph.errors import CompileError, VerificationError
+from mugraph.ir.evaluate import reference
 from mugraph.ir.graph import KernelGraph
 from mugraph.ir.types import DType
 from mugraph.runtime.compile import SHARED_LIMITS, Compiler
 from mugraph.runtime.interpret import Interpreter
+from mugraph.runtime.load import load_module
 from mugraph.transpiler.triton import emit
 from mugraph.verify.bounds import in_bounds
 from tests.blocks import BLOCKS, batched_matmul, split_matmul
 from tests.graphs import ALL, rmsnorm_linear, rmsnorm_linear_fused
 from tests.runtime.test_tune import compiled_with, disassembly
-from tests.transpiler.test_triton import check
+from tests.transpiler.test_triton import check, draw
 
 
 def linear(dtype: DType = DType.f16, n: int = 300) -> KernelGraph:
@@ -31,7 +35,7 @@ def linear(dtype: DType = DType.f16, n: int = 300) -> KernelGraph:
 
 
 GROUPS = [Options(group=4), Options(group=16)]
-PERSISTENT = [Options(persistent=1), Options(persistent=2, group=4)]
+PERSISTENT = [Options(persistent=1), Options(persistent=2, group=4), Options(persistent=2, pdl=True)]
 PREFETCH = [Options(pdl=True, prefetch=True), Options(pdl=True, prefetch=True, group=4)]
 VARIANTS = [*GROUPS, *PERSISTENT, *PREFETCH]
 QUICK = [GROUPS[0], PERSISTENT[1], PREFETCH[1]]
@@ -217,3 +221,20 @@ def test_a_prefetch_comes_before_the_wait_in_machine_code(compiler: Compiler):
         wait = found.index("ACQBULK")
         assert {"LDG", "LDGSTS"} & {*found[wait:]}
         assert not {"LDG", "LDGSTS"} & {*found[:wait]}
+
+
+# -- a device, where there is one
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", VARIANTS, ids=str)
+def test_a_device_computes_every_variant(options: Options):
+    if options.pdl and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("programmatic dependent launch needs sm_90")
+    for graph, sizes in ((linear(), (1, 17, 600)), (split_matmul(parts=3), (37, 600)), (batched_matmul(), (90, 2000))):
+        run = load_module(source(graph, options), graph.name).run
+        for b in sizes:
+            inputs = draw(graph, {"B": b})
+            (wanted,) = reference(graph, {n: t.double().numpy() for n, t in inputs.items()}, {"B": b})
+            found = run(*(t.cuda() for t in inputs.values())).double().cpu().numpy()
+            assert np.linalg.norm(found - wanted) < 1e-3 * np.linalg.norm(wanted)
