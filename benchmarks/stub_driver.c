@@ -44,7 +44,7 @@ int cuGetErrorString(int code, const char **text) {
 }
 int cuDriverGetVersion(int *version) { *version = 13000; return 0; }
 int cuDeviceGetAttribute(int *value, int attribute, int device) {
-    *value = attribute == 75 ? arch / 10 : arch % 10;
+    *value = attribute == 75 ? arch / 10 : attribute == 76 ? arch % 10 : 4;  /* 16: multiprocessors */
     return 0;
 }
 int cuDeviceGetName(char *name, int length, int device) { strncpy(name, "Stub device", length); return 0; }

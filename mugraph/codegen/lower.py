@@ -106,7 +106,7 @@ def plan_graph(
 
     def options_of(kernel: str) -> Options:
         met.add(kernel)
-        return chosen.get(kernel, options or Options())
+        return chosen.get(kernel, options or Options()).check()
 
     if parts := graph.divided():
         first, rest = (_plan(part, options_of, machine, observer) for part in parts)
@@ -167,7 +167,9 @@ def _plan(graph: KernelGraph, options_of: OptionsOf, machine: Machine, observer:
         if options.combine == "last" and len(mains) == len(combines) == 1 and refines(combines[0], mains[0]):
             arrivals = counters_of(mains[0])
             buffers[arrivals.tensor.name] = arrivals
-            calls.append(Combined(mains[0], combines[0], arrivals.tensor.name))
+            # the results that a block counts for go by its program id alone
+            plain = replace(mains[0], options=replace(mains[0].options, group=1, persistent=0, prefetch=False))
+            calls.append(Combined(plain, combines[0], arrivals.tensor.name))
             continue
         for label, launches in ((base, mains), (f"{base}_combine", combines)):
             if launches:

@@ -208,6 +208,12 @@ class Options:
     evict_first      the largest source, of which each part is read by few blocks, is the first to leave the caches
     combine          the parts of a split become results in a launch of its own ("apart"), or in the block that is the
                      last to store its part ("last")
+    group            blocks of the second grid axis that program ids walk before the next block of the first, so that
+                     blocks which run together share what they load in L2 (1: one axis after the other)
+    persistent       blocks that each multiprocessor gets, which loop over what would else be all blocks (0: one block
+                     for each); kernels that share a launch have all of theirs
+    prefetch         with pdl, and unless persistent: the first tile of the largest source is fetched into L2 before the
+                     wait, as a hint; kernels that share a launch fetch nothing
     """
 
     num_warps: int | None = None
@@ -220,6 +226,9 @@ class Options:
     evict_first: bool = False
     pdl: bool = False
     combine: Literal["apart", "last"] = "apart"
+    group: int = 1
+    persistent: int = 0
+    prefetch: bool = False
 
     def __str__(self) -> str:
         parts = [f"warps {self.num_warps}", f"stages {self.num_stages}"]
@@ -234,6 +243,12 @@ class Options:
         values |= {"launch_pdl": True} if self.pdl else {}
         return {name: value for name, value in values.items() if value is not None}
 
+    def check(self) -> Options:
+        """Raises ValueError where options do not go together."""
+        if self.prefetch and (not self.pdl or self.persistent):
+            raise ValueError("prefetch goes with pdl, and with blocks that are not persistent")
+        return self
+
     def changed(self, name: str, value: object) -> Options:
         """With another value of one of them.  Raises ValueError where there is no such option, or it has no such
         value.
@@ -247,6 +262,7 @@ class Options:
         return replace(self, **{name: value})  # type: ignore[arg-type]
 
 
+MOST_RESIDENT = 8  # persistent blocks of a multiprocessor
 # The values that a choice may have.
 VALID: dict[str, Sequence[object]] = {
     "num_warps": (1, 2, 4, 8, 16, 32),
@@ -259,6 +275,9 @@ VALID: dict[str, Sequence[object]] = {
     "evict_first": (False, True),
     "pdl": (False, True),
     "combine": ("apart", "last"),
+    "group": (1, 4, 8, 16),
+    "persistent": range(MOST_RESIDENT + 1),
+    "prefetch": (False, True),
 }
 
 
@@ -303,6 +322,25 @@ class Launch:
     @property
     def launches(self) -> tuple[Launch, ...]:
         return (self,)
+
+    def extent(self, axis: str) -> Extent:
+        """How a grid axis is covered, in all scopes alike."""
+        return next(e for s in self.scopes for e in s.extents if e.axis.name == axis and e.role == "grid")
+
+    def parallel(self) -> tuple[Extent, ...]:
+        """The grid axes that are not one block at all sizes, in program-id order."""
+        extents = map(self.extent, self.grid)
+        return tuple(e for e in extents if not isinstance(e.axis.size, int) or e.axis.size > e.tile)
+
+    def grouped(self) -> tuple[str, int]:
+        """The grid axis of which blocks go together, the second one, and how many; none: ("", 1)."""
+        axes = self.parallel()
+        if len(axes) < 2:
+            return "", 1
+        second, group = axes[1], self.options.group
+        if isinstance(second.axis.size, int):
+            group = min(group, -(-second.axis.size // second.tile))
+        return (second.axis.name, group) if group > 1 else ("", 1)
 
     def sources(self) -> tuple[str, ...]:
         """Buffers read, in order of first use."""

@@ -648,6 +648,9 @@ class Dispatch:
                 self.on_device[ordinal] = self.binaries(ordinal)
             return self.on_device[ordinal]
 
+    def multiprocessors(self, ordinal: int) -> int:
+        return self.loaded(ordinal).driver.multiprocessors(ordinal)
+
     def prepared(
         self, tensors: Sequence[torch.Tensor], pointers: Sequence[int], sizes: Mapping[str, int]
     ) -> Direct | Recorded:
@@ -676,7 +679,10 @@ class Dispatch:
         if not self.hosts[file].kernels:
             return Direct(*common, names["run"])
         recorder = Recorder(self.loaded(ordinal), file, self.hooks.stream(ordinal))
-        recorded = self.hosts[file].names(recorder.launch, torch=recorder, counters=recorder.counters)
+        count = self.multiprocessors(ordinal)
+        recorded = self.hosts[file].names(
+            recorder.launch, torch=recorder, counters=recorder.counters, multiprocessors=lambda device: count
+        )
         places = [recorder.place(t, a) for t, a in zip(tensors, alignment or [True] * len(tensors), strict=True)]
         inputs, out = places[: self.inputs], places[self.inputs :]
         run, kept = recorded["run"], None
@@ -733,7 +739,8 @@ class Dispatch:
 
         with self.lock:  # one for all calls: it may keep what it computes ahead
             if (file, ordinal) not in self.live:
-                self.live[file, ordinal] = self.hosts[file].names(launch)
+                count = self.multiprocessors(ordinal) if self.hosts[file].kernels else 1
+                self.live[file, ordinal] = self.hosts[file].names(launch, multiprocessors=lambda device: count)
             return self.live[file, ordinal]
 
 

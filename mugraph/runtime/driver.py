@@ -27,6 +27,7 @@ from mugraph.errors import CompileError, LaunchError, TargetMismatchError
 DRIVER = "libcuda.so.1"
 STATIC_SHARED = 48 * 1024  # bytes; a block that needs more has to ask for it
 MAX_DYNAMIC_SHARED, MAJOR, MINOR = 8, 75, 76  # CU_FUNC_ATTRIBUTE_..., CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_...
+MULTIPROCESSORS = 16  # CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT
 SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 INVALID_CONTEXT = 201
 OTHER_DEVICE = (209, 222)  # no binary for this GPU; made for a later driver
@@ -92,6 +93,9 @@ class Driver:
         return 10 * self.number("cuDeviceGetAttribute", MAJOR, ordinal) + self.number(
             "cuDeviceGetAttribute", MINOR, ordinal
         )
+
+    def multiprocessors(self, ordinal: int) -> int:
+        return self.number("cuDeviceGetAttribute", MULTIPROCESSORS, ordinal)
 
     def name(self, ordinal: int) -> str:
         text = ctypes.create_string_buffer(256)

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from mugraph.codegen.plan import Call, Combined, Launch, Plan, Read, Write
-from mugraph.ir.axes import representative
+from mugraph.ir.axes import Axis, representative
 from mugraph.ir.types import Tensor
 from mugraph.runtime.compile import Resources
 from mugraph.search.cost import BLOCK_SHARED, DRAIN_SECONDS, TRIP_CLOCKS, Device
@@ -52,21 +52,25 @@ def predicted_seconds(call: Call, plan: Plan, found: Resources, d: Device, symbo
     """Seconds of one launch, symbolic sizes being `symbolic`.
 
     Infinite where no block fits on an SM.  Formula: sum of fixed costs, the 4-norm of the
-    limits, and what each further wave of blocks costs."""
+    limits, and what each further wave of blocks costs: nothing where blocks are persistent."""
     warps = call.options.num_warps or 1
     stages = call.options.num_stages or 1
     held = occupancy(warps, found, d)
     if not held:
         return math.inf
-    each = [traffic(x, plan, symbolic) for x in call.launches]
+    persistent = call.options.persistent if isinstance(call, Launch) else 0
+    held = min(held, persistent) if persistent else held
+    launches = call.launches
+    each = [traffic(x, plan, symbolic) for x in launches]
     blocks = each[0].blocks if isinstance(call, Combined) else sum(t.blocks for t in each)
     unique, moved = sum(t.unique for t in each), sum(t.moved for t in each)
     trips, stage = max(t.trips for t in each), max(t.stage for t in each)
     resident = min(blocks, d.sms * held)
+    memory = sum(fetched(x, plan, resident, symbolic) for x in launches) if unique > d.l2_bytes else unique
     rounds, waves = math.ceil(blocks / d.sms), math.ceil(blocks / (d.sms * held))
     in_flight = resident * max(stages - UNDER_WAY, 0.5) * stage if trips else resident * stage
     limits = (
-        unique / d.bandwidth,
+        memory / d.bandwidth,
         moved * d.load_latency_seconds / max(in_flight, 1.0),
         moved / d.l2_bytes_per_second,
         moved / (min(d.sms, blocks) * d.sm_bytes_per_second),
@@ -74,19 +78,17 @@ def predicted_seconds(call: Call, plan: Plan, found: Resources, d: Device, symbo
         waves * trips * TRIP_CLOCKS / d.clock_hz,
     )
     streaming: float = math.fsum(x**NORM for x in limits) ** (1 / NORM)
-    return d.launch_seconds + d.fill_seconds + streaming + DRAIN_SECONDS + (waves - 1) * WAVE_SECONDS
+    further = 0 if persistent else waves - 1  # blocks that stay give way to none
+    return d.launch_seconds + d.fill_seconds + streaming + DRAIN_SECONDS + further * WAVE_SECONDS
 
 
 def traffic(launch: Launch, plan: Plan, symbolic: int = 16) -> Traffic:
     """Counts of a launch, from its plan."""
-    extents = {e.axis.name: e for s in launch.scopes for e in s.extents}
 
     def size_of(t: Tensor, held: Mapping[str, int]) -> float:
         return math.prod(held.get(a.name, representative(a.size, symbolic)) for a in t.axes) * t.dtype.bits / 8
 
-    blocks = launch.split[1] if launch.split else 1
-    for axis in launch.grid:
-        blocks *= math.ceil(representative(extents[axis].axis.size, symbolic) / extents[axis].tile)
+    blocks = math.prod(count for _, count in digits(launch, symbolic))
     trips, moved, stage, whole = 0, 0.0, 0.0, 0.0
     for scope in launch.scopes:
         times = 1
@@ -104,6 +106,45 @@ def traffic(launch: Launch, plan: Plan, symbolic: int = 16) -> Traffic:
                 stage = max(stage, loaded)
             else:
                 whole += loaded
-    touched = dict.fromkeys([*launch.sources(), *(w.target for w in launch.writes())])
-    unique = sum(size_of(plan.buffer(name).tensor, {}) for name in touched)
+    unique = sum(size_of(plan.buffer(name).tensor, {}) for name in touched_by(launch))
     return Traffic(blocks, trips, min(unique, moved), moved, stage if trips else whole)
+
+
+def digits(launch: Launch, symbolic: int = 16) -> list[tuple[str, int]]:
+    """What a program id is made of, the fastest first: a grid axis, or the split one, and a count."""
+    counts = {e.axis.name: math.ceil(representative(e.axis.size, symbolic) / e.tile) for e in launch.parallel()}
+    found = list(counts.items())
+    axis, group = launch.grouped()
+    if axis:
+        found[:2] = [(axis, group), found[0], (axis, math.ceil(counts[axis] / group))]
+    return [*found, *([launch.split] if launch.split else [])]
+
+
+def fetched(launch: Launch, plan: Plan, resident: int, symbolic: int = 16) -> float:
+    """Bytes that come from memory where L2 does not hold all: of each buffer, for each wave of resident blocks, those
+    that they touch together."""
+    found = digits(launch, symbolic)
+    tiles = {e.axis.name: e.tile for e in launch.parallel()}
+    together: dict[str, int] = {}
+    left = resident
+    for axis, count in found:
+        together[axis] = together.get(axis, 1) * min(count, left)
+        left = math.ceil(left / count)
+
+    def touched(a: Axis) -> int:
+        size = representative(a.size, symbolic)
+        if launch.split and a.name == launch.split[0]:
+            return math.ceil(size * together[a.name] / launch.split[1])
+        return min(size, together[a.name] * tiles[a.name]) if a.name in tiles else size
+
+    waves = math.prod(count for _, count in found) / resident
+    total = 0.0
+    for t in (plan.buffer(name).tensor for name in touched_by(launch)):
+        whole = math.prod(representative(a.size, symbolic) for a in t.axes)
+        total += max(whole, waves * math.prod(map(touched, t.axes))) * t.dtype.bits / 8
+    return total
+
+
+def touched_by(launch: Launch) -> tuple[str, ...]:
+    """Buffers read or written."""
+    return tuple(dict.fromkeys([*launch.sources(), *(w.target for w in launch.writes())]))

@@ -31,13 +31,26 @@ from functools import cached_property
 from typing import Any, TypeVar, get_args
 
 from mugraph.codegen.lower import lower
-from mugraph.codegen.plan import ANY, Call, Choice, Combined, Machine, Options, Plan, Read, Trace, compute_of
+from mugraph.codegen.plan import (
+    ANY,
+    MOST_RESIDENT,
+    Call,
+    Choice,
+    Combined,
+    Launch,
+    Machine,
+    Options,
+    Plan,
+    Read,
+    Trace,
+    compute_of,
+)  # fmt: skip
 from mugraph.errors import CompileError, MugraphError, UnsupportedOpError, VerificationError
 from mugraph.ir.graph import KernelGraph
 from mugraph.ir.ops import Kernel
 from mugraph.ir.resize import neighbours, retiled
 from mugraph.runtime.compile import Compiler, Resources
-from mugraph.runtime.model import predicted_seconds
+from mugraph.runtime.model import digits, occupancy, predicted_seconds, traffic
 from mugraph.runtime.timing import Refused, Timer
 from mugraph.search.cost import Device
 from mugraph.settings import Tune
@@ -423,6 +436,7 @@ def proposals(f: Rule, at: Configuration) -> list[Options]:
     try:
         found = list(itertools.islice(f(at), MOST_PROPOSED))
         for o in found:
+            o.check()
             for field in fields(Options):
                 value = getattr(o, field.name)
                 if value is not None:
@@ -603,3 +617,36 @@ def dependent_launch(at: Configuration) -> Iterator[Options]:
     """The launch of a kernel overlaps with the end of the one before."""
     if at.badness == (0, 0) and at.arch >= 90 and not at.options.pdl:
         yield replace(at.options, pdl=True)
+
+
+@rule
+def grouped_blocks(at: Configuration) -> Iterator[Options]:
+    """Blocks that run together share what they load along both axes of the grid.  Where L2 holds all that the kernel
+    touches, their order does not matter."""
+    touched = sum(traffic(x, at.plan, at.symbolic).unique for x in at.call.launches)
+    fixed = at.options.group > 1 or isinstance(at.call, Combined)
+    if at.badness == (0, 0) and not fixed and touched > at.device.l2_bytes:
+        counts = [[count for _, count in digits(x, at.symbolic)] for x in at.call.launches]
+        if any(len(x.parallel()) > 1 and min(c[:2]) > 1 for x, c in zip(at.call.launches, counts, strict=True)):
+            for group in (8, 4, 16):
+                yield replace(at.options, group=group)
+
+
+@rule
+def persistent_blocks(at: Configuration) -> Iterator[Options]:
+    """As many blocks as the device runs at once, where there are more: none has to wait for another to leave.  The loop
+    over tiles may take registers, so that fewer fit."""
+    if at.badness != (0, 0) or at.resources is None or not isinstance(at.call, Launch):
+        return
+    held = min(occupancy(at.options.num_warps or 1, at.resources, at.device), MOST_RESIDENT)
+    more = traffic(at.call, at.plan, at.symbolic).blocks > at.device.sms * held > 0
+    if more and not 0 < at.options.persistent <= held:
+        yield replace(at.options, persistent=held, prefetch=False)
+
+
+@rule
+def prefetched_weights(at: Configuration) -> Iterator[Options]:
+    """While a dependent launch waits, its first weights may come into L2."""
+    o = at.options
+    if at.badness == (0, 0) and o.pdl and not (o.prefetch or o.persistent or not isinstance(at.call, Launch)):
+        yield replace(o, prefetch=True)

@@ -85,6 +85,7 @@ def neutral(kind: str, dtype: DType) -> str:
     return str(low if kind == "max" else low + 2**dtype.bits - 1)
 
 
+LINE = 128  # bytes that come into L2 together
 LOG2E = 1.4426950408889634
 DEEPEST_F8 = 128  # products of f8 that sm_90 sums with 14 bits, before f32 takes the sum
 # Functions that take more than an expression, emitted where they are used.
@@ -131,7 +132,11 @@ def counters(count, device):
     return _counters[key]'''
 # A kernel that may start before the one before it has ended waits for its results, and lets the next one start.
 WAIT = ("if PDL:", "    tl.extra.cuda.gdc_wait()")
+PREFETCH = "prefetch.global.L2 [$1]; mov.u32 $0, 0;"
 RELEASE = ("if PDL:", "    tl.extra.cuda.gdc_launch_dependents()")
+MULTIPROCESSORS = '''def multiprocessors(device):
+    """Those of a GPU; a few for the interpreter, so that each block has several tiles."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3'''
 RESERVED = {
     *keyword.kwlist,
     *HELPERS,
@@ -144,9 +149,12 @@ RESERVED = {
     "range",
     "grid",
     "pid",
+    "tile",
     "part",
     "counters",
     "_counters",
+    "min",
+    "multiprocessors",
     "DOT",
     "PDL",
     "LOG2E",
@@ -190,6 +198,8 @@ def emit(plan: Plan) -> str:
         groups |= together
     if plan.ahead:
         runs += divided_text("run", [_python(n) for n in plan.parameters], *_names_of(plan.ahead))
+    if any(k.persistent for k in kernels.values()):
+        texts.append(MULTIPROCESSORS)
     parts = [_header(plan, texts), *texts, *runs, _signatures(kernels, groups)]
     return "\n\n\n".join(p for p in parts if p) + "\n"
 
@@ -348,6 +358,7 @@ class _Kernel:
     def __init__(self, launch: Launch, plan: Plan, given: Literal["", "pid", "blocks"] = "") -> None:
         """`given`: what another kernel calls this one with, its program id or the numbers of its block."""
         self.launch, self.plan, self.given_by = launch, plan, given
+        self.persistent = 0 if given else launch.options.persistent
         self.name_of = _Namer()
         self.fn = self.name_of("kernel", launch.name)
         self.buffers: list[Buffer] = []
@@ -461,55 +472,142 @@ class _Kernel:
                     case Compute(e) | Accumulate(Compute(e)):
                         self.tensors[e.target.name] = e.target
         pdl = self.launch.options.pdl and not self.given_by
-        self.lines += [f"    {line}" for line in WAIT] if pdl else []
-        self.program_ids()
+        prefetched = self.largest_read() if pdl and self.launch.options.prefetch else None
+        guard = self.program_ids() if prefetched else ""
+        if pdl:
+            self.put(WAIT[0])
+            if prefetched:
+                self.prefetch(*prefetched)
+            self.put(WAIT[1])
+        if not prefetched:
+            guard = self.program_ids()
+        if guard:
+            self.put(guard)
+            self.indent += "    "
         for number, scope in enumerate(self.launch.scopes):
             self.scope, self.number = scope, number
             if scope.before or scope.body:
                 self.write_scope()
             if pdl and scope.loop and number == self.last_loop():
-                self.lines += [f"    {line}" for line in RELEASE]
+                self.lines += [f"{self.indent}{line}" for line in RELEASE]
 
-    def program_ids(self) -> None:
-        """The program id taken apart: the first grid axis runs fastest, the part of a split slowest."""
+    def program_ids(self) -> str:
+        """The program id taken apart: the first grid axis runs fastest, the part of a split slowest.  Returns the head
+        of the branch that the rest is in, if any."""
         if self.given_by == "blocks":
-            return
-        names = self.cut_axes()
-        last = "part" if self.launch.split else names[-1] if names else ""
-        if not last:
-            return
-        pids = {a: self.block_name(a) for a in names}
-        if not self.launch.split:
-            names = names[:-1]
-        if not names:
-            self.put(f"{pids.get(last, last)} = {'pid' if self.given_by else 'tl.program_id(0)'}")
-            return
-        if not self.given_by:
+            return ""
+        digits = [(self.block_name(a), self.blocks(a)) for a in self.cut_axes()]
+        axis, group = self.launch.grouped()
+        if axis:
+            inner, outer = (self.name_of((x, axis), f"{axis}_{x}") for x in ("inner", "outer"))
+            digits[:2] = [(inner, str(group)), digits[0], (outer, self.blocks(axis, group))]
+        digits += [("part", str(self.launch.split[1]))] if self.launch.split else []
+        pid = "pid"
+        if self.persistent:
+            pid = "tile"
+            tiles = " * ".join(_paren(count) for _, count in digits if count != "1") or "1"
+            self.put(f"for tile in tl.range(tl.program_id(0), {tiles}, tl.num_programs(0)):")
+            self.indent += "    "
+        if not digits:
+            return ""
+        *lower, (last, _) = digits
+        if not lower:
+            self.put(f"{last} = {pid if self.given_by or self.persistent else 'tl.program_id(0)'}")
+            return ""
+        if not self.given_by and not self.persistent:
             self.put("pid = tl.program_id(0)")
-        for i, axis in enumerate(names):
-            count = _paren(self.blocks(axis))
-            self.put(f"{pids[axis]} = pid % {count}")
-            self.put(f"{'pid' if i < len(names) - 1 else pids.get(last, last)} = pid // {count}")
+        for i, (name, blocks) in enumerate(lower):
+            count = _paren(blocks)
+            self.put(f"{name} = {pid} % {count}")
+            self.put(f"{'pid' if i < len(lower) - 1 else last} = {pid} // {count}")
+            pid = "pid"
+        if not axis:
+            return ""
+        name = self.block_name(axis)
+        self.put(f"{name} = {outer} * {group} + {inner}")
+        if isinstance(self.launch.extent(axis).axis.size, int) and int(self.blocks(axis)) % group == 0:
+            return ""
+        return f"if {name} < {self.blocks(axis)}:"  # the last group is not full: blocks beyond the axis do nothing
 
     def cut_axes(self) -> list[str]:
-        """Grid axes with more than one block, or of which that is not known."""
-        return [a for a in self.launch.grid if self.blocks(a) != "1"]
+        return [e.axis.name for e in self.launch.parallel()]
 
     def block_name(self, axis: str) -> str:
         return self.name_of(("block", axis), f"{axis}_block")
 
-    def extent_of(self, axis: str) -> Extent:
-        return next(e for s in self.launch.scopes for e in s.extents if e.axis.name == axis and e.role == "grid")
+    def largest_read(self) -> tuple[int, Piece] | None:
+        """The first read of the largest source, in its scope, if that is an input and nothing has to be read before to
+        know its place."""
+        for number, scope in enumerate(self.launch.scopes):
+            for action in scope.actions():
+                for p in action.pieces if isinstance(action, Read) else ():
+                    given = self.plan.buffer(p.source).space == "input" and self.is_largest(p.source)
+                    if given and p.joined is None and all(i.value is None for i in p.index):
+                        return number, p
+        return None
 
-    def blocks(self, axis: str) -> str:
-        e = self.extent_of(axis)
+    def prefetch(self, number: int, piece: Piece) -> None:
+        """A hint that the first tile of a source will be read: one address of each line, in a dense layout.  Nothing
+        that was not written yet is used, so this may come before the wait."""
+        self.scope, self.number, self.indent = self.launch.scopes[number], number, self.indent + "    "
+        tensor = self.plan.buffer(piece.source).tensor
+        found: list[tuple[str, int, str]] = []  # positions, how many of them, their stride
+        for axis, i in zip(tensor.axes, piece.index, strict=True):
+            stride, far = self.stride(piece.source, axis.name), self.far(piece.source, axis.name)
+            if i.start:
+                found.append((f"tl.cast({i.start}, tl.int64)" if far else str(i.start), 1, stride))
+            if i.axis is None:
+                continue
+            e = self.scope.extent(i.axis)
+            apart = max(1, LINE * 8 // tensor.dtype.bits // abs(i.step)) if axis is tensor.axes[-1] else 1
+            count = 1 if e.at_launch else max(1, e.lanes // apart)
+            if text := self.first_positions(e, count, apart):
+                wide = f"tl.cast({text}, tl.int64)" if far else text
+                found.append((wide, count, stride if i.step == 1 else f"{i.step} * {stride}"))
+        rank = sum(count > 1 for _, count, _ in found)
+        terms, at = [self.pointer(piece.source)], 0
+        for text, count, stride in found:
+            place = ", ".join(":" if n == at else "None" for n in range(rank))
+            spread = f"[{place}]" if count > 1 and rank > 1 else ""
+            whole = text.startswith(("tl.minimum(", "tl.cast(")) or not (spread or " + " in text)
+            terms.append(f"{text if whole else _paren(text)}{spread} * {stride}")
+            at += count > 1
+        name = self.name_of("ahead", f"{piece.source}_ahead")
+        self.sum(name, terms)
+        self.put(f"{name} = {name}.to(tl.int64, bitcast=True)")
+        self.put_call("tl.inline_asm_elementwise", [f'"{PREFETCH}"', '"=r,l"', f"[{name}]", "tl.int32", "False", "1"])
+        self.indent = self.indent[4:]
+
+    def first_positions(self, e: Extent, count: int, apart: int) -> str:
+        """So many positions of the first tile along an axis, within the axis; empty for 0."""
+        name, bounded = e.axis.name, e.masked or e.axis.name == self.launch.grouped()[0]
+        texts = []
+        if e.role == "grid" and self.blocks(name) != "1":
+            block = self.block_name(name)
+            texts.append(block if e.tile == 1 else f"{block} * {e.tile}")
+        if self.launch.split and self.launch.split[0] == name and self.number == self.last_loop():
+            parts, bounded = self.launch.split[1], True
+            texts.append(f"part * tl.cdiv(tl.cdiv({self.size(e.axis, runtime=True)}, {e.tile}), {parts}) * {e.tile}")
+        if count > 1:
+            texts.append(f"tl.arange(0, {count})" + (f" * {apart}" if apart > 1 else ""))
+        text = " + ".join(texts)
+        if not (text and bounded):
+            return text
+        last = str(e.axis.size - 1) if isinstance(e.axis.size, int) else f"{self.size(e.axis)} - 1"
+        return f"tl.minimum({text}, {last})"
+
+    def blocks(self, axis: str, together: int = 1) -> str:
+        """How many blocks a grid axis has, or groups of so many."""
+        e = self.launch.extent(axis)
+        tile = e.tile * together
         if isinstance(e.axis.size, int):
-            return str(-(-e.axis.size // e.tile))
-        return self.size(e.axis) if e.tile == 1 else f"tl.cdiv({self.size(e.axis)}, {e.tile})"
+            return str(-(-e.axis.size // tile))
+        return self.size(e.axis) if tile == 1 else f"tl.cdiv({self.size(e.axis)}, {tile})"
 
     def write_scope(self) -> None:
         scope = self.scope
-        self.lines.append("")
+        if not (self.lines and self.lines[-1].endswith(":")):
+            self.lines.append("")
         self.tail, self.offsets = False, {}
         for e in scope.extents:
             self.define_index(e)
@@ -1190,20 +1288,33 @@ class _Kernel:
                 return [self.block_name(a) for a in self.cut_axes()]
 
     def summary(self) -> str:
-        cut = [f"{self.extent_of(a).tile} of {a}" for a in self.launch.grid]
+        cut = [f"{self.launch.extent(a).tile} of {a}" for a in self.launch.grid]
         cut += [f"one of {self.launch.split[1]} parts of {self.launch.split[0]}"] if self.launch.split else []
         return f"One block: {', '.join(cut)}." if cut else "One block."
 
     def grid(self) -> str:
+        """How many blocks are launched, in `run`."""
+        if not self.persistent:
+            return self.tiles()
+        device = f"{_python(self.plan.inputs[0])}.device"
+        most = (
+            f"multiprocessors({device})" if self.persistent == 1 else f"{self.persistent} * multiprocessors({device})"
+        )
+        return f"min({self.tiles()}, {most})"
+
+    def tiles(self) -> str:
         counts: list[str] = []
+        grouped, group = self.launch.grouped()
         static = self.launch.split[1] if self.launch.split else 1
         for axis in self.launch.grid:
-            e = self.extent_of(axis)
+            e, together = self.launch.extent(axis), group if axis == grouped else 1
+            tile = e.tile * together
+            static *= together
             if isinstance(e.axis.size, int):
-                static *= -(-e.axis.size // e.tile)
+                static *= -(-e.axis.size // tile)
             else:
                 size = _size_text(e.axis.size)
-                counts.append(size if e.tile == 1 else f"triton.cdiv({size}, {e.tile})")
+                counts.append(size if tile == 1 else f"triton.cdiv({size}, {tile})")
         if static > 1 or not counts:
             counts.append(str(static))
         return " * ".join(counts)
@@ -1408,7 +1519,7 @@ class _Last(_Together):
         places: list[str] = []
         for axis in self.combine.cut_axes():
             outer = self.block.get(axis) if axis in names else None
-            ratio = self.main.extent_of(axis).tile // self.combine.extent_of(axis).tile if outer else 0
+            ratio = self.main.launch.extent(axis).tile // self.combine.launch.extent(axis).tile if outer else 0
             if outer and ratio == 1:
                 places.append(outer)
                 continue

@@ -10,6 +10,8 @@ iterations before.
 
 Blocks may count in a tensor of zeros how many of those that share a result have stored, and the last one goes on.
 What it does then is read as a launch of its own, of one block for each result, after the first one.
+A persistent kernel loops over tiles from its program id, with the number of programs as the step: (program, iteration)
+and tile are one to one, so the tile is what a program id would be.
 
 A program id, like a lane, is a counter: `n % f` and `n // f` are its low digits and the rest, where f is a product of
 factors of its count.  So they are unknowns of their own with known ranges, and indices stay linear.
@@ -547,6 +549,10 @@ class Pointer:
         lanes = self.reader.together(self.lanes, index.lanes)
         return Pointer(self.reader, self.buffer, (*self.terms, Term(s.dim, index.z, s.coefficient, index.wide)), lanes)
 
+    def to(self, dtype: Any, bitcast: bool) -> Pointer:
+        """The address as a number, which only assembly takes."""
+        return self
+
 
 class Tensor:
     """A tensor in `run`."""
@@ -649,6 +655,7 @@ class ProgramId:
     def __init__(self, reader: _Reader, count: Any) -> None:
         self.reader = reader
         self.base: Any = 0
+        self.count = count
         self.low, self.high = Linear(0, reader.z3), Linear(count, reader.z3)
         self.number: Int | None = None
 
@@ -665,6 +672,8 @@ class ProgramId:
         return False
 
     def __sub__(self, other: Any) -> Int:
+        if self.reader.tiling:
+            raise Unreadable("a program id beside the tiles that it stands for")
         at = Linear(self.reader.scalar(other), self.reader.z3).minus(self.low)
         if at is None or not at.empty:
             raise Unreadable("a program id less what is no border of kernels")
@@ -676,6 +685,15 @@ class ProgramId:
 
     def to(self, dtype: Any) -> Any:
         return (self - 0).to(dtype)
+
+    @property
+    def used(self) -> bool:
+        """Whether anything but a loop over tiles depends on it."""
+        return self.number is not None or self.reader.decided > 0
+
+
+class Programs:
+    """The number of programs, as the step of a loop over tiles."""
 
 
 def _as_number(name: str) -> Callable[..., Any]:
@@ -699,7 +717,14 @@ class Jit:
         return self.fn(*args, **named)
 
     def __getitem__(self, grid: tuple[Any, ...]) -> Callable[..., None]:
-        def launch(*args: Any, num_warps: int = 4, num_stages: int = 1, maxnreg: Any = None, **named: Any) -> None:
+        def launch(
+            *args: Any,
+            num_warps: int = 4,
+            num_stages: int = 1,
+            maxnreg: Any = None,
+            launch_pdl: Any = False,
+            **named: Any,
+        ) -> None:
             self.reader.launch(self.fn, grid, args, named)
 
         return launch
@@ -724,7 +749,7 @@ class _Reader:
         self.begin([], 1)
 
     def begin(self, decisions: list[bool], count: Any) -> None:
-        self.decisions, self.decided = decisions, 0
+        self.decisions, self.decided, self.asked = decisions, 0, 0
         self.holds: list[Any] = []
         self.ranges: list[Any] = []  # of unknowns, wherever they come into play
         self.linked: list[tuple[Any, Any]] = []
@@ -733,6 +758,7 @@ class _Reader:
         self.accesses: list[Access] = []
         self.made: list[Any] = []  # lanes and loops, in the order of the text
         self.next = 0
+        self.tiling: Literal["", "inside", "after"] = ""  # a loop over tiles
         self.program = ProgramId(self, count)
         self.depth = 0  # of loops
         self.settled = 0  # accesses before the last barrier
@@ -746,6 +772,8 @@ class _Reader:
             if isinstance(found, FunctionType) and TORCH_FUNCTION.fullmatch(name):
                 space[name] = self.torch_function(found)
         space["counters"] = self.counters
+        if "multiprocessors" in space:
+            space["multiprocessors"] = self.multiprocessors
         if "keep" in space:  # what is kept is what is computed
             space["keep"] = space["ahead"]
         inputs = [Tensor(self, Buffer(i.name, i.tensor.shape, dtype=TORCH_NAMES.get(i.tensor.dtype)))
@@ -909,9 +937,14 @@ class _Reader:
         return found
 
     def decide(self, condition: Any) -> bool:
+        self.asked += 1
+        if self.asked > MOST_BRANCHES:
+            raise Unreadable(f"more than {MOST_BRANCHES} branches on one path")
+        if condition is not None:  # what was decided stays so
+            for found, known in ((True, condition), (False, self.z3.Not(condition))):
+                if any(known.eq(h) for h in self.holds):
+                    return found
         if self.decided == len(self.decisions):
-            if self.decided == MOST_BRANCHES:
-                raise Unreadable(f"more than {MOST_BRANCHES} branches on one path")
             self.decisions.append(True)
         found = self.decisions[self.decided]
         self.decided += 1
@@ -936,6 +969,9 @@ class _Reader:
 
     def loop(self, *limits: Any, **_: Any) -> Iterator[Any]:
         low, high, step = (0, *limits, 1) if len(limits) == 1 else (*limits, 1)[:3]
+        if isinstance(step, Programs):
+            yield from self.tiles(low, high)
+            return
         if not isinstance(step, int) or step < 1:
             raise Unreadable("a loop whose step is no positive number")
         kept, first = len(self.holds), len(self.accesses)
@@ -956,6 +992,25 @@ class _Reader:
         self.digits.remove(str(number))
         self.depth -= 1
 
+    def tiles(self, first: Any, count: Any) -> Iterator[Any]:
+        """The loop of a persistent kernel, for an unknown tile."""
+        if first is not self.program or self.program.used or self.accesses or self.made or self.tiling:
+            raise Unreadable("a loop over tiles that is not all that a kernel does")
+        solver = self.z3.Solver()
+        solver.add(*self.sizes.holds, self.program.count < 1)
+        if solver.check() != self.z3.unsat:
+            raise Unreadable("a loop over tiles by what may be no blocks at all")
+        self.tiling = "inside"
+        found = Counter(self, "tile", self.scalar(count))
+        begun = self.next
+        yield self.viewed(found, 0, None)
+        before, self.accesses = self.accesses, []
+        self.next = begun
+        yield self.viewed(found, 0, None)
+        if [a.key() for a in before] != [a.key() for a in self.accesses]:
+            raise Unreadable("a loop whose later tiles do other things to memory")
+        self.tiling = "after"
+
     def access(self, kind: str, pointer: Any, mask: Any = None) -> Opaque:
         if not isinstance(pointer, Pointer):
             raise Unreadable(f"a {kind} at what is no address")
@@ -964,7 +1019,10 @@ class _Reader:
             lanes, on = self.together(lanes, mask.lanes), [mask.z]
         elif mask is not None and kind != "read":  # one that is loaded from does no harm
             raise Unreadable("a store with a mask that was loaded")
-        _ = self.program - self.program.base  # which block it is
+        if self.tiling == "after":
+            raise Unreadable("a kernel that goes on after its tiles")
+        if not self.tiling:
+            _ = self.program - self.program.base  # which block it is
         roots = {id(c.root) for c in lanes if c}
         mine = {str(d) for c in self.made if isinstance(c, Counter) and id(c.root) in roots for _, d in c.digits}
         digits = tuple(self.unknowns[d] for d in self.digits if not d.startswith("lane") or d in mine)
@@ -993,6 +1051,14 @@ class _Reader:
     def atoms(self, e: Any) -> list[Any]:
         """The unknowns of an expression."""
         return [e] if not e.children() else [x for c in e.children() for x in self.atoms(c)]
+
+    def assembly(self, text: str, constraints: str, args: Sequence[Any], *_: Any) -> Opaque:
+        """A prefetch is a load."""
+        if not text.startswith("prefetch.global.L2 [$1];"):
+            raise Unreadable("assembly that is no prefetch")
+        for pointer in args:
+            self.access("read", pointer)
+        return OPAQUE
 
     def store(self, pointer: Any, value: Any, mask: Any = None, **_: Any) -> Opaque:
         clears = isinstance(pointer, Pointer) and pointer.buffer.made == "counters" and type(value) is int and not value
@@ -1054,6 +1120,19 @@ class _Reader:
             raise Unreadable("a grid of several dimensions")
         return self.program
 
+    def num_programs(self, axis: int) -> Programs:
+        if axis != 0:
+            raise Unreadable("a grid of several dimensions")
+        return Programs()
+
+    def multiprocessors(self, device: Any) -> Int:
+        """Of any device."""
+        name = "multiprocessors"
+        if name not in self.sizes.known:
+            self.sizes.known[name] = self.z3.Int(name)
+            self.sizes.holds.append(self.sizes.known[name] >= 1)
+        return Int(self, self.sizes.known[name])
+
     def empty(self, shape: Sequence[Any], *, dtype: Any = None, **_: Any) -> Tensor:
         sizes = tuple(s if isinstance(s, int) else s.size for s in shape)
         if None in sizes:
@@ -1080,9 +1159,9 @@ class _Reader:
 
     def builtins(self) -> dict[str, Any]:
         language = _Stand(
-            jit=self.jit, program_id=self.program_id, arange=self.arange, range=self.loop, static_range=self.loop,
-            debug_barrier=self.barrier, load=self.load,
-            store=self.store, atomic_add=self.atomic_add, cdiv=self.cdiv, where=self.where_,
+            jit=self.jit, program_id=self.program_id, num_programs=self.num_programs, arange=self.arange,
+            range=self.loop, static_range=self.loop, debug_barrier=self.barrier, load=self.load, store=self.store,
+            atomic_add=self.atomic_add, inline_asm_elementwise=self.assembly, cdiv=self.cdiv, where=self.where_,
             maximum=lambda a, b: self.extreme(True, a, b), minimum=lambda a, b: self.extreme(False, a, b),
             cast=self.cast, broadcast_to=self.broadcast_to, constexpr=lambda x: x, int64=Wide(),
         )  # fmt: skip

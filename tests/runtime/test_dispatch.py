@@ -653,6 +653,22 @@ def test_options_that_a_tuner_chose_reach_the_launch(name: str, compiler: Compil
             assert (found.block, found.dependent) == ((32 * options.num_warps, 1, 1), options.pdl)
 
 
+def test_persistent_kernels_have_a_grid_by_the_device(compiler: Compiler, stub: Stub) -> None:
+    """The stub has 4 multiprocessors; there are 8 blocks of rows and 2 of columns at B = 128, fewer at 17."""
+    graph = PROGRAMS["rmsnorm_linear"]()
+    source = emit(plan_graph(graph, options=Options(persistent=3)))
+    artefact = Artefact(made(graph, {HOST: source}, [90], compiler=compiler))
+    artefact.signature.device = "cpu"
+    call = artefact.dispatch(driver=stub.path)
+    for size, blocks in ((128, 12), (17, 4), (128, 12)):
+        tensors = drawn(graph, size)
+        call(*tensors)
+        assert stub.launches[-1].grid == (blocks, 1, 1)
+        assert all(isinstance(p, Recorded) for found in call.ready.values() for p in found)
+        call.names(HOST, 0)["run"](*tensors)  # as where calls of torch come between
+        assert stub.launches[-1].grid == (blocks, 1, 1)
+
+
 def test_shared_memory_beyond_the_usual_is_asked_for(stub: Stub, files: Callable[[str], Mapping[str, bytes]]) -> None:
     driver = Driver(stub.path)
     b = Artefact(files("scaled_ahead")).binaries[0]

@@ -27,6 +27,7 @@ from mugraph.runtime import tune
 from mugraph.runtime.bench import Spread
 from mugraph.runtime.compile import Compiler, Resources
 from mugraph.runtime.interpret import Interpreter
+from mugraph.runtime.model import fetched, traffic
 from mugraph.runtime.timing import Refused
 from mugraph.runtime.tune import (
     Choice,
@@ -242,7 +243,11 @@ def no_options(at: Configuration) -> Iterator[Options]:
     yield 5
 
 
-@pytest.mark.parametrize("wrong", [raising, three_warps, no_options])
+def only_prefetch(at: Configuration) -> Iterator[Options]:
+    yield replace(at.options, prefetch=True)
+
+
+@pytest.mark.parametrize("wrong", [raising, three_warps, no_options, only_prefetch])
 def test_a_rule_that_fails_is_named(wrong: tune.Rule, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(tune, "RULES", [wrong])
     with pytest.raises(MugraphError, match=f"the tuning rule {wrong.__name__} fails"):
@@ -464,6 +469,72 @@ def test_a_lost_device_ends_the_comparison_and_keeps_what_was_found():
     assert found == {1: 0}
     assert notes == ["at 8: the device was lost"]
     assert fastest_by_size(["a"], [1], lambda n: nullcontext(None)) == ({}, [])
+
+
+# -- the order of blocks
+
+
+def at_size(options: Options, symbolic: int, resources: Resources = FINE) -> Configuration:
+    """rmsnorm_linear as it would be ranked for that many rows."""
+    plan = plan_graph(graphs.ALL["rmsnorm_linear"][1](), options=options)
+    ((function, call),) = launched(plan).items()
+    return Configuration(call, plan, emit(plan), H100, (), replace(resources, kernel=function), symbolic=symbolic)
+
+
+def test_groups_of_blocks_are_proposed_where_l2_does_not_hold_all():
+    proposed = [o.group for o in tune.proposals(tune.grouped_blocks, at_size(Options(), 4096))]
+    assert proposed == [8, 4, 16]
+    assert tune.proposals(tune.grouped_blocks, at_size(Options(), 16)) == []  # one block of rows
+    assert tune.proposals(tune.grouped_blocks, at_size(Options(group=4), 4096)) == []
+    small = replace(at_size(Options(), 4096), device=replace(H100, l2_bytes=1e9))
+    assert tune.proposals(tune.grouped_blocks, small) == []
+
+
+def test_groups_fetch_less_where_waves_reach_beyond_l2():
+    few = replace(FINE, shared_bytes=100_000)  # two blocks of an SM: 264 at a time of 256 x 96
+    one_axis, grouped = (at_size(Options(group=g), 4096, few) for g in (1, 16))
+    fetch = [fetched(c.call, c.plan, 264, 4096) for c in (one_axis, grouped)]
+    assert fetch[1] < 0.5 * fetch[0]
+    assert grouped.seconds < one_axis.seconds
+    everything = fetched(grouped.call, grouped.plan, 256 * 96, 4096)
+    assert everything == traffic(grouped.call, grouped.plan, 4096).unique
+
+
+# -- persistent blocks
+
+
+def test_persistent_blocks_are_proposed_where_there_are_more_than_run_at_once():
+    few = replace(FINE, shared_bytes=100_000)  # two blocks of an SM
+    assert [o.persistent for o in tune.proposals(tune.persistent_blocks, at_size(Options(), 4096, few))] == [2]
+    assert tune.proposals(tune.persistent_blocks, at_size(Options(), 16, few)) == []  # 96 blocks for 132 SMs
+    assert tune.proposals(tune.persistent_blocks, at_size(Options(persistent=1), 4096, few)) == []
+    assert [
+        o.persistent for o in tune.proposals(tune.persistent_blocks, at_size(Options(persistent=3), 4096, few))
+    ] == [2]
+    tiny = replace(FINE, registers=16, shared_bytes=0)
+    assert [o.persistent for o in tune.proposals(tune.persistent_blocks, at_size(Options(), 4096, tiny))] == [8]
+    plan = plan_graph(BLOCKS["two_blocks"]())
+    (call,) = launched(plan).values()
+    assert tune.proposals(tune.persistent_blocks, replace(at_size(Options(), 4096), call=call)) == []
+
+
+def test_persistent_blocks_drain_once():
+    few = replace(FINE, shared_bytes=100_000)
+    plain, persistent, half = (at_size(Options(persistent=n), 4096, few).seconds for n in (0, 2, 1))
+    assert persistent < plain
+    assert persistent < half
+
+
+# -- a prefetch
+
+
+def test_a_prefetch_is_proposed_for_dependent_launches():
+    assert tune.proposals(tune.prefetched_weights, at_size(Options(), 16)) == []
+    (found,) = tune.proposals(tune.prefetched_weights, at_size(Options(pdl=True), 16))
+    assert found.prefetch
+    assert tune.proposals(tune.prefetched_weights, at_size(Options(pdl=True, persistent=1), 16)) == []
+    large = at_size(found, 4096, replace(FINE, shared_bytes=100_000))
+    assert [o.prefetch for o in tune.proposals(tune.persistent_blocks, large)] == [False]
 
 
 # -- what options do to the text
