@@ -64,6 +64,7 @@ def device_tests() -> dict[str, tuple[str, str]]:
     numerics, sanitizer = "tests/gpu/test_numerics.py", "tests/gpu/test_sanitizer.py"
     return {
         "launching": ("tests/runtime/test_dispatch.py", ""),
+        "variants of launches": ("tests/transpiler/test_variants.py", ""),
         "timing": ("tests/runtime/test_bench.py", ""),
         "streams and threads": ("tests/gpu/test_streams.py", ""),
         "CUDA graphs and batches": ("tests/gpu/test_serving.py", ""),

@@ -997,6 +997,7 @@ class _Reader:
         if first is not self.program or self.program.used or self.accesses or self.made or self.tiling:
             raise Unreadable("a loop over tiles that is not all that a kernel does")
         solver = self.z3.Solver()
+        solver.set("timeout", 1000)
         solver.add(*self.sizes.holds, self.program.count < 1)
         if solver.check() != self.z3.unsat:
             raise Unreadable("a loop over tiles by what may be no blocks at all")
