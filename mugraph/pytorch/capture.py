@@ -236,7 +236,7 @@ def _is_user(path: str) -> bool:
     return not path.startswith((_PACKAGE, torch_home, "torch" + os.sep, "<frozen"))
 
 
-def _user_line(stack_trace: str | None) -> Location | None:
+def user_line(stack_trace: str | None) -> Location | None:
     """The innermost line of a node's stack trace that is the user's."""
     places = re.findall(r'File "([^"]+)", line (\d+)', stack_trace or "")
     for path, line in reversed(places):
@@ -292,7 +292,7 @@ class Interpreter:
 
     def call(self, node: Any) -> None:
         name = str(node.target)
-        where = _user_line(node.meta.get("stack_trace"))
+        where = user_line(node.meta.get("stack_trace"))
         self.tracing.recorder.where = where
         args = [self.value(a) for a in node.args]
         kwargs = {k: self.value(v) for k, v in node.kwargs.items() if v is not None}
@@ -309,7 +309,7 @@ class Interpreter:
             self.names.setdefault(result.value, node.name)
 
     def _applied(self, name: str, node: Any, args: list[Any], kwargs: dict[str, Any]) -> Any:
-        if name.startswith("aten."):
+        if name.startswith(("aten.", "prims.")):
             base = name.split(".")[1]
             if base in IGNORED:
                 return None
