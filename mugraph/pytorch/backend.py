@@ -29,8 +29,9 @@ from weakref import WeakValueDictionary
 
 import torch
 from torch._dynamo.backends import registry
-from torch._functorch.aot_autograd import make_boxed_func
+from torch._functorch._aot_autograd.utils import make_boxed_func
 from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch._guards import TracingContext, detect_fake_mode, tracing
 
 from mugraph import pipeline, settings
 from mugraph.errors import FallbackWarning, MugraphError, SettingError
@@ -176,6 +177,8 @@ def mugraph(
 
 def _compiled(kind: Kind, options: Options, module: Any, example_inputs: Sequence[Any]) -> Callable[..., Any]:
     """A function for an ATen graph, parts of which are replaced."""
+    if kind == "forward" and (metadata := TracingContext.get().fw_metadata) is not None:
+        metadata.bw_donated_idxs = []  # nothing here takes memory from what is saved: a backward pass may run twice
     try:
         found = split(module, kind)
         shown = []
@@ -346,7 +349,6 @@ def _rest(kind: Kind, options: Options, module: Any, inputs: Sequence[Any]) -> t
 
 
 def _inductor(kind: Kind, options: Options, module: Any, inputs: Sequence[Any]) -> Callable[..., Any]:
-    from torch._guards import TracingContext, detect_fake_mode, tracing
     from torch._inductor.compile_fx import compile_fx
 
     # CUDA graphs of the forward pass would overwrite what the backward pass reads
