@@ -158,6 +158,7 @@ def mugraph(
     from torch._dynamo.exc import TorchDynamoException
 
     checked = checked_options(options, mode)
+    _fix_numbers(example_inputs)
     compiler = aot_autograd(
         fw_compiler=functools.partial(_compiled, "forward", checked),
         bw_compiler=functools.partial(_compiled, "backward", checked),
@@ -173,6 +174,22 @@ def mugraph(
         _warn("a graph", error)
         run: Callable[..., Any] = module.forward
         return run
+
+
+def _fix_numbers(example_inputs: Sequence[Any]) -> None:
+    """Makes Python numbers that Dynamo took for inputs (dynamic=True does so with the eps of a norm) constants of the
+    graph, which its next trace finds.  As inputs they are tensors on the CPU, between the tensors of a GPU."""
+    from torch._dynamo.exc import TensorifyScalarRestartAnalysis
+    from torch._dynamo.symbolic_convert import TensorifyState
+    from torch.utils._sympy.symbol import SymT, symbol_is_type
+
+    mode = detect_fake_mode(example_inputs)
+    known = getattr(mode.shape_env, "backed_var_to_val", {}) if mode is not None else {}
+    free = [str(s) for s in known if symbol_is_type(s, SymT.FLOAT) and not TensorifyState.should_specialize(str(s))]
+    for name in free:
+        TensorifyState.specialize(name)
+    if free:
+        raise TensorifyScalarRestartAnalysis
 
 
 def _compiled(kind: Kind, options: Options, module: Any, example_inputs: Sequence[Any]) -> Callable[..., Any]:

@@ -193,6 +193,18 @@ def test_empty_batches_run() -> None:
         agree(model, fast, torch.randn(1, 64))
 
 
+@torch.no_grad()
+def test_python_numbers_are_constants_of_the_graph() -> None:
+    def scaled(x: torch.Tensor, scale: float) -> torch.Tensor:
+        return torch.relu(x * scale) + scale
+
+    fast = compiled(scaled, dynamic=True)
+    for scale in (0.5, 2.0, 0.5):
+        agree(lambda x: scaled(x, scale), lambda x: fast(x, scale), torch.randn(5, 8))  # noqa: B023
+    assert len(reports()) == 2
+    assert len(last().parts[0].result.program.inputs) == 1
+
+
 # -- options ---------------------------------------------------------------------------------------------------------
 
 
