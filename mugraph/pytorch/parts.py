@@ -272,6 +272,8 @@ def _tried(node: Any) -> None:
     fragment.call(node)
     found = fragment.values[node]
     for user in node.users:
+        if _is_getitem(user) and not user.users:
+            continue
         if not _is_getitem(user) or not isinstance(found[user.args[1]], Tensor):
             raise UnsupportedOpError(f"a result of {node.target} is not understood")
 
