@@ -4,22 +4,24 @@
 
 Prints for each the share of the graph that is understood and that is taken over, the first call with an empty cache and
 with a full one (both beside the first call of PyTorch's `aot_eager`, which is what tracing alone takes), and the time
-of a call beside eager's.  All in seconds, on the CPU.  Needs no network.
+of a call beside eager's, in turns.  All on the CPU.  Needs no network.
 """
 
 import argparse
 import importlib
 import os
-import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
+
+from mugraph.runtime.bench import measure
 
 VOCABULARY = 97
 LLAMA = {
@@ -27,7 +29,7 @@ LLAMA = {
     "num_key_value_heads": 2, "vocab_size": VOCABULARY, "max_position_embeddings": 64,
 }  # fmt: skip
 ENCODER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-CALLS = 20
+ROUNDS = 31
 
 
 @dataclass(frozen=True)
@@ -88,26 +90,17 @@ def first_call(model: torch.nn.Module, inputs: dict[str, torch.Tensor], **how: A
     return run, time.perf_counter() - start
 
 
-def seconds_of(run: Callable[..., Any], inputs: dict[str, torch.Tensor]) -> float:
-    """The median time of a call."""
-    logits(run, inputs)
-    times = []
-    for _ in range(CALLS):
-        start = time.perf_counter()
-        logits(run, inputs)
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
-
-
 @torch.no_grad()
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.models", description=__doc__.splitlines()[0])
     parser.add_argument("models", nargs="*", metavar="MODEL", help=f"of {', '.join(MODELS)}; all by default")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="that PyTorch uses")
     parser.add_argument("--rest", default="inductor", choices=["inductor", "eager"])
     parser.add_argument("--parts", default="faster", choices=["faster", "all"])
     given = parser.parse_args(arguments)
     if unknown := [m for m in given.models if m not in MODELS]:
         parser.error(f"there is no model {unknown[0]}; known: {', '.join(MODELS)}")
+    torch.set_num_threads(given.threads)
     from mugraph.pytorch.backend import reports
 
     names = ("model", "operators", "understood", "taken over", "tracing", "cold", "warm", "eager call", "our call")
@@ -128,7 +121,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             understood, taken = (sum(getattr(r, what) for r in met) for what in ("understood", "taken"))
             shares = (f"{100 * x / max(nodes, 1):.0f} %" for x in (understood, taken))
             times = (f"{s:.1f} s" for s in (tracing, cold, warm))
-            calls = (f"{1e3 * seconds_of(r, inputs):.2f} ms" for r in (model, run))
+            forms = {"eager": model, "ours": run}
+            timings = measure({n: partial(logits, r, inputs) for n, r in forms.items()}, ROUNDS, device="cpu")
+            calls = (f"{1e3 * timings.seconds(n).median:.2f} ms" for n in forms)
             table.add_row(name, str(nodes), *shares, *times, *calls)
     Console(width=118).print(table)
 
