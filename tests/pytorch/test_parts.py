@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from mugraph import pipeline
 from mugraph.dsl.tensor import cast
+from mugraph.ir.parser import parse_program
 from mugraph.ir.types import DType
 from mugraph.pytorch import parts
 from mugraph.pytorch.ops import ATEN
@@ -217,3 +218,47 @@ def test_a_plan_for_a_cpu_is_unchanged_where_no_call_is_saved() -> None:
     again = pipeline.optimize_calls(split(chain, "test").parts["part_0"].program)
     assert again.cached
     assert again.report.asked.on.kind == "cpu"
+
+
+# Between two norms; some of its values have no move on a CPU.
+FEED_FORWARD = """
+program feed_forward
+  dim s0: 2..2147483647
+  dim s1: 2..2147483647
+  axes s0 = s0, s1 = s1, k = 32, n = 32, d = 64
+  input x0: f32[(s0 s1), k]
+  input x1: f32[k, n]
+  input x2: f32[s0, s1, n]
+  input x3: f32[n]
+  input x4: f32[n, d]
+  input x5: f32[n, d]
+  input x6: f32[d, n]
+  input x7: f32[n]
+  _unsafe_view: f32[s0, s1, n] = contract[k](x0, x1)
+  add: f32[s0, s1, n] = add(x2, _unsafe_view)
+  pow: f32[s0, s1, n] = square(add)
+  mean: f32[s0, s1] = mean[n](pow)
+  t0: f32[] = 1/1000000
+  add2: f32[s0, s1] = add(mean, t0)
+  rsqrt: f32[s0, s1] = rsqrt(add2)
+  mul: f32[s0, s1, n] = mul(add, rsqrt)
+  view: f32[s0, s1, n] = mul(x3, mul)
+  _unsafe_view2: f32[s0, s1, d] = contract[n](view, x4)
+  silu: f32[s0, s1, d] = silu(_unsafe_view2)
+  _unsafe_view3: f32[s0, s1, d] = contract[n](view, x5)
+  view2: f32[s0, s1, d] = mul(silu, _unsafe_view3)
+  _unsafe_view4: f32[s0, s1, n] = contract[d](view2, x6)
+  add3: f32[s0, s1, n] = add(add, _unsafe_view4)
+  pow2: f32[s0, s1, n] = square(add3)
+  mean2: f32[s0, s1] = mean[n](pow2)
+  t1: f32[] = 1/1000000
+  add4: f32[s0, s1] = add(mean2, t1)
+  rsqrt2: f32[s0, s1] = rsqrt(add4)
+  mul2: f32[s0, s1, n] = mul(add3, rsqrt2)
+  mul3: f32[s0, s1, n] = mul(x7, mul2)
+  output mul3
+"""
+
+
+def test_values_without_a_move_are_in_no_plan() -> None:
+    assert pipeline.optimize_calls(parse_program(FEED_FORWARD.strip())).certificate.tiers
