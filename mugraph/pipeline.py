@@ -147,9 +147,23 @@ def optimize_beside(program: Program, written: Written, **options: Any) -> Resul
     return _found(program, parse_target(options.get("target")), checked, written)
 
 
-def _found(program: Program, chosen: Target, options: Mapping[str, Any], written: Written | None = None) -> Result:
-    """`optimize` with its checked options."""
+def optimize_calls(program: Program, **options: Any) -> Result:
+    """`optimize` for the target `torch`, as a CPU runs it: plans are calls of PyTorch, and the cheapest ones are found
+    by the prices of a CPU.  The result is `unchanged` where these are the calls of the program as it stands."""
+    checked = checked_options(program=program, **options)
+    return _found(program, parse_target("torch"), checked, on=device(CPU))
+
+
+def _found(
+    program: Program,
+    chosen: Target,
+    options: Mapping[str, Any],
+    written: Written | None = None,
+    on: Device | None = None,
+) -> Result:
+    """`optimize` with its checked options; `on`: the device that plans are priced for."""
     check(program)
+    on = on or device(device_name(chosen))
     cache, engine, say = options.get("cache"), options.get("engine"), options.get("say") or (lambda _: None)
     refuse_packed(program)
     space, budget, number, delta = (options[n] for n in ("space", "budget_seconds", "seed", "delta"))
@@ -163,7 +177,7 @@ def _found(program: Program, chosen: Target, options: Mapping[str, Any], written
             "space": str(space),
             "delta": delta,
             "seed": number,
-            "device": device(device_name(chosen)).digest,
+            "device": on.digest,
             "tune": [level, *(f"{f.__module__}.{f.__qualname__}" for f in RULES)],
         }
         | ({"measured on": f"{machine_text()} {written.digest if written else ''}"} if measuring else {}),
@@ -181,8 +195,7 @@ def _found(program: Program, chosen: Target, options: Mapping[str, Any], written
         )
     jobs = None if settings.skip_cache.get() or settings.force_search.get() else store.jobs
     with engine_of(engine) if engine is None or isinstance(engine, str) else nullcontext(engine) as running:
-        search_on = device(device_name(chosen))
-        result = _optimized(program, chosen, search_on, space, level, budget, delta, number, running, jobs, say)
+        result = _optimized(program, chosen, on, space, level, budget, delta, number, running, jobs, say)
         if measuring and not result.interrupted:
             try:
                 calls = _optimized(

@@ -373,7 +373,8 @@ def read(files: Mapping[str, str], target: Target, notes: tuple[str, ...]) -> Re
     report: SearchReport | ReportText = ReportText(data)
     choice = Choice.from_dict(json.loads(files["choice.json"])) if "choice.json" in files else None
     if "candidates" in data:
-        on = device(device_name(target) if choice is None or choice.chosen.startswith(FOUND) else CPU)
+        priced_on_cpu = str(data.get("device")).startswith(device(CPU).name)  # a calibration stands behind the name
+        on = device(CPU if priced_on_cpu else device_name(target))
         asked = Asked(program, on, verify_as_given)
         report = replace(SearchReport.from_dict(data), asked=asked)
     return Result(

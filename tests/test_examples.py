@@ -15,13 +15,21 @@ from examples import demo
 from mugraph.errors import VerificationError
 
 ROOT = Path(__file__).parent.parent
-NAMES = sorted(p.stem for p in (ROOT / "examples").glob("*.py") if p.stem not in ("__init__", "demo"))
+NAMES = sorted(p.stem for p in (ROOT / "examples").glob("*.py") if p.stem not in ("__init__", "demo", "llama"))
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_example_runs(name, capsys):
     importlib.import_module(f"examples.{name}").main()
     assert re.search(r"one kernel|error <=", capsys.readouterr().out)
+
+
+def test_the_language_model_writes_the_same_tokens(capsys):
+    pytest.importorskip("transformers", reason="transformers is not installed: pip install 'mugraph[dev]'")
+    from examples import llama
+
+    llama.main(["--tokens", "4", "--rest", "eager", "--parts", "all"])
+    assert re.search(r"[1-9]\d* of \d+ operators taken over", capsys.readouterr().out)
 
 
 @pytest.mark.parametrize("name", ["rmsnorm_linear", "gated_mlp", "lora", "attention", "hand_written_block"])

@@ -102,7 +102,7 @@ def capture(
     args = _distinct((*example_args, *(example_kwargs or {}).values()))
     names = [*_argument_names(fn, len(example_args)), *keywords]
     exported, shim, detaches = _exported(fn, args, names, keywords, dynamic or {}, modules, watch)
-    return _Interpreter(exported, shim, fn, args, names, dynamic or {}, name, live).run(detaches)
+    return _Export(exported, shim, fn, args, names, dynamic or {}, name, live).run(detaches)
 
 
 def _distinct(args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -236,7 +236,7 @@ def _is_user(path: str) -> bool:
     return not path.startswith((_PACKAGE, torch_home, "torch" + os.sep, "<frozen"))
 
 
-def _user_line(stack_trace: str | None) -> Location | None:
+def user_line(stack_trace: str | None) -> Location | None:
     """The innermost line of a node's stack trace that is the user's."""
     places = re.findall(r'File "([^"]+)", line (\d+)', stack_trace or "")
     for path, line in reversed(places):
@@ -245,7 +245,88 @@ def _user_line(stack_trace: str | None) -> Location | None:
     return None
 
 
-class _Interpreter:
+class Interpreter:
+    """Runs nodes of an ATen graph on traced tensors.
+
+    `values` holds what each node is so far, `symbols` the symbolic size that each size expression of torch stands for.
+    """
+
+    def __init__(self) -> None:
+        self.tracing = Tracing(Recorder())
+        self.values: dict[Any, Any] = {}
+        self.names: dict[Value, str] = {}
+        self.symbols: dict[str, Dim] = {}
+
+    # -- sizes -------------------------------------------------------------------------------------------------
+
+    def size(self, size: Any) -> Size:
+        """A torch size, int or symbolic, as a Size."""
+        expr = getattr(getattr(size, "node", None), "expr", None)
+        return int(size) if expr is None else self._expression(expr)
+
+    def _expression(self, expr: Any) -> Size:
+        if expr.is_Integer:
+            return int(expr)
+        if expr.is_Symbol and str(expr) in self.symbols:
+            return self.symbols[str(expr)]
+        if expr.is_Mul:
+            result: Size = 1
+            for factor in expr.args:
+                inverse = factor.is_Pow and factor.args[1] == -1
+                result = over(result, self._expression(factor.args[0])) if inverse else times(
+                    result, self._expression(factor)
+                )  # fmt: skip
+            return result
+        raise CaptureError(f"the size {expr} is not understood", remedy="name it in `dynamic`")
+
+    # -- operators ---------------------------------------------------------------------------------------------
+
+    def value(self, arg: Any) -> Any:
+        import torch
+
+        if isinstance(arg, torch.fx.Node):
+            return self.values[arg]
+        if isinstance(arg, list | tuple):
+            return [self.value(a) for a in arg]
+        return arg
+
+    def call(self, node: Any) -> None:
+        name = str(node.target)
+        where = user_line(node.meta.get("stack_trace"))
+        self.tracing.recorder.where = where
+        args = [self.value(a) for a in node.args]
+        kwargs = {k: self.value(v) for k, v in node.kwargs.items() if v is not None}
+        try:
+            result = self._applied(name, node, args, kwargs)
+        except MugraphError as error:
+            error.where = error.where or (None if where is None else str(where))
+            error.op = error.op or name
+            raise
+        except TypeError as error:
+            raise _unsupported(f"{name} with these arguments", name, where) from error
+        self.values[node] = result
+        if isinstance(result, Tensor):
+            self.names.setdefault(result.value, node.name)
+
+    def _applied(self, name: str, node: Any, args: list[Any], kwargs: dict[str, Any]) -> Any:
+        if name.startswith(("aten.", "prims.")):
+            base = name.split(".")[1]
+            if base in IGNORED:
+                return None
+            if base == "sym_size":
+                return t.dim_size(args[0], t.normal_axis(args[0], args[1]))
+            meaning = meaning_of(name, self.tracing.recorder)
+            if meaning is not None:
+                return meaning(*args, **kwargs)
+        elif getattr(node.target, "__module__", "") == "_operator":
+            if node.target.__name__ in SIZE_OPERATORS:
+                return node.target(*args)
+            if all(isinstance(a, SizeValue | int | bool) for a in args):
+                return None  # a condition on sizes, asserted by the next node
+        raise _unsupported(f"the operator {name} is not supported", name, self.tracing.recorder.where)
+
+
+class _Export(Interpreter):
     """Runs an exported graph on traced tensors."""
 
     def __init__(
@@ -261,15 +342,12 @@ class _Interpreter:
     ) -> None:
         from torch.utils import _pytree as pytree
 
+        super().__init__()
         self.exported = exported
         self.shim = shim
         self.live = live
         self.name = name or re.sub(r"\W", "_", getattr(fn, "__name__", type(fn).__name__)).strip("_") or "program"
         self.leaves, self.in_spec = pytree.tree_flatten(args)
-        self.tracing = Tracing(Recorder())
-        self.values: dict[Any, Any] = {}
-        self.names: dict[Value, str] = {}
-        self.symbols: dict[str, Dim] = {}
         self.leaf_names, self.leaf_dims = self._leaf_names(names, args, dynamic)
         self.arguments: list[int] = []
         self.static: dict[int, Any] = {}
@@ -302,7 +380,7 @@ class _Interpreter:
                 self._weight(node, kinds[node.name])
         for node in nodes:
             if node.op == "call_function":
-                self._call(node)
+                self.call(node)
         return self._captured(next(n for n in nodes if n.op == "output"), detaches)
 
     def _refuse_mutation(self, signature: Any) -> None:
@@ -326,7 +404,7 @@ class _Interpreter:
         for place, dim in self.leaf_dims[i].items():
             symbol = str(getattr(getattr(shape[place], "node", None), "expr", shape[place]))
             self.symbols.setdefault(symbol, dim)
-        sizes = tuple(self._size(s) for s in shape)
+        sizes = tuple(self.size(s) for s in shape)
         self.values[node] = self.tracing.input(self.leaf_names[i], TensorSpec(dtype_of(leaf.dtype), sizes))
         self.arguments.append(i)
 
@@ -363,78 +441,12 @@ class _Interpreter:
                 return x, False
         return value, True
 
-    def _size(self, size: Any) -> Size:
-        """A torch size, int or symbolic, as a Size."""
-        expr = getattr(getattr(size, "node", None), "expr", None)
-        return int(size) if expr is None else self._expression(expr)
-
-    def _expression(self, expr: Any) -> Size:
-        if expr.is_Integer:
-            return int(expr)
-        if expr.is_Symbol and str(expr) in self.symbols:
-            return self.symbols[str(expr)]
-        if expr.is_Mul:
-            result: Size = 1
-            for factor in expr.args:
-                inverse = factor.is_Pow and factor.args[1] == -1
-                result = over(result, self._expression(factor.args[0])) if inverse else times(
-                    result, self._expression(factor)
-                )  # fmt: skip
-            return result
-        raise CaptureError(f"the size {expr} is not understood", remedy="name it in `dynamic`")
-
-    # -- operators ---------------------------------------------------------------------------------------------
-
-    def _value(self, arg: Any) -> Any:
-        import torch
-
-        if isinstance(arg, torch.fx.Node):
-            return self.values[arg]
-        if isinstance(arg, list | tuple):
-            return [self._value(a) for a in arg]
-        return arg
-
-    def _call(self, node: Any) -> None:
-        name = str(node.target)
-        where = _user_line(node.meta.get("stack_trace"))
-        self.tracing.recorder.where = where
-        args = [self._value(a) for a in node.args]
-        kwargs = {k: self._value(v) for k, v in node.kwargs.items() if v is not None}
-        try:
-            result = self._applied(name, node, args, kwargs)
-        except MugraphError as error:
-            error.where = error.where or (None if where is None else str(where))
-            error.op = error.op or name
-            raise
-        except TypeError as error:
-            raise _unsupported(f"{name} with these arguments", name, where) from error
-        self.values[node] = result
-        if isinstance(result, Tensor):
-            self.names.setdefault(result.value, node.name)
-
-    def _applied(self, name: str, node: Any, args: list[Any], kwargs: dict[str, Any]) -> Any:
-        if name.startswith("aten."):
-            base = name.split(".")[1]
-            if base in IGNORED:
-                return None
-            if base == "sym_size":
-                return t.dim_size(args[0], t.normal_axis(args[0], args[1]))
-            meaning = meaning_of(name, self.tracing.recorder)
-            if meaning is not None:
-                return meaning(*args, **kwargs)
-        elif getattr(node.target, "__module__", "") == "_operator":
-            if node.target.__name__ in SIZE_OPERATORS:
-                return node.target(*args)
-            if all(isinstance(a, SizeValue | int | bool) for a in args):
-                return None  # a condition on sizes, asserted by the next node
-        raise _unsupported(f"the operator {name} is not supported", name, self.tracing.recorder.where)
-
     # -- results -----------------------------------------------------------------------------------------------
 
     def _captured(self, node: Any, detaches: bool) -> Captured:
         outputs: list[Tensor] = []
         results: list[int | tuple[Any]] = []
-        for found in self._value(list(node.args[0])):
+        for found in self.value(list(node.args[0])):
             if isinstance(found, Tensor):
                 results.append(len(outputs))
                 outputs.append(found)

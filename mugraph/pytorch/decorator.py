@@ -223,12 +223,9 @@ class OptimizedFunction:
         weights = [state.tensors[x] if isinstance(x, int) else x for x in chosen.live]
         inputs = [*(leaves[i] for i in chosen.captured.arguments), *weights]
         if _wants_gradients(weights) and chosen.folds:
-            return self.original(*args, **named)  # the weights are about to change
-        if _wants_gradients(inputs):
-            if chosen.result.target.kind != "torch":
-                return self._outside("gradients through emitted kernels", _NO_GRAD, args, named)
-            if chosen.captured.detaches:
-                return self._outside("gradients that the function stops in places", _NO_GRAD, args, named)
+            return self._trained(*args, **named)  # the weights are about to change
+        if _wants_gradients(inputs) and (chosen.result.target.kind != "torch" or chosen.captured.detaches):
+            return self._trained(*args, **named)  # no autograd formula, or gradients that stop in places
         try:
             outputs = chosen.result(*inputs)
         except Exception as error:
@@ -322,6 +319,20 @@ class OptimizedFunction:
         import torch
 
         found: Callable[..., Any] = torch.compile(self.original, dynamic=None if self.dynamic else False)
+        return found
+
+    @cached_property
+    def _trained(self) -> Callable[..., Any]:
+        """The original where gradients are wanted: its forward and its backward pass are optimised apart."""
+        import torch
+
+        from mugraph.pytorch.backend import mugraph
+
+        found: Callable[..., Any] = torch.compile(
+            self.original,
+            backend=functools.partial(mugraph, options=self.options),
+            dynamic=None if self.dynamic else False,
+        )
         return found
 
     def _optimized(self, call: _Call, captured: Any, options: dict[str, Any]) -> Result:
@@ -422,9 +433,6 @@ def _code_digest(f: Callable[..., Any]) -> str:
     constants = [c.co_code.hex() if isinstance(c, types.CodeType) else repr(c) for c in code.co_consts]
     text = f"{code.co_code.hex()} {code.co_names} {constants}"
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-_NO_GRAD = "call it under torch.no_grad()"
 
 
 def _made(original: Any, dynamic: Dynamic, strict: bool, options: Mapping[str, Any]) -> OptimizedFunction:

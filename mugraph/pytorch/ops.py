@@ -348,6 +348,7 @@ def _select(x: Tensor, dim: int, index: int) -> Tensor:
 
 # -- element types -----------------------------------------------------------------------------------------------
 
+ATEN["convert_element_type"] = _cast
 ATEN["_to_copy"] = lambda x, *, dtype=None, **_: _cast(x, dtype)
 ATEN["to.dtype"] = lambda x, dtype, *args, **_: _cast(x, dtype)
 ATEN["to.dtype_layout"] = ATEN["_to_copy"]

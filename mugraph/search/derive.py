@@ -443,8 +443,11 @@ class Landmarks:
     def _mandatory(self) -> None:
         """All moves of an entry that every derivation holds; all of a class that is held at some pass or other."""
         held: list[int] = []
+        every = (1 << len(self.order)) - 1  # of an entry that has no move: it is in no derivation
         for n, ways in enumerate(self._below):
-            held.append(intersection([union(held[x] for x in below) for _, below in ways]) | 1 << n)
+            held.append(
+                (intersection([union(held[x] for x in below) for _, below in ways]) if ways else every) | 1 << n
+            )
         must = union(held[n] for n in self._roots)
         for n, ways in enumerate(self._below):
             if must >> n & 1:

@@ -245,13 +245,16 @@ def _draw(program: Program, i: Input, bindings: Mapping[str, int], kind: str, se
     rng = np.random.default_rng(seed_of("numeric", seed, i.name, kind, sorted(bindings.items())))
     shape = tuple(size_value(s, bindings) for s in i.tensor.shape)
     if i.tensor.dtype is DType.bool:
-        mask = rng.random(shape) < 0.7
-        mask[..., :1] = True
+        mask = np.asarray(rng.random(shape) < 0.7)
+        if shape:
+            mask[..., :1] = True
         return mask
     if not i.tensor.dtype.is_float:
         return rng.integers(*index_range(program, i, bindings), shape)
-    values = rng.standard_normal(shape)
+    values = np.asarray(rng.standard_normal(shape))
     match kind:
+        case "rows" | "outlier" if not shape:
+            pass
         case "wide":
             values *= 3.0
         case "zeros":
