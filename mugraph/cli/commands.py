@@ -74,7 +74,7 @@ app = typer.Typer(
 )
 cache_app = typer.Typer(help="Results on disk.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(cache_app, name="cache")
-import_app = typer.Typer(help="μGraphs of other projects.", no_args_is_help=True, rich_markup_mode=None)
+import_app = typer.Typer(help="Programs and μGraphs of other projects.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(import_app, name="import")
 tuning_app = typer.Typer(help="What --tune measure measured.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(tuning_app, name="tuning")
@@ -468,6 +468,50 @@ def import_mirage(
     else:
         put(f"{count['equal']} of {len(found)} graphs equal {wanted.name}, {count['refused']} refused")
     return UNVERIFIED if count["refused"] else OK
+
+
+Target = Annotated[str | None, typer.Option(help="As for optimize.")]
+Effort = Annotated[str | None, typer.Option(help="As for optimize.")]
+Tune = Annotated[str | None, typer.Option(help="As for optimize.")]
+Budget = Annotated[float | None, typer.Option(metavar="SECONDS", help="As for optimize, for each region.")]
+
+
+@import_app.command("kernelbench")
+@command
+def import_kernelbench(
+    file: Annotated[Path, typer.Argument(metavar="FILE.py", help="A file with Model, get_inputs, get_init_inputs.")],
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="File to write (default: stdout).")] = None,
+    target: Target = None,
+    dtype: Annotated[str, typer.Option(help="f32, f16 or bf16: what weights and inputs are converted to.")] = "f32",
+    effort: Effort = None,
+    tune: Tune = None,
+    budget: Budget = None,
+    as_json: Json = False,
+) -> int:
+    """Write a KernelBench file with a ModelNew beside its Model.  This runs the file.
+
+    ModelNew takes the weights of Model and needs torch and triton only.  What is not understood stays PyTorch; the
+    head of the file says what share of the operators was taken over.  It is compared with Model before it is written.
+    """
+    settings.configure_logging()
+    from mugraph.cli.kernelbench import import_file
+    from mugraph.runtime.files import write_whole
+
+    options = {"effort": effort, "tune": tune, "budget_seconds": budget}
+    found = import_file(file, target, dtype, say, **{k: v for k, v in options.items() if v is not None})
+    if out is not None:
+        try:
+            write_whole(out, found.text)
+        except OSError as error:
+            raise CacheError(f"cannot write {out}: {error}", remedy="name another file") from error
+        say(f"wrote {out}")
+    elif not as_json:
+        put(found.text.rstrip())
+    if as_json:
+        print_document({"schema_version": 1, **found.to_dict(), "text": found.text})
+    elif out is not None:
+        put(found)
+    return OK if found.taken else BASELINE
 
 
 # -- show

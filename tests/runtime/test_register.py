@@ -328,6 +328,7 @@ def test_export_keeps_it_for_all_sizes(saved: Path, tmp_path: Path) -> None:
     alone(script, saved)
 
 
+@pytest.mark.full
 @pytest.mark.skipif(shutil.which("g++") is None, reason="AOTInductor needs a C++ compiler")
 def test_aot_inductor_calls_it(saved: Path, tmp_path: Path) -> None:
     script = f"""{EXPORTED}
