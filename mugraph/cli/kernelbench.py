@@ -66,7 +66,9 @@ class Imported:
 
     def __str__(self) -> str:
         kernels = sum(len(r.graph.kernels()) for r in self.results)
-        head = f"{self.name}: {self.taken} of {self.total} operators taken over, in {kernels} kernels"
+        head = (
+            f"{self.name}: {self.taken} of {self.total} operators taken over, in {kernels} kernel{'s' * (kernels != 1)}"
+        )
         return "\n".join([head, *(f"  stays PyTorch: {name}: {why}" for name, why in self.left.items())])
 
 
