@@ -24,7 +24,6 @@ from mugraph.errors import (
     MugraphError,
     ParseError,
     TargetMismatchError,
-    UnsupportedOpError,
 )
 from mugraph.ir.graph import KernelGraph, Program
 from mugraph.ir.ops import Library
@@ -127,10 +126,9 @@ class Result:
         With `gradients` it is differentiable, as `<name>_<digest>_with_gradients`: by the gradients of the program as
         PyTorch code, or by a function of the gradients of the floating outputs and of all inputs, which returns those
         of the floating inputs.  Raises UnsupportedOpError for a program without inputs or one that writes into one."""
-        from mugraph.runtime.register import operator_of, problem_of
+        from mugraph.runtime.register import check_operable, operator_of
 
-        if problem := problem_of(self.program):
-            raise UnsupportedOpError(f"{self.program.name} is no operator: {problem}", remedy="call the result itself")
+        check_operable(self.program)
         everywhere = self.target.kind == "torch"
         return operator_of(self.program, self.source, self, everywhere).register(gradients)
 

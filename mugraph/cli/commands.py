@@ -495,15 +495,12 @@ def import_kernelbench(
     """
     settings.configure_logging()
     from mugraph.cli.kernelbench import import_file
-    from mugraph.runtime.files import write_whole
+    from mugraph.cli.texts import write_files
 
     options = {"effort": effort, "tune": tune, "budget_seconds": budget}
     found = import_file(file, target, dtype, say, **{k: v for k, v in options.items() if v is not None})
     if out is not None:
-        try:
-            write_whole(out, found.text)
-        except OSError as error:
-            raise CacheError(f"cannot write {out}: {error}", remedy="name another file") from error
+        write_files(out.parent, {out.name: found.text})
         say(f"wrote {out}")
     elif not as_json:
         put(found.text.rstrip())
@@ -512,6 +509,71 @@ def import_kernelbench(
     elif out is not None:
         put(found)
     return OK if found.taken else BASELINE
+
+
+@import_app.command("flashinfer-trace")
+@command
+def import_flashinfer_trace(
+    file: Annotated[Path, typer.Argument(metavar="FILE.json", help="A Definition of FlashInfer-Trace.")],
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", help="Directory for definition.json, solution.json and result/.")
+    ] = None,
+    target: Target = None,
+    effort: Effort = None,
+    tune: Tune = None,
+    budget: Budget = None,
+    as_json: Json = False,
+) -> int:
+    """Optimise a FlashInfer-Trace Definition and write a Solution.  This runs its reference.
+
+    Variable axes become symbolic sizes.  DIR/result is what `optimize -o` writes, to be loaded or verified.
+    """
+    settings.configure_logging()
+    from mugraph.cli.flashinfer import import_file
+    from mugraph.search.space import space_of
+
+    space = space_of(settings.effort.get(effort))
+    options = {"tune": settings.tune.get(tune), "budget_seconds": budget}
+    result = import_file(file, out, target, say, space=space, **options)
+    if out is not None:
+        say(f"wrote definition.json, solution.json and result to {out}")
+    if as_json:
+        print_document(summary(result))
+    else:
+        put(result)
+    return outcome(result)
+
+
+# -- export
+
+
+@app.command()
+@command
+def export(
+    directory: Annotated[Path, typer.Argument(help="What `optimize -o` wrote.")],
+    to: Annotated[Literal["torch", "flashinfer-trace"], typer.Option("--to", help="The form.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Directory to write.")],
+) -> None:
+    """Write a saved result for other projects.
+
+    torch: register.py and kernel.py, a PyTorch operator that needs torch and triton only.
+    flashinfer-trace: definition.json and solution.json.
+    """
+    settings.configure_logging()
+    from mugraph.cli import flashinfer
+    from mugraph.cli.texts import check_place, write_files
+    from mugraph.result import load
+    from mugraph.runtime.register import check_operable
+
+    result = load(directory)
+    if to == "flashinfer-trace":
+        flashinfer.export(result, out)
+    else:
+        check_operable(result.program)
+        files, names = result.files(), ("kernel.py", "register.py")
+        check_place(out, (*names, "__pycache__"))
+        write_files(out, {n: files[n] for n in names})
+    say(f"wrote {out}")
 
 
 # -- show

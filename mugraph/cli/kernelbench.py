@@ -7,21 +7,19 @@ Its `forward` calls the functions made from what mugraph understands, and PyTorc
 from __future__ import annotations
 
 import ast
-import io
 import keyword
 import sys
 import textwrap
-import tokenize
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 from mugraph import pipeline, settings
 from mugraph.cli.subject import loaded, located
+from mugraph.cli.texts import defined, free, renamed, without_extras
 from mugraph.errors import CaptureError, MugraphError, SettingError, VerificationError
 from mugraph.pytorch.regions import Composed, Region, compose, graph_text
 from mugraph.result import Result
@@ -224,18 +222,17 @@ class _Made:
 
 def _assembled(source: str, composed: Composed, sources: Mapping[str, str], made: _Made, on_gpu: bool) -> str:
     """The file: Model as it was given, the functions, ModelNew.  Names of the functions differ from the file's."""
-    taken = _defined(ast.parse(source))
+    taken = defined(ast.parse(source))
     pieces = []
     for region, text in sources.items():
         tree = ast.parse(text)
-        own = _defined(tree)
-        names = {n: _free(n, taken | own | {f"run_{region}"}) for n in own if n in taken and n != "run"}
+        own = defined(tree)
+        names = {n: free(n, taken | own | {f"run_{region}"}) for n in own if n in taken and n != "run"}
         names["run"] = f"run_{region}"
-        renamed = _renamed(_without_extras(text, tree), names)
-        taken |= _defined(ast.parse(renamed))
-        pieces.append(renamed)
+        pieces.append(renamed(without_extras(text, tree), names))
+        taken |= defined(ast.parse(pieces[-1]))
     body = composed.text(sources)
-    fixed: dict[str, str] = {n: _free(n, taken) for n in ("composed", "EXPECTED") if n in taken}
+    fixed: dict[str, str] = {n: free(n, taken) for n in ("composed", "EXPECTED") if n in taken}
     new = TEMPLATE.format(
         expected="\n".join(f"    {_described(x)}," for x in (*made.args, *made.weights.values())),
         start=", ".join(map(repr, made.start)) + "," * bool(made.start),
@@ -244,7 +241,7 @@ def _assembled(source: str, composed: Composed, sources: Mapping[str, str], made
         on_gpu=" and t.is_cuda" if on_gpu else "",
         training="" if made.training is None else f"self.training is {made.training} and ",
     )
-    pieces += [_renamed(body, fixed), _renamed(new, fixed)]
+    pieces += [renamed(body, fixed), renamed(new, fixed)]
     return "\n\n\n".join([source.rstrip(), "import functools\n\nimport torch", *(p.strip("\n") for p in pieces)]) + "\n"
 
 
@@ -294,57 +291,6 @@ def _attribute(path: str) -> str:
     for part in path.split("."):
         text = f"{text}.{part}" if part.isidentifier() else f'getattr({text}, "{part}")'
     return text
-
-
-def _without_extras(text: str, tree: ast.Module) -> str:
-    """An emitted file without its docstring and what compiling ahead of time needs."""
-    lines = text.splitlines()
-    for node in reversed(tree.body):
-        match node:
-            case ast.Expr(ast.Constant(str())) | ast.Assign(targets=[ast.Name("SIGNATURES")]):
-                start = node.lineno - 1
-                while start and lines[start - 1].startswith("#"):
-                    start -= 1
-                del lines[start : node.end_lineno]
-    return "\n".join(lines)
-
-
-def _defined(tree: ast.Module) -> set[str]:
-    """The names that a file defines or imports at its top level, except modules under the names that everybody has for
-    them."""
-    usual = {"import functools", "import torch", "import triton", "import triton.language as tl"}
-    found: set[str] = set()
-    rest: list[ast.AST] = list(tree.body)
-    while rest:
-        match node := rest.pop():
-            case ast.Import(names) | ast.ImportFrom(names=names):
-                if ast.unparse(node) not in usual:
-                    found |= {(a.asname or a.name).partition(".")[0] for a in names}
-            case ast.FunctionDef(name=name) | ast.ClassDef(name=name):
-                found.add(name)
-            case ast.Name(id=name, ctx=ast.Store()):
-                found.add(name)
-            case _:
-                rest += ast.iter_child_nodes(node)
-    return found
-
-
-def _free(name: str, taken: set[str]) -> str:
-    count = 1
-    while f"{name}_{count}" in taken:
-        count += 1
-    return f"{name}_{count}"
-
-
-def _renamed(text: str, names: Mapping[str, str]) -> str:
-    """The text with other names, in code and not in strings, comments and attributes."""
-    lines = text.splitlines(keepends=True)
-    tokens = list(tokenize.generate_tokens(io.StringIO(text).readline))
-    for before, t in reversed(list(pairwise(tokens))):
-        if t.type == tokenize.NAME and t.string in names and before.string != ".":
-            (row, start), (_, end) = t.start, t.end
-            lines[row - 1] = lines[row - 1][:start] + names[t.string] + lines[row - 1][end:]
-    return "".join(lines)
 
 
 # -- the check

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from importlib.resources import files
 from typing import Any
 
+from mugraph.errors import UnsupportedOpError
 from mugraph.ir.graph import Program
 from mugraph.runtime.aot import chosen_classes, joined_imports, signature_of
 from mugraph.runtime.custom_op import NAMESPACE, Operator
@@ -36,6 +37,12 @@ def problem_of(program: Program) -> str | None:
     if overwritten := [o.alias_of for o in program.outputs if o.alias_of is not None]:
         return f"it writes into {overwritten[0]}, and operators return new tensors"
     return None
+
+
+def check_operable(program: Program) -> None:
+    """Raises UnsupportedOpError where there is no operator for a program."""
+    if problem := problem_of(program):
+        raise UnsupportedOpError(f"{program.name} is no operator: {problem}", remedy="call the result itself")
 
 
 def digest_of(program: Program, source: str) -> str:
