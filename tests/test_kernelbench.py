@@ -140,6 +140,15 @@ def test_whatever_it_was_not_made_for_goes_through_the_model(clashes: Path) -> N
     assert len(calls) == 5
 
 
+def test_a_mode_that_matters_is_looked_at() -> None:
+    text = import_file(FOLDER / "dropout_linear.py", "torch").text
+    module = load_module(text, "dropout")
+    new, x = module.ModelNew(256).eval(), torch.randn(64, 256)
+    with torch.no_grad():
+        torch.testing.assert_close(new(x), torch.relu(new.linear(x)) + x)
+    assert "self.training" not in import_file(FOLDER / "linear_gelu.py", "torch").text
+
+
 def test_a_new_model_that_differs_is_refused(clashes: Path) -> None:
     module = load_module(CLASHES, "clashes")
     given = (module.Model, [16, 24], [torch.randn(8, 16)], torch.float32)
@@ -201,7 +210,11 @@ def test_the_command_says_what_was_taken_over(tmp_path: Path, capsys: pytest.Cap
         out = tmp_path / "new.py"
         assert main(["import", "kernelbench", str(FOLDER / f"{name}.py"), "-o", str(out), "--target", "torch"]) == code
         assert capsys.readouterr().out.splitlines()[0] in out.read_text()
-    with pytest.raises(CaptureError, match="there is no file"):
+    file = tmp_path / "given.py"
+    file.write_text(CLASHES)
+    assert main(["import", "kernelbench", str(file), "-o", str(file)]) == 2
+    assert file.read_text() == CLASHES
+    with pytest.raises(CaptureError, match="cannot read"):
         import_file(tmp_path / "absent.py")
     with pytest.raises(SettingError, match="f32, f16, bf16"):
         import_file(FOLDER / "conv_only.py", dtype="f64")

@@ -497,6 +497,8 @@ def import_kernelbench(
     from mugraph.cli.kernelbench import import_file
     from mugraph.cli.texts import write_files
 
+    if out is not None and out.resolve() == file.resolve():
+        raise SettingError(f"-o {out} is the file that is read", remedy="name another file")
     options = {"effort": effort, "tune": tune, "budget_seconds": budget}
     found = import_file(file, target, dtype, say, **{k: v for k, v in options.items() if v is not None})
     if out is not None:

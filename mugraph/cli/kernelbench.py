@@ -87,9 +87,10 @@ def import_file(
         raise SettingError(f"{dtype} is no element type of KernelBench", remedy=f"one of {', '.join(DTYPES)}")
     type_ = getattr(torch, DTYPES[dtype])
     chosen = parse_target(target)
-    if not file.is_file():
-        raise CaptureError(f"there is no file {file}", remedy="name a file of KernelBench")
-    source = file.read_text(encoding="utf-8", errors="replace")
+    try:
+        source = file.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise CaptureError(f"cannot read {file}: {error}", remedy="name a file of KernelBench") from error
     with redirect_stdout(sys.stderr):
         module = loaded(file)
         if missing := [n for n in NAMES if not hasattr(module, n)]:
@@ -120,6 +121,10 @@ def import_file(
         if not results:
             return _as_it_stands(name, source, "nothing beats the program as it stands", left, composed)
         sources = {n: r.source for n, r in results.items()}
+        try:
+            composed.text(sources)
+        except CaptureError as error:
+            return _as_it_stands(name, source, error.message, left, composed)
         text = _assembled(source, composed, sources, made, on_gpu=chosen.kind == "triton")
         twins = {n: torch_code.emit(r.graph) for n, r in results.items()}
         twin = _assembled(source, composed, twins, made, on_gpu=False)

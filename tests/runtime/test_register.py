@@ -328,6 +328,21 @@ def test_export_keeps_it_for_all_sizes(saved: Path, tmp_path: Path) -> None:
     alone(script, saved)
 
 
+def test_sizes_that_only_the_run_knows_are_asserted_in_it(result: mg.Result) -> None:
+    op = result.register()
+
+    class Chosen(torch.nn.Module):
+        def forward(self, x: torch.Tensor, at: torch.Tensor, w1: torch.Tensor, w2: torch.Tensor) -> torch.Tensor:
+            return op(x[at.nonzero().squeeze(1)], w1, w2)
+
+    x, w1, w2 = tensors((99, 24), *SHAPES[1:])
+    at = torch.arange(99) % 3 == 0
+    program = torch.export.export(Chosen(), (x, at, w1, w2)).module()
+    torch.testing.assert_close(program(x, at, w1, w2), as_written(x[at], w1, w2), rtol=1e-5, atol=1e-4)
+    with pytest.raises(RuntimeError, match="<= 64"):
+        program(x, at | True, w1, w2)
+
+
 @pytest.mark.full
 @pytest.mark.skipif(shutil.which("g++") is None, reason="AOTInductor needs a C++ compiler")
 def test_aot_inductor_calls_it(saved: Path, tmp_path: Path) -> None:
