@@ -90,7 +90,7 @@ class Operator:
     def _define(self, name: str, gradients: bool | Gradients) -> None:
         library = _torch.library.Library(NAMESPACE, "FRAGMENT")
         self._libraries.append(library)
-        parameters = ", ".join(f"Tensor {n}" for n in self._names("", self.inputs))
+        parameters = ", ".join(f"Tensor {n}" for n in self._names())
         library.define(f"{name}({parameters}) -> {_tensors(len(self.outputs))}", tags=(torch.Tag.pt2_compliant_tag,))
         library.impl(name, self._checked(self.run if self.everywhere else self.reference), "CPU")
         library.impl(name, self._checked(self.run), "CUDA")
@@ -105,7 +105,7 @@ class Operator:
     def _define_backward(self, library: Any, name: str, gradients: bool | Gradients) -> Callable[..., Any]:
         """An operator of its own: tracing does not look into it, whatever the reference does."""
         count, backward_name = len(self.graded), f"{name}_backward"
-        names = [*self._names("grad_", [self.outputs[n] for n in self.graded]), *self._names("", self.inputs)]
+        names = [*(f"grad{n}" for n in self.graded), *(f"input{n}" for n in range(len(self.inputs)))]
         parameters = ", ".join(f"Tensor {n}" for n in names)
         library.define(f"{backward_name}({parameters}) -> {_tensors(len(self.learned))}")
         find = gradients if callable(gradients) else self._reference_gradients
@@ -157,12 +157,11 @@ class Operator:
             remedy="register it with gradients=True, or call it under torch.no_grad()",
         )
 
-    def _names(self, prefix: str, tensors: Sequence[Mapping[str, Any]]) -> list[str]:
-        """Names that a schema takes: those of the program where they are such."""
+    def _names(self) -> list[str]:
+        """Those of the inputs, where a schema takes them."""
         plain = re.compile(r"(?!(None|True|False)$)[A-Za-z]\w*", re.ASCII)
-        names = [t["name"] for t in tensors]
-        usable = all(plain.fullmatch(n) for n in names)
-        return [f"{prefix}{n}" if usable else f"{prefix}tensor{i}" for i, n in enumerate(names)]
+        names = [i["name"] for i in self.inputs]
+        return names if all(plain.fullmatch(n) for n in names) else [f"input{n}" for n in range(len(names))]
 
     # -- calls
 

@@ -109,7 +109,10 @@ def test_results_never_share_memory_with_inputs_or_each_other() -> None:
         assert torch.equal(found[2], x.t())
 
 
-def test_names_that_a_schema_does_not_take_are_replaced() -> None:
+def test_names_may_be_alike_and_those_that_a_schema_does_not_take_are_replaced() -> None:
+    program = mg.trace(lambda grad_y, y: (grad_y * y, y), {"grad_y": mg.f32[4], "y": mg.f32[4]}, "alike")
+    op = mg.superoptimize(program, target="torch").register(gradients=True)
+    torch.library.opcheck(op, tuple(t.requires_grad_() for t in tensors((4,), (4,))))
     program = mg.trace(lambda α: mg.exp(α), {"α": mg.f32[4]}, "π")
     op = mg.superoptimize(program, target="torch").register()
     x = torch.randn(4)
