@@ -68,6 +68,7 @@ def device_tests() -> dict[str, tuple[str, str]]:
         "timing": ("tests/runtime/test_bench.py", ""),
         "streams and threads": ("tests/gpu/test_streams.py", ""),
         "CUDA graphs and batches": ("tests/gpu/test_serving.py", ""),
+        "operators": ("tests/gpu/test_operators.py", ""),
         **{f"numerics of {name}": (numerics, f"of-{name}-in") for name in FAMILIES},
         **{f"sanitizer, {word}": (sanitizer, word) for word in ("memcheck", "racecheck", "planted")},
         "a case of the benchmark": ("tests/benchmarks/test_kernels.py", ""),

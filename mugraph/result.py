@@ -11,7 +11,7 @@ import json
 import shutil
 import tempfile
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -117,6 +117,20 @@ class Result:
     def has_kernels(self) -> bool:
         """Whether the source holds kernels of ours."""
         return "@triton.jit" in self.source
+
+    def register(self, gradients: bool | Callable[..., Any] = False) -> Any:
+        """The result as a PyTorch operator, `torch.ops.mugraph.<name>_<digest>`, which `torch.compile`, `torch.export`
+        and AOTInductor keep whole.  On CUDA tensors this result runs; on a CPU the program as PyTorch code, unless that
+        is the target.  A saved result has the same operator in its `register.py`.
+
+        With `gradients` it is differentiable, as `<name>_<digest>_with_gradients`: by the gradients of the program as
+        PyTorch code, or by a function of the gradients of the floating outputs and of all inputs, which returns those
+        of the floating inputs.  Raises UnsupportedOpError for a program without inputs or one that writes into one."""
+        from mugraph.runtime.register import check_operable, operator_of
+
+        check_operable(self.program)
+        everywhere = self.target.kind == "torch"
+        return operator_of(self.program, self.source, self, everywhere).register(gradients)
 
     # -- without a compiler
 
@@ -236,6 +250,7 @@ class Result:
         return choice | {
             "kernel.py": self.source,
             "reference.py": torch_code.emit(self.program),
+            **self._operator_file(),
             "program.json": dumps(self.program, indent=1),
             "graph.json": dumps(self.graph, indent=1),
             "graph.txt": f"{self.graph}\n",
@@ -245,6 +260,13 @@ class Result:
             "tuning.json": json.dumps(self.tuning.to_dict(), indent=1),
             "report.json": json.dumps(_plain(self.report), indent=1),
         }
+
+    def _operator_file(self) -> dict[str, str]:
+        from mugraph.runtime.register import problem_of, register_text
+
+        if problem_of(self.program):
+            return {}
+        return {"register.py": register_text(self.program, self.source, self.target.kind == "torch")}
 
     def save(self, directory: str | Path, aot: Sequence[int] = (), ranges: Ranges | None = None) -> Path:
         """Writes the files and a manifest with their hashes, and under `aot/` what `aot` gives for these architectures

@@ -60,7 +60,7 @@ def console_outputs(text: str, directory: Path) -> str:
 
 def shell(command: str, directory: Path) -> str:
     """What a command prints on stdout.  It has `mugraph` and the examples; it must succeed."""
-    script = f'mugraph() {{ "{sys.executable}" -m mugraph "$@"; }}\n{command}'
+    script = f'mugraph() {{ "{sys.executable}" -m mugraph "$@"; }}\npython() {{ "{sys.executable}" "$@"; }}\n{command}'
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "NO_COLOR": "1"}
     done = subprocess.run(["bash", "-c", script], cwd=directory, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, f"{command} ends with {done.returncode}:\n{done.stdout}{done.stderr}"
@@ -94,15 +94,17 @@ def test_python_blocks_print_what_the_page_says(request, namespace):
     assert ElementTree.fromstring(picture).tag.endswith("svg")
 
 
-@pytest.mark.parametrize("name", ["search", "tuning"])
+@pytest.mark.parametrize("name", ["search", "tuning", "pytorch"])
 def test_pages_print_what_they_say(request, name):
     page = ROOT / "docs" / f"{name}.md"
     settle(request, python_outputs(page.read_text(encoding="utf-8"), {"__name__": name}), page)
 
 
-def test_commands_print_what_the_page_says(request, tmp_path):
-    (tmp_path / "examples").symlink_to(ROOT / "examples")
-    settle(request, console_outputs(README.read_text(encoding="utf-8"), tmp_path))
+@pytest.mark.parametrize("page", [README, ROOT / "docs" / "pytorch.md"], ids=lambda p: p.name)
+def test_commands_print_what_the_page_says(request, tmp_path, page):
+    for name in ("examples", "benchmarks"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    settle(request, console_outputs(page.read_text(encoding="utf-8"), tmp_path), page)
 
 
 def test_another_output_is_noticed(tmp_path):

@@ -74,7 +74,7 @@ app = typer.Typer(
 )
 cache_app = typer.Typer(help="Results on disk.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(cache_app, name="cache")
-import_app = typer.Typer(help="μGraphs of other projects.", no_args_is_help=True, rich_markup_mode=None)
+import_app = typer.Typer(help="Programs and μGraphs of other projects.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(import_app, name="import")
 tuning_app = typer.Typer(help="What --tune measure measured.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(tuning_app, name="tuning")
@@ -468,6 +468,114 @@ def import_mirage(
     else:
         put(f"{count['equal']} of {len(found)} graphs equal {wanted.name}, {count['refused']} refused")
     return UNVERIFIED if count["refused"] else OK
+
+
+Target = Annotated[str | None, typer.Option(help="As for optimize.")]
+Effort = Annotated[str | None, typer.Option(help="As for optimize.")]
+Tune = Annotated[str | None, typer.Option(help="As for optimize.")]
+Budget = Annotated[float | None, typer.Option(metavar="SECONDS", help="As for optimize, for each region.")]
+
+
+@import_app.command("kernelbench")
+@command
+def import_kernelbench(
+    file: Annotated[Path, typer.Argument(metavar="FILE.py", help="A file with Model, get_inputs, get_init_inputs.")],
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="File to write (default: stdout).")] = None,
+    target: Target = None,
+    dtype: Annotated[str, typer.Option(help="f32, f16 or bf16: what weights and inputs are converted to.")] = "f32",
+    effort: Effort = None,
+    tune: Tune = None,
+    budget: Budget = None,
+    as_json: Json = False,
+) -> int:
+    """Write a KernelBench file with a ModelNew beside its Model.  This runs the file.
+
+    ModelNew takes the weights of Model and needs torch and triton only.  What is not understood stays PyTorch; the
+    head of the file says what share of the operators was taken over.  It is compared with Model before it is written.
+    """
+    settings.configure_logging()
+    from mugraph.cli.kernelbench import import_file
+    from mugraph.cli.texts import write_files
+
+    if out is not None and out.resolve() == file.resolve():
+        raise SettingError(f"-o {out} is the file that is read", remedy="name another file")
+    options = {"effort": effort, "tune": tune, "budget_seconds": budget}
+    found = import_file(file, target, dtype, say, **{k: v for k, v in options.items() if v is not None})
+    if out is not None:
+        write_files(out.parent, {out.name: found.text})
+        say(f"wrote {out}")
+    elif not as_json:
+        put(found.text.rstrip())
+    if as_json:
+        print_document({"schema_version": 1, **found.to_dict(), "text": found.text})
+    elif out is not None:
+        put(found)
+    return OK if found.taken else BASELINE
+
+
+@import_app.command("flashinfer-trace")
+@command
+def import_flashinfer_trace(
+    file: Annotated[Path, typer.Argument(metavar="FILE.json", help="A Definition of FlashInfer-Trace.")],
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", help="Directory for definition.json, solution.json and result/.")
+    ] = None,
+    target: Target = None,
+    effort: Effort = None,
+    tune: Tune = None,
+    budget: Budget = None,
+    as_json: Json = False,
+) -> int:
+    """Optimise a FlashInfer-Trace Definition and write a Solution.  This runs its reference.
+
+    Variable axes become symbolic sizes.  DIR/result is what `optimize -o` writes, to be loaded or verified.
+    """
+    settings.configure_logging()
+    from mugraph.cli.flashinfer import import_file
+    from mugraph.search.space import space_of
+
+    space = space_of(settings.effort.get(effort))
+    options = {"tune": settings.tune.get(tune), "budget_seconds": budget}
+    result = import_file(file, out, target, say, space=space, **options)
+    if out is not None:
+        say(f"wrote definition.json, solution.json and result to {out}")
+    if as_json:
+        print_document(summary(result))
+    else:
+        put(result)
+    return outcome(result)
+
+
+# -- export
+
+
+@app.command()
+@command
+def export(
+    directory: Annotated[Path, typer.Argument(help="What `optimize -o` wrote.")],
+    to: Annotated[Literal["torch", "flashinfer-trace"], typer.Option("--to", help="The form.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Directory to write.")],
+) -> None:
+    """Write a saved result for other projects.
+
+    torch: register.py and kernel.py, a PyTorch operator that needs torch and triton only.
+    flashinfer-trace: definition.json and solution.json.
+    """
+    settings.configure_logging()
+    from mugraph.cli import flashinfer
+    from mugraph.cli.texts import check_place, write_files
+    from mugraph.result import load
+    from mugraph.runtime.register import check_operable
+
+    result = load(directory)
+    if to == "flashinfer-trace":
+        flashinfer.export(result, out)
+    else:
+        check_operable(result.program)
+        files, names = result.files(), ("kernel.py", "register.py")
+        check_place(out, (*names, "__pycache__"))
+        write_files(out, {n: files[n] for n in names})
+    say(f"wrote {out}")
 
 
 # -- show

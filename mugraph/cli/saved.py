@@ -17,8 +17,8 @@ from mugraph.verify.certificate import NOT_ATTEMPTED, Certificate, graph_hash
 from mugraph.verify.equivalence import Verified, recheck
 from mugraph.verify.numeric import Checked
 
-# What `Result.files` makes of the two graphs alone.
-DERIVED = ("reference.py", "program.json", "graph.json", "graph.txt", "graph.svg", "graph.mmd")
+# What `Result.files` makes of the two graphs and the source alone.
+DERIVED = ("reference.py", "register.py", "program.json", "graph.json", "graph.txt", "graph.svg", "graph.mmd")
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,8 @@ def _same_files(result: Result, verified: Verified, directory: Path) -> None:
     files = result.files()
     for name in DERIVED:
         path = directory / name
-        if not path.is_file() or path.read_text(encoding="utf-8") != files[name]:
+        found = path.read_text(encoding="utf-8") if path.is_file() else None
+        if found != files.get(name):
             raise VerificationError(f"{path} does not follow from the graphs", remedy="run mugraph optimize again")
     _about_this_source(result.certificate, source)
 

@@ -36,7 +36,7 @@ def program_of(text: str, shapes: Sequence[str] = ()) -> Program:
     specs = parse_shapes(shapes)
     path, name = _parts(text)
     with redirect_stdout(sys.stderr):
-        module = _loaded(path)
+        module = loaded(path)
         subject = _named(module, name, path)
         if isinstance(subject, KernelGraph):
             raise CaptureError(f"{name} is a μGraph already", remedy="optimize the program that it was made from")
@@ -49,7 +49,7 @@ def program_of(text: str, shapes: Sequence[str] = ()) -> Program:
                 f"{name} in {path} is of type {type(subject).__name__}: no program and no function",
                 remedy=_there(module),
             )
-        with _located(path, name):
+        with located(path, name):
             if uses_torch(subject):
                 return _captured(subject, name, specs)
             return trace(subject, _ordered(subject, name, specs) if specs else None, name.rpartition(".")[2])
@@ -115,7 +115,7 @@ def _parts(text: str) -> tuple[Path, str]:
     return path, name
 
 
-def _loaded(path: Path) -> types.ModuleType:
+def loaded(path: Path) -> types.ModuleType:
     """The file as a module, with its directory on the import path as when Python runs it."""
     whole = path.resolve()
     name = f"_mugraph_subject_{hashlib.sha256(str(whole).encode()).hexdigest()[:12]}"
@@ -127,13 +127,13 @@ def _loaded(path: Path) -> types.ModuleType:
         sys.path.insert(0, str(whole.parent))
     sys.modules[name] = module
     linecache.checkcache(str(whole))
-    with _located(path, f"{path} as it is loaded"):
+    with located(path, f"{path} as it is loaded"):
         spec.loader.exec_module(module)
     return module
 
 
 @contextmanager
-def _located(path: Path, what: str) -> Iterator[None]:
+def located(path: Path, what: str) -> Iterator[None]:
     """An error of the user's code becomes a CaptureError that shows the user's line."""
     try:
         yield

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from mugraph.ir.graph import Program
 from mugraph.ir.resize import resized
 from mugraph.pipeline import Result
 from mugraph.runtime.bench import random_inputs
-from tests.gpu import results, test_numerics, test_serving, test_streams
+from tests.gpu import results, test_numerics, test_operators, test_serving, test_streams
 
 Call = Callable[..., Any]
 PROGRAMS = ("gqa", "constant_lora", "two_weights")
@@ -96,7 +97,8 @@ def device(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("name", PROGRAMS)
 @pytest.mark.parametrize("way", ["Triton", "cubins"])
-def test_the_bodies_accept_what_is_right(name: str, way: str) -> None:
+def test_the_bodies_accept_what_is_right(name: str, way: str, tmp_path: Path) -> None:
+    test_operators.test_an_operator_is_the_result(name, way, tmp_path)
     test_streams.test_kernels_run_on_the_current_stream(name, way)
     test_streams.test_two_threads_with_two_streams_compute_what_one_does(name, way)
     for into in (False, True):
