@@ -123,6 +123,20 @@ def dims_of(size: Size) -> tuple[Dim, ...]:
     return tuple(d for d, _ in _monomial(size).powers)
 
 
+def determined(sizes: Iterable[Size]) -> set[Dim]:
+    """The symbols of which the values of these sizes give those: each from a size whose other symbols are known.
+
+    >>> b, s = Dim("B"), Dim("S")
+    >>> sorted(d.name for d in determined([b * s, s * 4])), determined([b * s])
+    (['B', 'S'], set())
+    """
+    found: set[Dim] = set()
+    powers = [_monomial(size).powers for size in sizes]
+    while more := {d for p in powers for d, n in p if n > 0 and {o for o, _ in p} - found == {d}}:
+        found |= more
+    return found
+
+
 def size_value(size: Size, bindings: Mapping[str, int]) -> int:
     """The size as an int, given values by Dim name.  Raises ShapeError if one is missing or the result is not whole."""
     m = _monomial(size)

@@ -22,7 +22,7 @@ from functools import cached_property
 from itertools import combinations, pairwise
 from typing import Any
 
-from mugraph.ir.axes import dims_of, representative
+from mugraph.ir.axes import determined, representative
 from mugraph.ir.graph import Equation, KernelGraph, Program
 from mugraph.ir.ops import Cast, Compare, Concat, Contract, Elementwise, Kernel, MaskedExp, Op, Reduce, Select
 from mugraph.ir.printer import Names, quoted
@@ -366,7 +366,7 @@ def cuts(whole: Line, most: int, sizes: Mapping[str, int], inside: Iterable[str]
             if high - low > limit:
                 kept.update(c for c in choice if low < c < high)
     marks = [0]
-    for mark in sorted(kept)[1:]:  # an interval of which no input has a symbolic size is no program: it goes on
+    for mark in sorted(kept)[1:]:  # an interval whose inputs do not give a symbolic size is no program: it goes on
         if mark == len(whole.operators) or _has_sizes(extract(whole, marks[-1], mark)):
             marks.append(mark)
     while len(marks) > 2 and not _has_sizes(extract(whole, *marks[-2:])):
@@ -375,8 +375,8 @@ def cuts(whole: Line, most: int, sizes: Mapping[str, int], inside: Iterable[str]
 
 
 def _has_sizes(program: Program) -> bool:
-    """Whether the inputs' shapes have all symbolic sizes."""
-    return set(program.dims()) <= {d for i in program.inputs for a in i.tensor.axes for d in dims_of(a.size)}
+    """Whether the inputs' shapes determine all symbolic sizes."""
+    return set(program.dims()) <= determined(size for i in program.inputs for size in i.tensor.shape)
 
 
 # -- segments as programs

@@ -69,7 +69,6 @@ def test_a_model_agrees_with_eager_and_is_not_searched_twice(name: str, monkeypa
 
 
 @pytest.mark.full
-@pytest.mark.filterwarnings("ignore::mugraph.errors.FallbackWarning")  # segments whose inputs do not tell a size stay
 @pytest.mark.parametrize("name", [name for name, m in MODELS.items() if m.generates])
 @torch.no_grad()
 def test_generated_tokens_are_those_of_eager(name: str) -> None:
