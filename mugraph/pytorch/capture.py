@@ -23,13 +23,13 @@ from mugraph.dsl.trace import TensorSpec, Tracing, source_line
 from mugraph.errors import CaptureError, Location, MugraphError, UnsupportedOpError
 from mugraph.ir.axes import Dim, Size, over, times
 from mugraph.ir.graph import Program
-from mugraph.pytorch.ops import IGNORED, dtype_of, meaning_of
+from mugraph.pytorch.ops import IGNORED, agreeing, dtype_of, meaning_of
 
 # Operators that are kept whole: their decompositions would hide what they are.
 KEPT = (
     "linear.default", "silu.default", "gelu.default", "rms_norm.default", "layer_norm.default", "softmax.int",
-    "matmul.default", "scaled_dot_product_attention.default", "einsum.default", "log_softmax.int",
-    "logsumexp.default",
+    "_safe_softmax.default", "matmul.default", "scaled_dot_product_attention.default", "einsum.default",
+    "log_softmax.int", "logsumexp.default",
 )  # fmt: skip
 
 # Arithmetic on sizes, which arrives as Python operators.
@@ -44,7 +44,8 @@ class Captured:
     are weights, whose tensors (the very ones that the function reads) are in `constants` by input name.  `static` holds
     the arguments that are no tensors and were fixed.  `results` gives for each flattened result the number of the
     program's output, or a fixed value.  `detaches` says that the function stops gradients somewhere, which the program
-    does not tell.  Keyword-only arguments come after the others.
+    does not tell.  Keyword-only arguments come after the others.  `natural` gives the numbers of inputs whose values
+    must not be negative: indices of operators that do not count from the end.
     """
 
     program: Program
@@ -55,6 +56,7 @@ class Captured:
     in_spec: Any
     out_spec: Any
     detaches: bool = False
+    natural: tuple[int, ...] = ()
 
     def flatten(self, args: tuple[Any, ...]) -> list[Any]:
         """The program's inputs, weights included, for a call with these arguments.  Raises CaptureError where the
@@ -401,7 +403,7 @@ class _Interpreter:
         args = [self._value(a) for a in node.args]
         kwargs = {k: self._value(v) for k, v in node.kwargs.items() if v is not None}
         try:
-            result = self._applied(name, node, args, kwargs)
+            result = agreeing(self._applied(name, node, args, kwargs), node.meta.get("val"))
         except MugraphError as error:
             error.where = error.where or (None if where is None else str(where))
             error.op = error.op or name
@@ -442,6 +444,7 @@ class _Interpreter:
                 results.append((found,))
         self.tracing.recorder.where = None
         program = self.tracing.finish(self.name, outputs, None, self.names)
+        natural = [n for n, (_, x, _) in enumerate(self.tracing.inputs) if x.value in self.tracing.recorder.natural]
         return Captured(
             program,
             tuple(self.arguments),
@@ -451,6 +454,7 @@ class _Interpreter:
             self.in_spec,
             self.exported.call_spec.out_spec,
             detaches,
+            tuple(natural),
         )
 
 

@@ -18,7 +18,7 @@ import sys
 import threading
 import types
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -222,6 +222,8 @@ class OptimizedFunction:
             return self._compiled(*args, **named) if chosen.compiled else self.original(*args, **named)
         weights = [state.tensors[x] if isinstance(x, int) else x for x in chosen.live]
         inputs = [*(leaves[i] for i in chosen.captured.arguments), *weights]
+        if chosen.captured.natural and _has_negative(inputs[i] for i in chosen.captured.natural):
+            return self.original(*args, **named)  # whose error it is to raise
         if _wants_gradients(weights) and chosen.folds:
             return self.original(*args, **named)  # the weights are about to change
         if _wants_gradients(inputs):
@@ -573,6 +575,18 @@ def _leaf_key(leaves: Sequence[Any], free: Mapping[int, Mapping[int, Dim]]) -> t
 
 
 _VALUES = (int, bool, str, bytes, complex, type(None))
+
+
+def _has_negative(indices: Iterable[Any]) -> bool:
+    """Whether an index on the CPU is negative.  One on a GPU is checked there, as PyTorch does, without waiting."""
+    import torch
+
+    for x in indices:
+        if x.is_cuda:
+            torch._assert_async((x >= 0).all(), "an index is negative")
+        elif x.numel() and x.min() < 0:
+            return True
+    return False
 
 
 def _wants_gradients(tensors: Sequence[Any]) -> bool:
