@@ -556,7 +556,8 @@ def _native_group_norm(
 def _group_norm(
     x: Tensor, groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5, cudnn: bool = True
 ) -> Tensor:
-    return _native_group_norm(x, weight, bias, None, None, None, groups, eps)[0]
+    found: Tensor = _native_group_norm(x, weight, bias, None, None, None, groups, eps)[0]
+    return found
 
 
 # -- views -------------------------------------------------------------------------------------------------------
