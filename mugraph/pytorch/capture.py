@@ -13,6 +13,7 @@ import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from types import FunctionType
 from typing import Any, cast
 
@@ -70,6 +71,16 @@ class Captured:
             if leaves[i] != value:
                 raise CaptureError(f"argument {i} is {leaves[i]!r}, captured was {value!r}", remedy="capture again")
         return [leaves[i] for i in self.arguments] + list(self.constants.values())
+
+    @cached_property
+    def is_plain(self) -> bool:
+        """Whether the function returns what the program does: one tensor, or a tuple of them."""
+        from torch.utils import _pytree as pytree
+
+        count = len(self.results)
+        one = count == 1 and self.out_spec.is_leaf()
+        several = count > 1 and self.out_spec == pytree.tree_structure((0,) * count)
+        return (one or several) and self.results == tuple(range(count))
 
     def unflatten(self, outputs: Sequence[Any]) -> Any:
         """The function's result from the program's outputs."""

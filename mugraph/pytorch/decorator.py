@@ -34,6 +34,7 @@ from mugraph.errors import (
     user_location,
 )
 from mugraph.ir.axes import Dim
+from mugraph.pytorch.checks import CHANGED
 from mugraph.result import Result
 from mugraph.search.space import space_of
 
@@ -41,6 +42,9 @@ Dynamic = Mapping[str, Mapping[int, Dim]]
 
 # So many specialisations are made; later signatures run as written.  An attribute that counts calls makes one a call.
 LIMIT = 64
+# So many signatures have a short way at a time, and each gets a new one so often.
+MOST_READY = 8
+MOST_PREPARED = 100
 _BY_POSITION = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
 
@@ -51,6 +55,7 @@ class Specialisation:
     `live` gives for each weight of the program its place among the tensors that the guards list, or the tensor itself.
     `compiled`: the original runs through torch.compile, as that was measured to be faster.
     `folds` says that something is computed ahead from weights, which only pays while these stay as they are.
+    `prepared` counts how often a shorter way to it was made.
     """
 
     captured: Any
@@ -59,6 +64,7 @@ class Specialisation:
     live: tuple[Any, ...] = ()
     kept: list[object] = field(default_factory=list, repr=False)
     compiled: bool = False
+    prepared: int = 0
 
     @cached_property
     def folds(self) -> bool:
@@ -113,6 +119,7 @@ class OptimizedFunction:
         self._lock = threading.RLock()
         self._guards: Any = None
         self._told: set[str] = set()
+        self._prepared: tuple[tuple[Specialisation, Callable[..., Any]], ...] = ()
         from mugraph.pytorch.capture import signature_of
 
         self._signature = signature_of(original)
@@ -178,16 +185,16 @@ class OptimizedFunction:
     # -- calls ----------------------------------------------------------------------------------------------------
 
     def __call__(self, *args: Any, **named: Any) -> Any:
+        if self._prepared and not named and not _is_dynamo_running():
+            try:
+                for _, prepared in self._prepared:
+                    if (found := prepared(args)) is not CHANGED:
+                        return found
+            except Exception:  # what was looked at is gone, or the call does not run: the long way says what to do
+                pass
         return _entry()(self, *args, **named)
 
     def _call(self, *args: Any, **named: Any) -> Any:
-        if not named and not self.dynamic and self._guards is not None and len(args) == self._positional:
-            leaf_key = _plain_key(args)  # the usual call, seen before: as little as possible is done for it
-            if leaf_key is not None and not _is_transformed():
-                state = self._guards.state()
-                chosen = self.specialisations.get((len(args), leaf_key, state.frozen()))
-                if chosen is not None and not state.hooked and not _is_abstract(state.tensors):
-                    return self._run(chosen, args, args, named, state)
         call = self._bound(args, named)
         if call is None or _is_abstract(call.leaves):
             return self.original(*args, **named)  # nothing to compute, or Python says what is wrong
@@ -212,7 +219,62 @@ class OptimizedFunction:
                 chosen = self.specialisations.get(key)
                 if chosen is None:
                     chosen = self.specialisations[key] = self._specialise(call, sizes, state)
-        return self._run(chosen, call.leaves, args, named, state)
+        found = self._run(chosen, call.leaves, args, named, state)
+        if chosen.prepared < MOST_PREPARED and not named and len(args) == self._positional:
+            self._prepare(chosen, args, sizes)
+        return found
+
+    def _prepare(self, chosen: Specialisation, args: tuple[Any, ...], sizes: Mapping[int, Mapping[int, Dim]]) -> None:
+        """Makes the next call like this one short: a function that compares all that was looked at, object by object,
+        and runs what was chosen.  Not for calls that need a gradient, or where indices are to be checked."""
+        import torch
+
+        from mugraph.pytorch.checks import Checks
+
+        result, captured = chosen.result, chosen.captured
+        if result is None or result.unchanged or captured.natural or _transforms() is not None:
+            return
+        chosen.prepared += 1
+        checks = Checks()
+        checks.add(f"len(args) == {len(args)}")
+        first: dict[str, str] = {}  # where the value of a symbolic size is
+        for i, x in enumerate(args):
+            if type(x) is not torch.Tensor or x.layout is not torch.strided or x.is_neg() or x.is_meta:
+                return
+            checks.add(f"type(x{i} := args[{i}]) is {{0}}", torch.Tensor)
+            if i not in sizes:
+                checks.add(f"x{i}.shape == {{0}}", x.shape)
+            else:
+                checks.add(f"len(s{i} := x{i}.shape) == {x.ndim}")
+                for at, n in enumerate(x.shape):
+                    if (d := sizes[i].get(at)) is None:
+                        checks.add(f"s{i}[{at}] == {n}")
+                    elif (known := first.setdefault(d.name, f"s{i}[{at}]")) == f"s{i}[{at}]":
+                        checks.add(f"{d.min} <= s{i}[{at}] <= {d.max}")
+                    else:
+                        checks.add(f"s{i}[{at}] == {known}")
+            checks.add(f"x{i}.dtype is {{0}}", x.dtype)
+            checks.add(f"x{i}.is_cpu" if x.is_cpu else f"x{i}.device == {{0}}", x.device)
+            checks.add(f"x{i}.layout is {{0}}", torch.strided)
+            checks.add(f"not x{i}.is_neg()")
+        checks.add("not {0}()", torch._C._is_any_autocast_enabled)
+        checks.add("{0}() is None", torch._C._functorch.peek_interpreter_stack)
+        state = self._guards.state(checks)
+        if chosen is not self.specialisations.get((len(args), _leaf_key(args, sizes), state.frozen())) or state.hooked:
+            return
+        weights = [state.tensors[x] if isinstance(x, int) else x for x in chosen.live]
+        if result.target.kind != "torch" or captured.detaches or chosen.folds:
+            wanting = " or ".join(["False", *(f"x{i}.requires_grad" for i in range(len(args)))])
+            if any(x.requires_grad for x in weights):
+                wanting = "True"
+            checks.add(f"not ({{0}}() and ({wanting}))", torch.is_grad_enabled)
+        run = result.executable.run if result.target.kind == "torch" else result
+        inputs = [*(f"x{i}" for i in captured.arguments), *(checks.name(x) for x in weights)]
+        text = f"{checks.name(run)}({', '.join(inputs)})"
+        if not captured.is_plain:
+            text = f"{checks.name(_unflattened)}({checks.name(captured)}, {text})"
+        others = tuple(known for known in self._prepared if known[0] is not chosen)
+        self._prepared = ((chosen, checks.function("args", text)), *others[: MOST_READY - 1])
 
     def _run(
         self, chosen: Specialisation, leaves: Sequence[Any], args: tuple[Any, ...], named: dict[str, Any], state: Any
@@ -241,7 +303,7 @@ class OptimizedFunction:
                 if known is chosen:
                     self.specialisations[key] = Specialisation(None, None, error, kept=state.kept)
             return self.original(*args, **named)
-        return chosen.captured.unflatten(outputs if isinstance(outputs, tuple) else (outputs,))
+        return _unflattened(chosen.captured, outputs)
 
     def _bound(self, args: tuple[Any, ...], named: dict[str, Any]) -> _Call | None:
         """The arguments in the order of the signature, or None where they do not fit it."""
@@ -411,6 +473,10 @@ class OptimizedFunction:
         warnings.warn(FallbackWarning(f"{name} runs as it was written: {text}"), stacklevel=_user_level())
 
 
+def _unflattened(captured: Any, outputs: Any) -> Any:
+    return captured.unflatten(outputs if isinstance(outputs, tuple) else (outputs,))
+
+
 def _called(f: Callable[..., Any], named: Mapping[str, Any], *args: Any) -> Any:
     return f(*args, **named)
 
@@ -525,30 +591,28 @@ def _outside_state(leaves: Sequence[Any]) -> tuple[str, str] | None:
 
     if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
         return "calls under autocast", "convert the arguments and weights instead"
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    if _transforms() is not None:
         return "calls under torch.func transforms", "apply the transform to the original function"
     if any(isinstance(x, torch.Tensor) and type(x) not in (torch.Tensor, torch.nn.Parameter) for x in leaves):
         return "subclasses of Tensor", "pass plain tensors"
     return None
 
 
-def _is_transformed() -> bool:
-    """Whether PyTorch does something else with operators than running them: autocast, or a transform."""
+def _transforms() -> Any:
+    """The innermost torch.func transform, or None."""
     import torch
 
-    return torch._C._is_any_autocast_enabled() or torch._C._functorch.peek_interpreter_stack() is not None
+    return torch._C._functorch.peek_interpreter_stack()
 
 
-def _plain_key(leaves: Sequence[Any]) -> tuple[object, ...] | None:
-    """`_leaf_key` where all leaves are plain tensors with values and no size is dynamic; else None."""
+def _is_dynamo_running() -> bool:
+    """Whether torch.compile looks at every function that is called.  Without TorchDynamo loaded, which takes seconds,
+    it cannot."""
+    if "torch._dynamo" not in sys.modules:
+        return False
     import torch
 
-    parts: list[object] = []
-    for x in leaves:
-        if type(x) is not torch.Tensor or x.is_meta:
-            return None
-        parts += (x.dtype, x.device.type, x.shape)
-    return tuple(parts)
+    return torch._C._dynamo.eval_frame.get_eval_frame_callback() is not None
 
 
 def _leaf_key(leaves: Sequence[Any], free: Mapping[int, Mapping[int, Dim]]) -> tuple[object, ...]:

@@ -382,7 +382,6 @@ def test_errors_of_optimisation_fall_back(error: Exception, monkeypatch: pytest.
 
 def test_errors_of_a_launch_fall_back(monkeypatch: pytest.MonkeyPatch) -> None:
     fast, x = S(lambda x, w: torch.relu(x @ w) * 2), R(4, 4)
-    fast(x, x)
 
     def broken(*_: Any, **__: Any) -> None:
         raise LaunchError("does not fit")
