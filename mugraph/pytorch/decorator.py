@@ -612,7 +612,8 @@ def _is_dynamo_running() -> bool:
         return False
     import torch
 
-    return torch._C._dynamo.eval_frame.get_eval_frame_callback() is not None
+    # the first is what torch.compile itself sees, the second what a function sees that it left alone
+    return torch.compiler.is_dynamo_compiling() or torch._C._dynamo.eval_frame.get_eval_frame_callback() is not None
 
 
 def _leaf_key(leaves: Sequence[Any], free: Mapping[int, Mapping[int, Dim]]) -> tuple[object, ...]:
