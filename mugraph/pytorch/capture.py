@@ -12,6 +12,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from types import FunctionType
@@ -148,6 +149,9 @@ def _exported(
 
     called = _named_forward(fn)
     positional = len(args) - len(keywords)
+    # torch.export writes down the casts of a block in the function; one around the export itself it does not see
+    own = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
+    autocast: Any = nullcontext() if own is None else torch.autocast("cpu", own, cache_enabled=False)
 
     class Shim(torch.nn.Module):
         """torch.export takes modules only."""
@@ -162,7 +166,8 @@ def _exported(
 
         def forward(self, *args: Any) -> Any:
             before = watch()
-            found = called(*args[:positional], **dict(zip(keywords, args[positional:], strict=True)))
+            with autocast:
+                found = called(*args[:positional], **dict(zip(keywords, args[positional:], strict=True)))
             if watch() != before:  # here, because torch.export puts back the attributes that a trace has changed
                 raise CaptureError("the function changes what it reads", remedy="return the new values instead")
             return found
@@ -178,7 +183,12 @@ def _exported(
         table.pop(key)
     shim, shaped = Shim(), {"args": shapes} if dynamic else None
     try:
-        with warnings.catch_warnings(), torch.inference_mode(False), torch.enable_grad():
+        with (
+            warnings.catch_warnings(),
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            torch.autocast("cpu", enabled=False),
+        ):
             warnings.simplefilter("ignore")
             program = torch.export.export(shim, args, strict=False, dynamic_shapes=shaped)
             return program.run_decompositions(table), shim, _detaches(program)
@@ -246,7 +256,7 @@ _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 
 def _is_user(path: str) -> bool:
     torch_home = os.path.dirname(os.path.abspath(cast(str, sys.modules["torch"].__file__))) + os.sep
-    return not path.startswith((_PACKAGE, torch_home, "torch" + os.sep, "<frozen"))
+    return not path.startswith((_PACKAGE, torch_home, "torch" + os.sep, "<frozen", "<eval_with_key>"))
 
 
 def _user_line(stack_trace: str | None) -> Location | None:
