@@ -49,6 +49,7 @@ _INTERNAL = frozenset(
         "_load_state_dict_pre_hooks",
         "_load_state_dict_post_hooks",
         "_compiled_call_impl",
+        "_is_torch_compile",
     }
 )
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
