@@ -30,6 +30,7 @@ def test_a_program_with_work_ahead_is_refused(stub: Stub) -> None:
         overhead.main(["--program", "constant_lora", "--rounds", "1"])
 
 
+@pytest.mark.full
 def test_decorated_functions_are_timed_with_nothing_to_run(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
