@@ -289,6 +289,7 @@ class _Interpreter:
         self.live = live
         self.name = name or re.sub(r"\W", "_", getattr(fn, "__name__", type(fn).__name__)).strip("_") or "program"
         self.leaves, self.in_spec = pytree.tree_flatten(args)
+        self.device = next((x.device.type for x in self.leaves if hasattr(x, "device")), "cpu")
         self.tracing = Tracing(Recorder())
         self.values: dict[Any, Any] = {}
         self.names: dict[Value, str] = {}
@@ -424,7 +425,7 @@ class _Interpreter:
         args = [self._value(a) for a in node.args]
         kwargs = {k: self._value(v) for k, v in node.kwargs.items() if v is not None}
         try:
-            result = agreeing(self._applied(name, node, args, kwargs), node.meta.get("val"))
+            result = agreeing(self._applied(name, node, args, kwargs), node.meta.get("val"), self.device)
         except MugraphError as error:
             error.where = error.where or (None if where is None else str(where))
             error.op = error.op or name

@@ -709,16 +709,19 @@ def meaning_of(name: str, recorder: Recorder) -> Meaning | None:
     return None
 
 
-def agreeing(result: Any, wanted: Any) -> Any:
+def agreeing(result: Any, wanted: Any, device: str) -> Any:
     """The result of an operator, whose type and shape are those that PyTorch gives (`wanted`: a tensor, a sequence of
-    them, or something else, which is not looked at).  Raises UnsupportedOpError where they are not."""
+    them, or something else, which is not looked at) on this type of device.  Raises UnsupportedOpError where they are
+    not."""
     if isinstance(wanted, list | tuple) and isinstance(result, list | tuple):
-        return type(result)(agreeing(x, y) for x, y in zip(result, wanted, strict=False))
+        return type(result)(agreeing(x, y, device) for x, y in zip(result, wanted, strict=False))
     dtype = getattr(wanted, "dtype", None)
     if not isinstance(result, Tensor) or dtype is None:
         return result
     if dtype_of(dtype) is not result.dtype:
         _refuse(f"the result is {result.dtype} here and {dtype} in PyTorch", "cast the operands to one type")
+    if wanted.ndim and wanted.device.type != device:
+        _refuse(f"a tensor on {wanted.device} beside others on {device}", "keep the function on one device")
     sizes = list(zip(result.sizes, wanted.shape, strict=False))
     if result.ndim != wanted.ndim or any(isinstance(a, int) and isinstance(b, int) and a != b for a, b in sizes):
         _refuse(f"the shape is {list(result.sizes)} here and {list(wanted.shape)} in PyTorch", "reshape the operands")

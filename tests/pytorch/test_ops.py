@@ -140,6 +140,7 @@ REFUSED: dict[str, tuple[Any, tuple[Any, ...], str, str]] = {
     "norms of negative order": (lambda x: torch.linalg.vector_norm(x, -2), (X,), "linalg_vector_norm", "order"),
     "slices that leave nothing": (lambda x: x[:, 3:3].sum(1) + x[:, 0], (X,), "slice", "nothing is left"),
     "floats as unsigned integers": (lambda x: x.to(torch.uint8), (X,), "to", "uint8"),
+    "another device": (lambda x: x.to("meta") * 2, (X,), "to", "beside others on cpu"),
     "complex numbers": (lambda x: x * 1j, (X,), "", "complex"),
     "random numbers": (lambda x: x + torch.rand_like(x), (X,), "rand", "not supported"),
     "sorting": (lambda x: x.sort().values, (X,), "sort", "not supported"),

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import os
 import pickle
+import subprocess
+import sys
 import threading
 import warnings
 from collections.abc import Callable
@@ -464,3 +467,31 @@ def test_a_warm_cache_needs_no_search(tmp_path: Path, monkeypatch: pytest.Monkey
     assert again.result.cached
     with pytest.raises(MugraphError, match="not in the cache"):
         S(lambda x: torch.tanh(x) * 7, strict=True)(x)
+
+
+PROCESS = """
+import torch, mugraph as mg
+class Layer(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.up, self.down = torch.nn.RMSNorm(16), torch.nn.Linear(16, 32), torch.nn.Linear(32, 16)
+    def forward(self, x):
+        return x + self.down(torch.nn.functional.silu(self.up(self.norm(x))))
+torch.manual_seed(0)
+fast, x = mg.superoptimize(Layer().eval(), strict=True), torch.randn(3, 16)
+with torch.no_grad():
+    torch.testing.assert_close(fast(x), fast.original(x), rtol=1e-4, atol=1e-4)
+print(fast.result.cached)
+"""
+
+
+@pytest.mark.full
+def test_a_second_process_with_a_warm_cache_does_not_search(tmp_path: Path) -> None:
+    def printed(**environment: str) -> str:
+        own = {**os.environ, "MUGRAPH_CACHE_DIR": str(tmp_path), **environment}
+        return subprocess.run(
+            [sys.executable, "-c", PROCESS], env=own, check=True, capture_output=True, text=True
+        ).stdout
+
+    assert printed() == "False\n"
+    assert printed(MUGRAPH_DISALLOW_SEARCH="1") == "True\n"
