@@ -77,7 +77,7 @@ class Recorded:
 @dataclass(eq=False)
 class Recorder:
     """Everything one trace knows.  `code` is the traced function, whose local names become value names; in a block
-    graph (`block`) every float is f32."""
+    graph (`block`) every float is f32.  `natural` lists inputs whose numbers must not be negative."""
 
     code: CodeType | None = None
     block: bool = False
@@ -86,6 +86,7 @@ class Recorder:
     frame: FrameType | None = None
     where: Location | None = None
     observer: Callable[[Recorded], None] | None = None
+    natural: list[Value] = field(default_factory=list)
     _values: int = 0
     _aliases: dict[tuple[int, tuple[tuple[int, int], ...]], Value] = field(default_factory=dict)
 

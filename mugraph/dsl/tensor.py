@@ -726,6 +726,13 @@ def _right_aligned(xs: Sequence[Tensor]) -> tuple[list[range], int]:
 def _each(op: PureOp, name: str, xs: Sequence[Tensor], dtype: DType, agree: int | None = 0) -> Tensor:
     """One elementwise operator; operands from number `agree` on are brought to `dtype`."""
     recorder = xs[0].recorder
+    if any(x.masked is not None for x in xs):
+        raise UnsupportedOpError(
+            f"{name} of a value masked to minus infinity",
+            op=name,
+            where=recorder.location(),
+            remedy="such a value may be shifted, scaled by a positive number, reduced by max and exponentiated",
+        )
     labels, n = _right_aligned(xs)
     order = list(range(len(xs)))
     if isinstance(op, Elementwise) and op.fn in COMMUTATIVE:
@@ -1259,6 +1266,28 @@ def taken(x: Tensor, index: Tensor, axis: int) -> Tensor:
     found = recorder.record(Gather(source.name), (value, met.values[1]), kept, x.dtype)
     dims = met.dims([*labels[0][:i], *labels[1], *labels[0][i + 1 :]])
     return Tensor(recorder, found, dims)
+
+
+def picked(x: Tensor, index: Tensor, axis: int) -> Tensor:
+    """x at the index's entries along one dimension, both alike in the others (`torch.gather`): result[i, j] =
+    x[index[i, j], j] for axis 0.  Where the index is smaller in another dimension, the first entries of x count."""
+    recorder = recorder_of([x, index], "gather")
+    _need_index(x, index, "gather")
+    i = normal_axis(x, axis)
+    if x.ndim != index.ndim or not x.ndim:
+        _mismatch("gather", [x, index], recorder)
+    for n, (own, wanted) in enumerate(zip(x.sizes, index.sizes, strict=True)):
+        if n != i and own != wanted:
+            x = sliced(x, n, 0, int(index.shape[n]), 1)
+    x = _one_axis(x, i)
+    labels: list[list[Hashable]] = [[("x" if n == i else n) for n in range(x.ndim)], list(range(x.ndim))]
+    met = meet("gather", [x, index], labels)
+    (source,) = recorder.axes.atoms(met.slots["x"])
+    value, places = recorder.spread(met.values[0], [source]), recorder.atoms(met.values[1])
+    own_places = [v for v in places if v not in recorder.atoms(value)]
+    kept = [w for v in recorder.atoms(value) for w in (own_places if v is source else (v,))]
+    found = recorder.record(Gather(source.name), (value, met.values[1]), kept, x.dtype)
+    return Tensor(recorder, found, met.dims(labels[1]))
 
 
 def scattered(x: Tensor, index: Tensor, size: Any, axis: int) -> Tensor:

@@ -12,7 +12,9 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from types import FunctionType
 from typing import Any, cast
 
@@ -23,13 +25,13 @@ from mugraph.dsl.trace import TensorSpec, Tracing, source_line
 from mugraph.errors import CaptureError, Location, MugraphError, UnsupportedOpError
 from mugraph.ir.axes import Dim, Size, over, times
 from mugraph.ir.graph import Program
-from mugraph.pytorch.ops import IGNORED, dtype_of, meaning_of
+from mugraph.pytorch.ops import IGNORED, agreeing, dtype_of, meaning_of
 
 # Operators that are kept whole: their decompositions would hide what they are.
 KEPT = (
     "linear.default", "silu.default", "gelu.default", "rms_norm.default", "layer_norm.default", "softmax.int",
-    "matmul.default", "scaled_dot_product_attention.default", "einsum.default", "log_softmax.int",
-    "logsumexp.default",
+    "_safe_softmax.default", "matmul.default", "scaled_dot_product_attention.default", "einsum.default",
+    "log_softmax.int", "logsumexp.default",
 )  # fmt: skip
 
 # Arithmetic on sizes, which arrives as Python operators.
@@ -44,7 +46,8 @@ class Captured:
     are weights, whose tensors (the very ones that the function reads) are in `constants` by input name.  `static` holds
     the arguments that are no tensors and were fixed.  `results` gives for each flattened result the number of the
     program's output, or a fixed value.  `detaches` says that the function stops gradients somewhere, which the program
-    does not tell.  Keyword-only arguments come after the others.
+    does not tell.  Keyword-only arguments come after the others.  `natural` gives the numbers of inputs whose values
+    must not be negative: indices of operators that do not count from the end.
     """
 
     program: Program
@@ -55,6 +58,7 @@ class Captured:
     in_spec: Any
     out_spec: Any
     detaches: bool = False
+    natural: tuple[int, ...] = ()
 
     def flatten(self, args: tuple[Any, ...]) -> list[Any]:
         """The program's inputs, weights included, for a call with these arguments.  Raises CaptureError where the
@@ -68,6 +72,16 @@ class Captured:
             if leaves[i] != value:
                 raise CaptureError(f"argument {i} is {leaves[i]!r}, captured was {value!r}", remedy="capture again")
         return [leaves[i] for i in self.arguments] + list(self.constants.values())
+
+    @cached_property
+    def is_plain(self) -> bool:
+        """Whether the function returns what the program does: one tensor, or a tuple of them."""
+        from torch.utils import _pytree as pytree
+
+        count = len(self.results)
+        one = count == 1 and self.out_spec.is_leaf()
+        several = count > 1 and self.out_spec == pytree.tree_structure((0,) * count)
+        return (one or several) and self.results == tuple(range(count))
 
     def unflatten(self, outputs: Sequence[Any]) -> Any:
         """The function's result from the program's outputs."""
@@ -135,6 +149,9 @@ def _exported(
 
     called = _named_forward(fn)
     positional = len(args) - len(keywords)
+    # torch.export writes down the casts of a block in the function; one around the export itself it does not see
+    own = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
+    autocast: Any = nullcontext() if own is None else torch.autocast("cpu", own, cache_enabled=False)
 
     class Shim(torch.nn.Module):
         """torch.export takes modules only."""
@@ -149,7 +166,8 @@ def _exported(
 
         def forward(self, *args: Any) -> Any:
             before = watch()
-            found = called(*args[:positional], **dict(zip(keywords, args[positional:], strict=True)))
+            with autocast:
+                found = called(*args[:positional], **dict(zip(keywords, args[positional:], strict=True)))
             if watch() != before:  # here, because torch.export puts back the attributes that a trace has changed
                 raise CaptureError("the function changes what it reads", remedy="return the new values instead")
             return found
@@ -165,7 +183,12 @@ def _exported(
         table.pop(key)
     shim, shaped = Shim(), {"args": shapes} if dynamic else None
     try:
-        with warnings.catch_warnings(), torch.inference_mode(False), torch.enable_grad():
+        with (
+            warnings.catch_warnings(),
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            torch.autocast("cpu", enabled=False),
+        ):
             warnings.simplefilter("ignore")
             program = torch.export.export(shim, args, strict=False, dynamic_shapes=shaped)
             return program.run_decompositions(table), shim, _detaches(program)
@@ -233,7 +256,7 @@ _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 
 def _is_user(path: str) -> bool:
     torch_home = os.path.dirname(os.path.abspath(cast(str, sys.modules["torch"].__file__))) + os.sep
-    return not path.startswith((_PACKAGE, torch_home, "torch" + os.sep, "<frozen"))
+    return not path.startswith((_PACKAGE, torch_home, "torch" + os.sep, "<frozen", "<eval_with_key>"))
 
 
 def user_line(stack_trace: str | None) -> Location | None:
@@ -248,10 +271,12 @@ def user_line(stack_trace: str | None) -> Location | None:
 class Interpreter:
     """Runs nodes of an ATen graph on traced tensors.
 
-    `values` holds what each node is so far, `symbols` the symbolic size that each size expression of torch stands for.
+    `values` holds what each node is so far, `symbols` the symbolic size that each size expression of torch stands for;
+    `device` is the type of the device that tensors are on.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: str = "cpu") -> None:
+        self.device = device
         self.tracing = Tracing(Recorder())
         self.values: dict[Any, Any] = {}
         self.names: dict[Value, str] = {}
@@ -297,7 +322,7 @@ class Interpreter:
         args = [self.value(a) for a in node.args]
         kwargs = {k: self.value(v) for k, v in node.kwargs.items() if v is not None}
         try:
-            result = self._applied(name, node, args, kwargs)
+            result = agreeing(self._applied(name, node, args, kwargs), node.meta.get("val"), self.device)
         except MugraphError as error:
             error.where = error.where or (None if where is None else str(where))
             error.op = error.op or name
@@ -348,6 +373,7 @@ class _Export(Interpreter):
         self.live = live
         self.name = name or re.sub(r"\W", "_", getattr(fn, "__name__", type(fn).__name__)).strip("_") or "program"
         self.leaves, self.in_spec = pytree.tree_flatten(args)
+        self.device = next((x.device.type for x in self.leaves if hasattr(x, "device")), "cpu")
         self.leaf_names, self.leaf_dims = self._leaf_names(names, args, dynamic)
         self.arguments: list[int] = []
         self.static: dict[int, Any] = {}
@@ -454,6 +480,7 @@ class _Export(Interpreter):
                 results.append((found,))
         self.tracing.recorder.where = None
         program = self.tracing.finish(self.name, outputs, None, self.names)
+        natural = [n for n, (_, x, _) in enumerate(self.tracing.inputs) if x.value in self.tracing.recorder.natural]
         return Captured(
             program,
             tuple(self.arguments),
@@ -463,6 +490,7 @@ class _Export(Interpreter):
             self.in_spec,
             self.exported.call_spec.out_spec,
             detaches,
+            tuple(natural),
         )
 
 

@@ -18,10 +18,11 @@ import sys
 import threading
 import types
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 from mugraph import pipeline, settings
 from mugraph.errors import (
@@ -34,6 +35,8 @@ from mugraph.errors import (
     user_location,
 )
 from mugraph.ir.axes import Dim
+from mugraph.pytorch.checks import CHANGED, Checks
+from mugraph.pytorch.sizes import Changing, Dims, that_hold
 from mugraph.result import Result
 from mugraph.search.space import space_of
 
@@ -41,6 +44,9 @@ Dynamic = Mapping[str, Mapping[int, Dim]]
 
 # So many specialisations are made; later signatures run as written.  An attribute that counts calls makes one a call.
 LIMIT = 64
+# So many signatures have a short way at a time, and each gets a new one so often.
+MOST_READY = 8
+MOST_PREPARED = 100
 _BY_POSITION = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
 
@@ -51,6 +57,7 @@ class Specialisation:
     `live` gives for each weight of the program its place among the tensors that the guards list, or the tensor itself.
     `compiled`: the original runs through torch.compile, as that was measured to be faster.
     `folds` says that something is computed ahead from weights, which only pays while these stay as they are.
+    `prepared` counts how often a shorter way to it was made.
     """
 
     captured: Any
@@ -59,6 +66,7 @@ class Specialisation:
     live: tuple[Any, ...] = ()
     kept: list[object] = field(default_factory=list, repr=False)
     compiled: bool = False
+    prepared: int = 0
 
     @cached_property
     def folds(self) -> bool:
@@ -100,7 +108,12 @@ class OptimizedFunction:
     """
 
     def __init__(
-        self, original: Callable[..., Any], *, dynamic: Dynamic | None = None, strict: bool = False, **options: Any
+        self,
+        original: Callable[..., Any],
+        *,
+        dynamic: Dynamic | Literal[False] | None = None,
+        strict: bool = False,
+        **options: Any,
     ) -> None:
         if inspect.isclass(original):
             raise SettingError(f"{original.__name__} is a class", remedy="give an instance of it, or a function")
@@ -113,12 +126,16 @@ class OptimizedFunction:
         self._lock = threading.RLock()
         self._guards: Any = None
         self._told: set[str] = set()
+        self._prepared: tuple[tuple[Specialisation, Callable[..., Any]], ...] = ()
         from mugraph.pytorch.capture import signature_of
 
         self._signature = signature_of(original)
         kinds = [p.kind for p in self._signature.parameters.values()]
         self._positional = len(kinds) if all(k in _BY_POSITION for k in kinds) else -1  # how many there are, if alone
-        self.dynamic = _checked_dynamic(dynamic, self._signature)
+        self.dynamic = _checked_dynamic(dynamic or None, self._signature)
+        several = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+        self._is_automatic = dynamic is None and not any(k in several for k in kinds)
+        self._changing: dict[object, Changing] = {}
         functools.update_wrapper(self, original, updated=())
 
     # -- as an attribute, a copy, a module ------------------------------------------------------------------------
@@ -175,44 +192,174 @@ class OptimizedFunction:
             raise CaptureError("nothing is optimised yet", remedy="call the function once, or read .report")
         return found[-1]
 
+    def warmup(self, *args: Any, **named: Any) -> OptimizedFunction:
+        """Searches and compiles for calls with such arguments, at all sizes that are declared as dynamic, so that no
+        later call does; without arguments, compiles for all signatures met so far.  Returns this function.
+
+        Their values do not matter.  Raises TypeError for arguments that the function does not take; with `strict` also
+        the MugraphError that says why such calls are not optimised."""
+        if args or named:
+            call = self._bound(args, named)
+            if call is None:
+                self._signature.bind(*args, **named)
+            elif not _is_abstract(call.leaves) and not _is_empty(call.leaves) and not _outside_state(call.leaves):
+                self._known(call, self._guard().state())
+        for known in list(self.specialisations.values()):
+            if known.result is not None and not known.result.unchanged:
+                known.result.warmup()
+        return self
+
     # -- calls ----------------------------------------------------------------------------------------------------
 
     def __call__(self, *args: Any, **named: Any) -> Any:
+        if self._prepared and not named and not _is_dynamo_running():
+            try:
+                for _, prepared in self._prepared:
+                    if (found := prepared(args)) is not CHANGED:
+                        return found
+            except Exception:  # what was looked at is gone, or the call does not run: the long way says what to do
+                pass
         return _entry()(self, *args, **named)
 
     def _call(self, *args: Any, **named: Any) -> Any:
-        if not named and not self.dynamic and self._guards is not None and len(args) == self._positional:
-            leaf_key = _plain_key(args)  # the usual call, seen before: as little as possible is done for it
-            if leaf_key is not None and not _is_transformed():
-                state = self._guards.state()
-                chosen = self.specialisations.get((len(args), leaf_key, state.frozen()))
-                if chosen is not None and not state.hooked and not _is_abstract(state.tensors):
-                    return self._run(chosen, args, args, named, state)
         call = self._bound(args, named)
-        if call is None or _is_abstract(call.leaves):
+        if call is None or _is_abstract(call.leaves) or _is_empty(call.leaves):
             return self.original(*args, **named)  # nothing to compute, or Python says what is wrong
         if outside := _outside_state(call.leaves):
             return self._outside(*outside, args, named)
-        if self._guards is None:
-            from mugraph.pytorch.guards import Guards
-
-            self._guards = Guards(self.original, OptimizedFunction)
-        state = self._guards.state()
+        state = self._guard().state()
         if state.hooked:
             return self._outside("modules with hooks", "remove the hooks", args, named)
         if _is_abstract(state.tensors):
             return self.original(*args, **named)
-        sizes = self._sizes(call)
-        key = (call.spec, _leaf_key(call.leaves, sizes), state.frozen())
-        chosen = self.specialisations.get(key)
-        if chosen is None:
+        known = self._known(call, state)
+        if known is None:
+            return self._outside(f"more than {LIMIT} signatures", "declare sizes as dynamic", args, named)
+        chosen, sizes = known
+        found = self._run(chosen, call.leaves, args, named, state)
+        if chosen.prepared < MOST_PREPARED and not named and len(args) == self._positional:
+            self._prepare(chosen, args, sizes)
+        return found
+
+    def _guard(self) -> Any:
+        if self._guards is None:
+            from mugraph.pytorch.guards import Guards
+
+            self._guards = Guards(self.original, OptimizedFunction)
+        return self._guards
+
+    def _known(self, call: _Call, state: Any) -> tuple[Specialisation, Dims] | None:
+        """What runs for a signature, made where it is new, and the symbolic sizes; None where there are too many."""
+        tensors = list(self._tensors(call))
+        declared = {place: self.dynamic[name] for place, name, _ in tensors if name in self.dynamic}
+        given = [(place, x) for place, _, x in tensors]
+        frozen = (_autocast(), state.frozen())
+        changing = None
+        if self._is_automatic:
+            ranks = {place: dict.fromkeys(range(x.ndim), _ANY) for place, x in given}
+            changing = self._changing.setdefault((call.spec, _leaf_key(call.leaves, ranks), frozen), Changing())
+            declared = changing.dims
+        sizes = that_hold(given, declared)
+        key = (call.spec, _leaf_key(call.leaves, sizes), frozen)
+        if (chosen := self.specialisations.get(key)) is not None:
+            return chosen, sizes
+        with self._lock:
+            sizes = that_hold(
+                given, declared if changing is None else changing.dims
+            )  # another thread may have been here
+            key = (call.spec, _leaf_key(call.leaves, sizes), frozen)
+            if (chosen := self.specialisations.get(key)) is not None:
+                return chosen, sizes
             if len(self.specialisations) >= LIMIT:
-                return self._outside(f"more than {LIMIT} signatures", "declare sizes as dynamic", args, named)
-            with self._lock:
-                chosen = self.specialisations.get(key)
-                if chosen is None:
-                    chosen = self.specialisations[key] = self._specialise(call, sizes, state)
-        return self._run(chosen, call.leaves, args, named, state)
+                return None
+            if changing is not None and (grown := changing.grown(given)) != changing.dims:
+                wider = that_hold(given, grown)
+                found = self._specialise(call, wider, state, quiet=True)
+                if found.reason is None:
+                    changing.dims = grown
+                    self.specialisations[call.spec, _leaf_key(call.leaves, wider), frozen] = found
+                    return found, wider
+                changing.fix(grown)  # the program holds for the size it was captured with alone
+            chosen = self.specialisations[key] = self._specialise(call, sizes, state)
+        return chosen, sizes
+
+    def _tensors(self, call: _Call) -> Iterator[tuple[int, str, Any]]:
+        """The arguments that are tensors: the numbers of their leaves, their names, and they."""
+        import torch
+        from torch.utils import _pytree as pytree
+
+        place = 0
+        for name, x in (*zip(self._signature.parameters, call.args, strict=False), *call.named.items()):
+            if isinstance(x, torch.Tensor):
+                yield place, name, x
+                place += 1
+            else:
+                place += len(pytree.tree_leaves(x))
+
+    def _prepare(self, chosen: Specialisation, args: tuple[Any, ...], sizes: Dims) -> None:
+        """Makes the next call like this one short: a function that compares all that was looked at, object by object,
+        and runs what was chosen.  Not for calls that need a gradient, or where indices are to be checked."""
+        import torch
+
+        result, captured = chosen.result, chosen.captured
+        is_written = result is None or result.unchanged
+        if _transforms() is not None or (not is_written and captured.natural):
+            return
+        chosen.prepared += 1
+        checks = Checks()
+        checks.add(f"len(args) == {len(args)}")
+        first: dict[str, str] = {}  # where the value of a symbolic size is
+        for i, x in enumerate(args):
+            if type(x) is not torch.Tensor or x.layout is not torch.strided or x.is_neg() or x.is_meta:
+                return
+            checks.add(f"type(x{i} := args[{i}]) is {{0}}", torch.Tensor)
+            if i not in sizes:
+                checks.add(f"x{i}.shape == {{0}}", x.shape)
+            else:
+                checks.add(f"len(s{i} := x{i}.shape) == {x.ndim}")
+                for at, n in enumerate(x.shape):
+                    if (d := sizes[i].get(at)) is None:
+                        checks.add(f"s{i}[{at}] == {n}")
+                    elif (known := first.setdefault(d.name, f"s{i}[{at}]")) == f"s{i}[{at}]":
+                        checks.add(f"{d.min} <= s{i}[{at}] <= {d.max}")
+                    else:
+                        checks.add(f"s{i}[{at}] == {known}")
+            checks.add(f"x{i}.dtype is {{0}}", x.dtype)
+            checks.add(f"x{i}.is_cpu" if x.is_cpu else f"x{i}.device == {{0}}", x.device)
+            checks.add(f"x{i}.layout is {{0}}", torch.strided)
+            checks.add(f"not x{i}.is_neg()")
+        checks.add("not {0}()", torch._C._is_any_autocast_enabled)
+        checks.add("{0}() is None", torch._C._functorch.peek_interpreter_stack)
+        state = self._guards.state(checks)
+        key = (len(args), _leaf_key(args, sizes), (_autocast(), state.frozen()))
+        if chosen is not self.specialisations.get(key) or state.hooked or _autocast() is not None:
+            return
+        if is_written:
+            run, inputs = self._compiled if chosen.compiled else self.original, ["*args"]
+        else:
+            run, inputs = self._optimised_call(chosen, state, checks, len(args))
+        text = f"{checks.name(run)}({', '.join(inputs)})"
+        if not is_written and not captured.is_plain:
+            text = f"{checks.name(_unflattened)}({checks.name(captured)}, {text})"
+        others = tuple(known for known in self._prepared if known[0] is not chosen)
+        self._prepared = ((chosen, checks.function("args", text)), *others[: MOST_READY - 1])
+
+    def _optimised_call(
+        self, chosen: Specialisation, state: Any, checks: Checks, count: int
+    ) -> tuple[Callable[..., Any], list[str]]:
+        """The function that is called, and its arguments as they are called in the code of the checks."""
+        import torch
+
+        result, captured = chosen.result, chosen.captured
+        assert result is not None
+        weights = [state.tensors[x] if isinstance(x, int) else x for x in chosen.live]
+        if result.target.kind != "torch" or captured.detaches or chosen.folds:
+            wanting = " or ".join(["False", *(f"x{i}.requires_grad" for i in range(count))])
+            if any(x.requires_grad for x in weights):
+                wanting = "True"
+            checks.add(f"not ({{0}}() and ({wanting}))", torch.is_grad_enabled)
+        run = result.executable.run if result.target.kind == "torch" else result
+        return run, [*(f"x{i}" for i in captured.arguments), *(checks.name(x) for x in weights)]
 
     def _run(
         self, chosen: Specialisation, leaves: Sequence[Any], args: tuple[Any, ...], named: dict[str, Any], state: Any
@@ -222,12 +369,15 @@ class OptimizedFunction:
             return self._compiled(*args, **named) if chosen.compiled else self.original(*args, **named)
         weights = [state.tensors[x] if isinstance(x, int) else x for x in chosen.live]
         inputs = [*(leaves[i] for i in chosen.captured.arguments), *weights]
+        if chosen.captured.natural and _has_negative(inputs[i] for i in chosen.captured.natural):
+            return self.original(*args, **named)  # whose error it is to raise
         if _wants_gradients(weights) and chosen.folds:
             return self._trained(*args, **named)  # the weights are about to change
         if _wants_gradients(inputs) and (chosen.result.target.kind != "torch" or chosen.captured.detaches):
             return self._trained(*args, **named)  # no autograd formula, or gradients that stop in places
         try:
-            outputs = chosen.result(*inputs)
+            with _uncast():
+                outputs = chosen.result(*inputs)
         except Exception as error:
             if self.strict:
                 raise
@@ -236,7 +386,7 @@ class OptimizedFunction:
                 if known is chosen:
                     self.specialisations[key] = Specialisation(None, None, error, kept=state.kept)
             return self.original(*args, **named)
-        return chosen.captured.unflatten(outputs if isinstance(outputs, tuple) else (outputs,))
+        return _unflattened(chosen.captured, outputs)
 
     def _bound(self, args: tuple[Any, ...], named: dict[str, Any]) -> _Call | None:
         """The arguments in the order of the signature, or None where they do not fit it."""
@@ -257,32 +407,8 @@ class OptimizedFunction:
         leaves, spec = pytree.tree_flatten((args, named))
         return _Call(args, named, leaves, spec)
 
-    def _sizes(self, call: _Call) -> dict[int, Mapping[int, Dim]]:
-        """The declared dynamic sizes that hold here, by the number of the leaf: in range, and equal where they have the
-        same name."""
-        if not self.dynamic:
-            return {}
-        import torch
-        from torch.utils import _pytree as pytree
-
-        found: dict[int, Mapping[int, Dim]] = {}
-        values: dict[str, int] = {}
-        place = 0
-        for name, x in (*zip(self._signature.parameters, call.args, strict=False), *call.named.items()):
-            if not isinstance(x, torch.Tensor):
-                place += len(pytree.tree_leaves(x))
-                continue
-            inside = {
-                i: d
-                for i, d in self.dynamic.get(name, {}).items()
-                if i < x.ndim and d.min <= x.shape[i] <= d.max and values.setdefault(d.name, x.shape[i]) == x.shape[i]
-            }
-            if inside:
-                found[place] = inside
-            place += 1
-        return found
-
-    def _specialise(self, call: _Call, sizes: Mapping[int, Mapping[int, Dim]], state: Any) -> Specialisation:
+    def _specialise(self, call: _Call, sizes: Dims, state: Any, quiet: bool = False) -> Specialisation:
+        """What runs for a signature.  With `quiet` a failure is neither raised nor told."""
         from mugraph.pytorch.capture import capture
 
         options = dict(self.options)
@@ -303,8 +429,11 @@ class OptimizedFunction:
             if options.get("space") is None:  # weights may be written in ways that PyTorch does not count
                 space = space_of(settings.effort.get(options.pop("effort", None)))
                 options["space"] = space.but(ahead=False)
-            result = self._optimized(call, captured, options)
+            with _uncast():
+                result = self._optimized(call, captured, options)
         except Exception as error:  # whatever goes wrong here would not go wrong in the original
+            if quiet:
+                return Specialisation(None, None, error)
             if self.strict:
                 raise
             self._warn(error)
@@ -382,9 +511,7 @@ class OptimizedFunction:
                 if i >= rank:
                     raise CaptureError(f"dynamic names dimension {i} of {name}, which has {rank} dimensions")
 
-    def _examples(
-        self, call: _Call, sizes: Mapping[int, Mapping[int, Dim]]
-    ) -> tuple[tuple[Any, ...], dict[str, Any], Dynamic]:
+    def _examples(self, call: _Call, sizes: Dims) -> tuple[tuple[Any, ...], dict[str, Any], Dynamic]:
         """The arguments, with at least 2 along dynamic sizes (torch.export takes 1 for a constant), and those sizes by
         the names of arguments."""
         from torch.utils import _pytree as pytree
@@ -418,6 +545,10 @@ class OptimizedFunction:
         if isinstance(error, VerificationError):
             text = f"a check refused the result: {text}"
         warnings.warn(FallbackWarning(f"{name} runs as it was written: {text}"), stacklevel=_user_level())
+
+
+def _unflattened(captured: Any, outputs: Any) -> Any:
+    return captured.unflatten(outputs if isinstance(outputs, tuple) else (outputs,))
 
 
 def _called(f: Callable[..., Any], named: Mapping[str, Any], *args: Any) -> Any:
@@ -525,36 +656,56 @@ def _is_abstract(leaves: Sequence[Any]) -> bool:
     return False
 
 
+def _is_empty(leaves: Sequence[Any]) -> bool:
+    """Whether a tensor has no elements: every dimension of a program has at least one."""
+    import torch
+
+    return any(isinstance(x, torch.Tensor) and 0 in x.shape for x in leaves)
+
+
+def _autocast() -> Any:
+    """The type that autocast takes on a CPU, or None where it is off.  Its casts are part of what is captured."""
+    import torch
+
+    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
+
+
+def _uncast() -> AbstractContextManager[Any]:
+    """Autocast off, because captured programs hold its casts already."""
+    import torch
+
+    return nullcontext() if _autocast() is None else torch.autocast("cpu", enabled=False)
+
+
 def _outside_state(leaves: Sequence[Any]) -> tuple[str, str] | None:
     """What a captured program does not represent, with a remedy."""
     import torch
 
-    if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
-        return "calls under autocast", "convert the arguments and weights instead"
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    if torch.is_autocast_enabled("cuda"):
+        return "calls under autocast on a GPU", "convert the arguments and weights instead"
+    if _transforms() is not None:
         return "calls under torch.func transforms", "apply the transform to the original function"
     if any(isinstance(x, torch.Tensor) and type(x) not in (torch.Tensor, torch.nn.Parameter) for x in leaves):
         return "subclasses of Tensor", "pass plain tensors"
     return None
 
 
-def _is_transformed() -> bool:
-    """Whether PyTorch does something else with operators than running them: autocast, or a transform."""
+def _transforms() -> Any:
+    """The innermost torch.func transform, or None."""
     import torch
 
-    return torch._C._is_any_autocast_enabled() or torch._C._functorch.peek_interpreter_stack() is not None
+    return torch._C._functorch.peek_interpreter_stack()
 
 
-def _plain_key(leaves: Sequence[Any]) -> tuple[object, ...] | None:
-    """`_leaf_key` where all leaves are plain tensors with values and no size is dynamic; else None."""
+def _is_dynamo_running() -> bool:
+    """Whether torch.compile looks at every function that is called.  Without TorchDynamo loaded, which takes seconds,
+    it cannot."""
+    if "torch._dynamo" not in sys.modules:
+        return False
     import torch
 
-    parts: list[object] = []
-    for x in leaves:
-        if type(x) is not torch.Tensor or x.is_meta:
-            return None
-        parts += (x.dtype, x.device.type, x.shape)
-    return tuple(parts)
+    # the first is what torch.compile itself sees, the second what a function sees that it left alone
+    return torch.compiler.is_dynamo_compiling() or torch._C._dynamo.eval_frame.get_eval_frame_callback() is not None
 
 
 def _leaf_key(leaves: Sequence[Any], free: Mapping[int, Mapping[int, Dim]]) -> tuple[object, ...]:
@@ -580,7 +731,20 @@ def _leaf_key(leaves: Sequence[Any], free: Mapping[int, Mapping[int, Dim]]) -> t
     return tuple(parts)
 
 
+_ANY = Dim("any")  # stands for every size where only ranks count
 _VALUES = (int, bool, str, bytes, complex, type(None))
+
+
+def _has_negative(indices: Iterable[Any]) -> bool:
+    """Whether an index on the CPU is negative.  One on a GPU is checked there, as PyTorch does, without waiting."""
+    import torch
+
+    for x in indices:
+        if x.is_cuda:
+            torch._assert_async((x >= 0).all(), "an index is negative")
+        elif x.numel() and x.min() < 0:
+            return True
+    return False
 
 
 def _wants_gradients(tensors: Sequence[Any]) -> bool:

@@ -20,6 +20,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from mugraph.pytorch.checks import Checks
+
 _PLAIN = frozenset({int, bool, str, bytes, complex, type(None)})
 _READ = _PLAIN | {float}
 _ABSENT = object()
@@ -47,6 +49,7 @@ _INTERNAL = frozenset(
         "_load_state_dict_pre_hooks",
         "_load_state_dict_post_hooks",
         "_compiled_call_impl",
+        "_is_torch_compile",
     }
 )
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -57,7 +60,8 @@ class State:
     """A state of what a function reads.
 
     `key` compares it, `tensors` are the live ones in the key's order, `kept` holds the objects that count by identity,
-    `modules` the modules that were met, `hooked` says that one has hooks.
+    `modules` the modules that were met, `hooked` says that one has hooks.  `checks`, if it is there, collects
+    comparisons that hold as long as the key stays.
     """
 
     key: list[object] = field(default_factory=list)
@@ -66,6 +70,11 @@ class State:
     modules: list[Any] = field(default_factory=list)
     hooked: bool = False
     seen: dict[int, int] = field(default_factory=dict)
+    checks: Checks | None = None
+
+    def check(self, text: str, *objects: Any) -> None:
+        if self.checks is not None:
+            self.checks.add(text, *objects)
 
     def frozen(self) -> tuple[object, ...]:
         """The key, with the places of tensors that are the same object: two tied weights may come apart."""
@@ -76,10 +85,11 @@ class State:
 
 @dataclass(frozen=True)
 class _ClassPlan:
-    """The functions of a class, and the names of attributes that they read."""
+    """The functions of a class, the names of attributes that they read, and the classes that are not PyTorch's own."""
 
     functions: tuple[types.FunctionType, ...]
     attributes: tuple[str, ...]
+    bases: tuple[type, ...]
 
 
 class Guards:
@@ -100,12 +110,13 @@ class Guards:
         self._classes: dict[type, _ClassPlan] = {}
         self._names: dict[int, tuple[types.CodeType, tuple[str, ...]]] = {}
 
-    def state(self) -> State:
+    def state(self, checks: Checks | None = None) -> State:
         """The present state."""
-        found = State()
+        found = State(checks=checks)
         self._value(self.root, found)
         if found.modules:
-            found.hooked = found.hooked or self._module_file._has_any_global_hook()
+            found.hooked = found.hooked or bool(self._module_file._has_any_global_hook())
+            found.check("not {0}()", self._module_file._has_any_global_hook)
         return found
 
     def _value(self, x: Any, s: State) -> None:
@@ -146,10 +157,15 @@ class Guards:
     def _live(self, x: Any, s: State) -> None:
         s.key += (type(x), x.dtype, x.shape, x.device, x.requires_grad)
         s.tensors.append(x)
+        s.check("{0}.requires_grad is {1}", x, x.requires_grad)
+        s.check("{0}.dtype is {1}", x, x.dtype)
+        s.check("{0}.shape == {1}", x, x.shape)
+        s.check("{0}.is_cpu" if x.is_cpu else "{0}.device == {1}", x, x.device)
 
     def _optimised(self, x: Any, s: State) -> None:
         """An optimised function in another."""
         self._enter(x, s)
+        s.check("{0}.original is {1}", x, x.original)
         self._value(x.original, s)
 
     def _method(self, x: types.MethodType, s: State) -> None:
@@ -170,7 +186,16 @@ class Guards:
             s.seen[id(x)] = -len(s.seen) - 1
             s.kept.append(x)
         s.key += (type(x), len(x))
-        for v in (y for pair in x.items() for y in pair) if isinstance(x, dict) else x:
+        if isinstance(x, dict):
+            s.check("tuple({0}) == {1}", x, tuple(x))
+            for k, v in x.items():
+                s.check("{0}[{1}] is {2}", x, k, v)
+                self._value(k, s)
+                self._value(v, s)
+            return
+        s.check(f"len({{0}}) == {len(x)}", x)
+        for i, v in enumerate(x):
+            s.check(f"{{0}}[{i}] is {{1}}", x, v)
             self._value(v, s)
 
     def _identity(self, x: object, s: State) -> None:
@@ -185,18 +210,24 @@ class Guards:
         self._enter(fn, s)
         s.key.append(id(fn.__code__))
         s.kept.append(fn.__code__)
+        s.check("{0}.__code__ is {1}", fn, fn.__code__)
         if _is_torch(fn.__module__):
             return
         for cell in fn.__closure__ or ():
-            try:
-                inside = cell.cell_contents
-            except ValueError:  # not assigned yet
-                inside = _ABSENT
+            inside = _inside(cell)
+            s.check("{0}({1}) is {2}" if inside is _ABSENT else "{1}.cell_contents is {2}", _inside, cell, inside)
             self._value(inside, s)
+        s.check("{0}.__defaults__ is {1}", fn, fn.__defaults__)
+        s.check("{0}.__kwdefaults__ is {1}", fn, fn.__kwdefaults__)
+        for name, v in (fn.__kwdefaults__ or {}).items():
+            s.check(f"{{0}}[{name!r}] is {{1}}", fn.__kwdefaults__, v)
         for v in (*(fn.__defaults__ or ()), *(fn.__kwdefaults__ or {}).values()):
             self._value(v, s)
+        space = fn.__globals__
         for name in self._globals_of(fn.__code__):
-            self._value(fn.__globals__.get(name, _ABSENT), s)
+            v = space.get(name, _ABSENT)
+            s.check(f"{name!r} not in {{0}}" if v is _ABSENT else f"{{0}}[{name!r}] is {{1}}", space, v)
+            self._value(v, s)
 
     def _globals_of(self, code: types.CodeType) -> tuple[str, ...]:
         known = self._names.get(id(code))
@@ -211,8 +242,13 @@ class Guards:
             return
         self._enter(x, s)
         own = getattr(x, "__dict__", {})
+        if own:
+            s.check("{0}.__dict__ is {1}", x, own)
+        s.check("{0}.__class__ is {1}", x, type(x))
+        s.check(f"len({{0}}) == {len(own)}", own)
         for name, v in own.items():
             s.key.append(name)
+            s.check(f"{{0}}[{name!r}] is {{1}}", own, v)
             self._value(v, s)
         self._class(type(x), own, s)
 
@@ -223,15 +259,26 @@ class Guards:
         for table in _HOOKS:
             if own.get(table):
                 s.hooked = True
+            s.check(f"not {{0}}[{table!r}]" if table in own else f"{table!r} not in {{0}}", own)
         s.key.append(type(m))
+        s.check("{0}.__class__ is {1}", m, type(m))
+        s.check(f"len({{0}}) == {len(own)}", own)
         for name, v in own.items():
             if name in _INTERNAL:
                 continue
             s.key.append(name)
+            s.check(f"{{0}}[{name!r}] is {{1}}", own, v)
             self._value(v, s)
         for table in ("_parameters", "_buffers", "_modules"):
-            for name, v in own[table].items():
+            held = own[table]
+            s.check(f"{{0}}[{table!r}] is {{1}}", own, held)
+            if table == "_modules" and len(held) > 1:  # these may be run in their order
+                s.check("tuple({0}) == {1}", held, tuple(held))
+            else:
+                s.check(f"len({{0}}) == {len(held)}" if held else "not {0}", held)
+            for name, v in held.items():
                 s.key.append(name)
+                s.check(f"{{0}}[{name!r}] is {{1}}", held, v)
                 self._value(v, s)
         self._class(type(m), own, s)
 
@@ -242,10 +289,23 @@ class Guards:
             plan = self._classes[kind] = _class_plan(kind)
         for fn in plan.functions:
             self._value(fn, s)
+        for base in plan.bases:
+            s.check(f"len({{0}}) == {len(vars(base))}", vars(base))
+            for name in plan.attributes:
+                if name in vars(base):
+                    s.check("{0}[{1}] is {2}", vars(base), name, vars(base)[name])
         for name in plan.attributes:
             if name not in own and type(v := getattr(kind, name, _ABSENT)) in _READ:
+                s.check(f"{{0}}.{name} is {{1}}", kind, v)
                 s.key.append(name)
                 self._value(v, s)
+
+
+def _inside(cell: Any) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # not assigned yet
+        return _ABSENT
 
 
 def _is_torch(module: str | None) -> bool:
@@ -254,15 +314,14 @@ def _is_torch(module: str | None) -> bool:
 
 def _class_plan(kind: type) -> _ClassPlan:
     functions: list[types.FunctionType] = []
-    for base in kind.__mro__:
-        if base is object or _is_torch(base.__module__):
-            continue
+    bases = tuple(base for base in kind.__mro__ if base is not object and not _is_torch(base.__module__))
+    for base in bases:
         for v in vars(base).values():
             v = v.fget if isinstance(v, property) else getattr(v, "original", getattr(v, "__func__", v))
             if isinstance(v, types.FunctionType):
                 functions.append(v)
     names = {n for fn in functions for code in _codes(fn.__code__) for n in code.co_names}
-    return _ClassPlan(tuple(functions), tuple(sorted(names)))
+    return _ClassPlan(tuple(functions), tuple(sorted(names)), bases)
 
 
 def _codes(code: types.CodeType) -> Iterator[types.CodeType]:

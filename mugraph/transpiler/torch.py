@@ -716,7 +716,7 @@ class _Emitter:
         return Value(self.let(target.name, text), layout, DType.bool, DType.bool)
 
     def compare(self, relation: str, args: Sequence[Value], target: Tensor) -> Value:
-        operands = [self.single(v) if v.dtype.is_float and v.dtype.bits == 8 else v for v in args]
+        operands = [self.arithmetic(v) for v in args]  # a number that f16 does not hold is none of its values
         if all(v.literal for v in operands):
             operands = [self.tensor(operands[0], target), *operands[1:]]
         layout, (a, b) = self.at_all(operands, target)

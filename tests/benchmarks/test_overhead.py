@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 
@@ -28,3 +29,14 @@ def test_the_document_has_a_row_for_each_program(stub: Stub, capsys: pytest.Capt
 def test_a_program_with_work_ahead_is_refused(stub: Stub) -> None:
     with pytest.raises(MugraphError, match="cannot be timed alone"):
         overhead.main(["--program", "constant_lora", "--rounds", "1"])
+
+
+@pytest.mark.full
+def test_decorated_functions_are_timed_with_nothing_to_run(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MUGRAPH_CACHE_DIR", str(tmp_path))
+    assert overhead.main(["--decorated", "--rounds", "1", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert [r["reads"] for r in rows] == [0, 3, 9]
+    assert all(math.isfinite(r[k]) for r in rows for k in ("ours_us", "compile_us"))
