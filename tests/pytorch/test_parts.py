@@ -112,7 +112,7 @@ def test_a_meaning_that_differs_from_torch_is_refused(planted: str, monkeypatch:
 
     monkeypatch.setitem(ATEN, "relu", wrong)
     found = split(traced(lambda x: torch.relu(x * 2) + torch.relu(x), torch.randn(2, 8)), "test")
-    assert "its meaning" in found.refused["aten.relu.default"]
+    assert "in PyTorch" in found.refused["aten.relu.default"]
 
 
 def test_a_result_with_gaps_stays() -> None:
