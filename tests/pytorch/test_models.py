@@ -69,6 +69,23 @@ def test_a_model_agrees_with_eager_and_is_not_searched_twice(name: str, monkeypa
 
 
 @pytest.mark.full
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_a_model_agrees_with_eager_under_autocast(name: str, dtype: torch.dtype) -> None:
+    """Eager rounds where a part does not, so both are compared with f32: the part may be off by a little more."""
+    model = MODELS[name].make()
+    fast = torch.compile(model, backend="mugraph", dynamic=True, options=ALL)
+    for batch, length in ((2, 7), (3, 11)):
+        inputs = MODELS[name].inputs(batch, length)
+        exact = logits(model, inputs)
+        with torch.autocast("cpu", dtype):
+            found, eager = logits(fast, inputs).float(), logits(model, inputs).float()
+        assert (found - exact).abs().max() <= 2 * (eager - exact).abs().max() + 1e-3 * exact.abs().max()
+    assert share() > 0
+
+
+@pytest.mark.full
 @pytest.mark.parametrize("name", [name for name, m in MODELS.items() if m.generates])
 @torch.no_grad()
 def test_generated_tokens_are_those_of_eager(name: str) -> None:
