@@ -175,7 +175,7 @@ sys.modules["mugraph"] = None
 import new, torch
 x = torch.randn(2, 8, 14, 14)
 bias = torch.randn(8, 1, 1)
-torch.testing.assert_close(new.run_region_0(x, bias), torch.tanh(torch.relu(x + bias) * 0.5), rtol=1e-5, atol=1e-5)
+torch.testing.assert_close(new.run_part_0(x, bias), torch.tanh(torch.relu(x + bias) * 0.5), rtol=1e-5, atol=1e-5)
 """
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"TRITON_INTERPRET": "1"}
     subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=environment, check=True, capture_output=True)

@@ -28,11 +28,14 @@ from mugraph.pytorch import autograd_ops as _autograd_ops  # noqa: F401  (adds i
 from mugraph.pytorch.capture import Interpreter, user_line
 from mugraph.pytorch.ops import dtype_of, meaning_of
 
-# What moves no element, or makes a tensor from nothing: a part of these alone computes nothing.
+# What moves no element, and what makes a tensor from nothing: a part of these alone computes nothing.
 VIEWS = {
     "view", "reshape", "_unsafe_view", "permute", "transpose", "t", "unsqueeze", "squeeze", "expand", "slice", "select",
-    "split", "split_with_sizes", "unbind", "detach", "alias", "clone", "full", "ones", "zeros", "full_like",
-    "ones_like", "zeros_like", "scalar_tensor", "arange", "lift_fresh_copy", "getitem", "new_ones", "new_zeros",
+    "split", "split_with_sizes", "unbind", "detach", "alias", "clone", "lift_fresh_copy", "getitem",
+}  # fmt: skip
+MADE = {
+    "full", "ones", "zeros", "full_like", "ones_like", "zeros_like", "scalar_tensor", "arange", "new_ones", "new_zeros",
+    "new_full",
 }  # fmt: skip
 LEAST = 2  # operators that compute: one alone is a library call already
 ROUNDS = 32  # in which nodes leave parts, before the graph stays as it is
@@ -158,7 +161,7 @@ class _Fragment(Interpreter):
         else:
             self.call(node)
         if self.tracing.recorder.natural:
-            raise UnsupportedOpError("indices that must not be negative, which a part does not look at")
+            raise UnsupportedOpError("its indices must not be negative, and a part does not check them")
         found = self.values[node]
         if isinstance(found, Tensor):
             self.names[found.value] = re.sub(r"\W", "_", _base(node))
@@ -337,8 +340,14 @@ def _hint(size: Any) -> int:
 # -- all parts of a graph ----------------------------------------------------------------------------------------
 
 
-def split(module: Any, name: str) -> Split:
-    """The graph with its parts as submodules `part_0`, `part_1`, ...; the module given is left as it is."""
+def computes(node: Any) -> bool:
+    """Whether a node is an operator that computes something."""
+    return node.op == "call_function" and not _is_getitem(node) and _base(node) not in VIEWS | MADE
+
+
+def split(module: Any, name: str, least: int = LEAST) -> Split:
+    """The graph with its parts as submodules `part_0`, `part_1`, ..., each of at least so many operators that compute;
+    the module given is left as it is."""
     from torch.fx.passes.infra.partitioner import CapabilityBasedPartitioner
     from torch.fx.passes.operator_support import OperatorSupportBase
     from torch.fx.passes.utils.fuser_utils import fuse_by_partitions
@@ -358,7 +367,7 @@ def split(module: Any, name: str) -> Split:
         )
         proposed = partitioner.propose_partitions()
         partitioner.remove_bookend_non_compute_ops(proposed)
-        kept = [p.nodes for p in proposed if sum(_base(n) not in VIEWS for n in p.nodes) >= LEAST]
+        kept = [p.nodes for p in proposed if sum(map(computes, p.nodes)) >= least]
         cut = fuse_by_partitions(cut, kept, prefix="part_")
         parts, clean = {}, True
         for key, part in [(k, m) for k, m in cut.named_children() if k.startswith("part_")]:

@@ -39,7 +39,7 @@ def test_what_is_understood_is_one_region() -> None:
     assert region.operators == ("aten.matmul.default", "aten.relu.default", "aten.sum.dim_IntList")
     assert (found.left, found.weights, found.result) == ((), ("weight",), "one")
     assert found.text({region.name}).count("def ") == 1
-    assert "run_region_0(" in found.text({region.name})
+    assert "run_part_0(" in found.text({region.name})
 
 
 def test_what_is_not_understood_lies_between_regions() -> None:
