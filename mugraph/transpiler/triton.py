@@ -1513,7 +1513,9 @@ class _Together:
         self.compiled = call.options
         self.parameters: dict[str, tuple[str, str, str]] = {}  # name -> annotation, argument, signature
         self.calls: list[list[str]] = []
+        described = list(dict.fromkeys(name for k in self.kernels for name in k.described))
         for k in self.kernels:
+            k.described = described if k.described else []  # one flag for all of them
             types = dict(k.signature())
             self.calls.append([self.parameter(n, note, arg, types[n]) for n, note, arg in k.bound()])
         if self.compiled.pdl:

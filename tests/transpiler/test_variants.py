@@ -6,6 +6,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -19,15 +20,16 @@ from mugraph.ir.axes import Dim
 from mugraph.ir.evaluate import reference
 from mugraph.ir.graph import BlockGraph, Equation, KernelGraph, Pass, Store
 from mugraph.ir.ops import Contract, Kernel, Slice
+from mugraph.ir.resize import retiled
 from mugraph.ir.types import DType, Output, Storage, tensor
-from mugraph.runtime.aot import host_part
+from mugraph.runtime.aot import host_part, wanted
 from mugraph.runtime.compile import SHARED_LIMITS, Compiler
 from mugraph.runtime.dispatch import Host
 from mugraph.runtime.interpret import Interpreter
 from mugraph.runtime.load import load_module
 from mugraph.transpiler.triton import emit
 from mugraph.verify.bounds import in_bounds
-from tests.blocks import BLOCKS, batched_matmul, gram, split_matmul
+from tests.blocks import BLOCKS, batched_matmul, gram, kernel_graph, nested_loops, split_matmul
 from tests.graphs import ALL, Builder, attention_fused, axis, inp, rmsnorm_linear, rmsnorm_linear_fused
 from tests.runtime.test_tune import compiled_with, disassembly
 from tests.transpiler.test_triton import check, check_source, draw
@@ -112,6 +114,42 @@ def sliced(start: int, whole: int, k_size: int) -> KernelGraph:
     )
     equations = (Equation((part,), Slice("m", k, start), ("X",)), Equation((target,), Kernel((block,)), ("part", "W")))
     return KernelGraph("sliced", (x, w), equations, (Output("Y", Storage(DType.f16)),))
+
+
+def two_products() -> KernelGraph:
+    """Two products of one matrix, as blocks of one launch."""
+    b, k, n = axis("b", Dim("B", 1, 4096)), axis("k", 72), axis("n", 24)
+    inputs = inp("X", b, k), inp("U", k, n), inp("V", k, n)
+    blocks = []
+    for name, weight in (("Y", inputs[1]), ("Z", inputs[2])):
+        s = Builder(block=True)
+        loads = (s.load("x", inputs[0].tensor), s.load("w", weight.tensor))
+        s.acc("acc", Contract(("k",)), "x", "w")
+        body = (Pass((("k", 32),), loads, s.take()),)
+        blocks.append(BlockGraph((("b", 16), ("n", 16)), None, body, (), (), (Store("acc", name),)))
+    targets = (tensor("Y", (b, n), DType.f16), tensor("Z", (b, n), DType.f16))
+    return kernel_graph("two_products", inputs, tuple(blocks), *targets)
+
+
+@pytest.mark.parametrize("make", [two_products, lambda: retiled(nested_loops(), {"k": 4})], ids=["blocks", "loops"])
+def test_kernels_of_one_launch_and_nested_loops_have_descriptors(
+    interpreter: Interpreter, make: Callable[[], KernelGraph]
+):
+    pytest.importorskip("z3")
+    graph = make()
+    text = source(graph, DESCRIBED[0])
+    assert text.count("make_tensor_descriptor") == (4 if graph.name == "two_products" else 2)
+    check(interpreter, graph, {"B": 37}, options=DESCRIBED[0])
+    assert in_bounds(text, graph).unknown == ()
+
+
+def test_one_flag_is_for_all_kernels_of_a_launch():
+    """So there are cubins for tensors that are laid out for descriptors, and for others, and none in between."""
+    graph = two_products()
+    text, signatures = host_part(source(graph, DESCRIBED[0]))
+    found = wanted(graph, Host.of(text, list(signatures), "host"))
+    assert [constants for _, _, constants in found] == [(("DESCRIPTORS", True),), (("DESCRIPTORS", False),)]
+    assert "descriptors(X, U, V)" in text
 
 
 @pytest.mark.parametrize(
