@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from mugraph.codegen.passes import Names, Observer, names_of, prepare, refuse
 from mugraph.codegen.plan import (
     ANY,
+    KNOWS_DESCRIPTORS,
     Accumulate,
     Action,
     Beside,
@@ -86,7 +87,8 @@ OptionsOf = Callable[[str], Options]
 
 def lower(verified: Verified, trace: Trace = (), machine: Machine = ANY, observer: Observer | None = None) -> Plan:
     """The plan of a verified μGraph.  `trace` has choices for some of its kernels.  Raises UnsupportedOpError, with the
-    operator's name, where there is no form, and ValueError for a choice that there is not."""
+    operator's name, where there is no form or the machine does not have what an option asks for, and ValueError for a
+    choice that there is not."""
     return plan_graph(verified.graph, trace, machine, observer)
 
 
@@ -106,7 +108,11 @@ def plan_graph(
 
     def options_of(kernel: str) -> Options:
         met.add(kernel)
-        return chosen.get(kernel, options or Options()).check()
+        found = chosen.get(kernel, options or Options()).check()
+        if found.descriptors and machine.arch is not None and machine.arch < KNOWS_DESCRIPTORS:
+            text = f"sm_{machine.arch} has no tensor descriptors, which {kernel} has as an option"
+            raise UnsupportedOpError(text, op=kernel, remedy="leave out the option descriptors")
+        return found
 
     if parts := graph.divided():
         first, rest = (_plan(part, options_of, machine, observer) for part in parts)

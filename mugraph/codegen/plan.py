@@ -214,6 +214,8 @@ class Options:
                      for each); kernels that share a launch have all of theirs
     prefetch         with pdl, and unless persistent: the first tile of the largest source is fetched into L2 before the
                      wait, as a hint; kernels that share a launch fetch nothing
+    descriptors      tiles that loops read are copied by the hardware (TMA, sm_90 and later), by descriptors which each
+                     block makes; those that do not lie so in memory, and all where a tensor does not, by pointers
     """
 
     num_warps: int | None = None
@@ -229,6 +231,7 @@ class Options:
     group: int = 1
     persistent: int = 0
     prefetch: bool = False
+    descriptors: bool = False
 
     def __str__(self) -> str:
         parts = [f"warps {self.num_warps}", f"stages {self.num_stages}"]
@@ -262,6 +265,7 @@ class Options:
         return replace(self, **{name: value})  # type: ignore[arg-type]
 
 
+KNOWS_DESCRIPTORS = 90  # the first compute capability with tensor descriptors
 MOST_RESIDENT = 8  # persistent blocks of a multiprocessor
 # The values that a choice may have.
 VALID: dict[str, Sequence[object]] = {
@@ -278,6 +282,7 @@ VALID: dict[str, Sequence[object]] = {
     "group": (1, 4, 8, 16),
     "persistent": range(MOST_RESIDENT + 1),
     "prefetch": (False, True),
+    "descriptors": (False, True),
 }
 
 

@@ -160,7 +160,7 @@ def compiled(
                     "constants": dict(constants),
                     "options": dict(options),
                 }
-                yield {**entry, **{k: b[k] for k in ("entry", "shared", "ptxas")}}, b["image"]
+                yield {**entry, **{k: b[k] for k in ("entry", "shared", "scratch", "ptxas")}}, b["image"]
 
 
 def unique(*kinds: dict[str, Any]) -> list[dict[str, Any]]:
@@ -182,7 +182,9 @@ def wanted(program: Program, host: Host) -> list[Wanted]:
         options, constants = parted(named)
         found[kernel, tuple(options.items()), tuple(constants.items())] = None
 
-    run = host.names(note)["run"]
+    # tensors may be laid out for descriptors or not, whatever their sizes
+    layouts = (True, False) if "descriptors" in host.code.co_names else (True,)
+    runs = [host.names(note, descriptors=lambda *_, fit=fit: fit)["run"] for fit in layouts]
     for sizes in turning_points(program.dims()):
         tensors = [
             torch.empty(
@@ -192,7 +194,8 @@ def wanted(program: Program, host: Host) -> list[Wanted]:
             )
             for i in program.inputs
         ]
-        run(*tensors)
+        for run in runs:
+            run(*tensors)
     return list(found)
 
 

@@ -25,7 +25,7 @@ from mugraph.runtime.dispatch import Admit, Binaries, Binary, Dispatch, Host, Ta
 from mugraph.runtime.driver import DRIVER, Driver, driver_of
 
 INDEX = "index.json"
-INDEX_VERSION = 1
+INDEX_VERSION = 2
 AGAIN = "make it again: mugraph optimize ... --aot"
 
 
@@ -152,7 +152,7 @@ class Artefact:
         return Artefact(files, str(place))
 
     def binary(self, data: Mapping[str, Any]) -> Binary:
-        fields = ("host", "kernel", "arch", "entry", "parameters", "constants", "options", "shared")
+        fields = ("host", "kernel", "arch", "entry", "parameters", "constants", "options", "shared", "scratch")
         return Binary(**{f: data[f] for f in fields}, image=self.files[data["file"]])
 
     @property

@@ -84,7 +84,8 @@ class Compiler:
     def binary(
         self, source: str, arch: int, kernel: str, parameters: Mapping[str, Any], options: Mapping[str, Any]
     ) -> dict[str, Any]:
-        """One kernel of the file as a cubin for `sm_<arch>`: `image`, `entry` (its name there), `shared` (bytes).
+        """One kernel of the file as a cubin for `sm_<arch>`: `image`, `entry` (its name there), `shared` and
+        `scratch` (bytes of a block, in shared and in global memory).
         `parameters` are in the terms of `SIGNATURES`, types as `tl.bfloat16`.  Raises as `resources`."""
         check_arch(arch)
         request = {"source": source, "arch": arch, "kernel": kernel}

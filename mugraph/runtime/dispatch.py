@@ -115,7 +115,8 @@ class Binary:
 
     `parameters` are those of the kernel in order, each with what the cubin takes for granted: `*fp16` a pointer,
     `*fp16:16` one that 16 divides, `i32` and `i32:16` integers of 32 bits, a number that very value.  `constants` and
-    `options` are those that a launch has to ask for.  `shared` is in bytes, `image` is the cubin."""
+    `options` are those that a launch has to ask for.  `shared` is in bytes, `scratch` in bytes of global memory,
+    both of one block; `image` is the cubin."""
 
     host: str
     kernel: str
@@ -125,6 +126,7 @@ class Binary:
     constants: Mapping[str, int | str]
     options: Mapping[str, int]
     shared: int
+    scratch: int
     image: bytes
 
     def arguments(self, given: Sequence[Any]) -> list[Any] | None:
@@ -136,7 +138,7 @@ class Binary:
                     return None
                 continue
             base, _, divisor = kind.partition(":")
-            if divisor and (address(value) if base.startswith("*") else value) % int(divisor):
+            if divisor and (value.data_ptr() if base.startswith("*") else value) % int(divisor):
                 return None
             if base == "i32" and not -(2**31) <= value < 2**31:
                 return None
@@ -197,24 +199,21 @@ class Binaries:
         )
 
     def launch(
-        self,
-        host: str,
-        kernel: str,
-        grid: Sequence[int],
-        given: Sequence[Any],
-        named: Mapping[str, Any],
-        stream: int,
+        self, b: Binary, passed: Sequence[Any], grid: Sequence[int], stream: int, scratch: Place | None = None
     ) -> Launch:
-        """The launch, ready but for its pointers: that of a Place at its number, those of tensors in their order."""
-        b, passed = self.choose(host, kernel, given, named)
+        """The launch, ready but for its pointers: that of a Place at its number, those of tensors in their order, and
+        scratch memory last."""
         function = self.function(b, stream)
         x, y, z = (*grid, 1, 1)[:3]
-        shape = Shape((x, y, z), 32 * b.options["num_warps"], b.shared, bool(b.options.get("launch_pdl")))
+        dependent = bool(b.options.get("launch_pdl"))
+        shape = Shape((x, y, z), 32 * b.options["num_warps"], b.shared, dependent, b.scratch * x * y * z)
         numbers = count()
-        arguments = [
-            a if isinstance(a, int) else Slot(a.number if isinstance(a, Place) else next(numbers)) for a in passed
-        ]
-        return Launch(self.driver, function, self.context, shape, arguments)
+
+        def slot(a: Any) -> Slot:
+            return Slot(a.number if isinstance(a, Place) else next(numbers))
+
+        arguments = [a if isinstance(a, int) else slot(a) for a in passed]
+        return Launch(self.driver, function, self.context, shape, arguments, slot(scratch) if b.scratch else 0)
 
 
 def parted(named: Mapping[str, Any]) -> tuple[dict[str, int], dict[str, int | str]]:
@@ -252,7 +251,9 @@ def next_power_of_2(n: int) -> int:
 
 # What stands for Triton in the host part.  Types are constants of kernels, by name.
 HOST_NAMES = {
-    "triton": SimpleNamespace(cdiv=cdiv, next_power_of_2=next_power_of_2, JITFunction=Kernel),
+    "triton": SimpleNamespace(
+        cdiv=cdiv, next_power_of_2=next_power_of_2, JITFunction=Kernel, set_allocator=lambda allocate: None
+    ),
     "tl": SimpleNamespace(bfloat16="bfloat16", float32="float32"),
 }
 
@@ -299,6 +300,10 @@ class Place:
     def stride(self, at: int | None = None) -> Any:
         return self.strides if at is None else self.strides[at]
 
+    def data_ptr(self) -> int:
+        """An address that is divisible as that of the tensor is."""
+        return 0 if self.aligned else 1
+
     @property
     def size(self) -> int:
         """In bytes."""
@@ -338,7 +343,9 @@ class Recorder:
         return self.allocated[-1]
 
     def launch(self, kernel: str, grid: Sequence[int], given: Sequence[Any], named: Mapping[str, Any]) -> None:
-        self.steps.append(partial(self.binaries.launch, self.host, kernel, grid, given, named, self.stream))
+        b, passed = self.binaries.choose(self.host, kernel, given, named)
+        scratch = self.empty((b.scratch * prod(grid),), dtype=torch.uint8, device=None) if b.scratch else None
+        self.steps.append(partial(self.binaries.launch, b, passed, grid, self.stream, scratch))
 
     def __getattr__(self, name: str) -> Any:
         found = getattr(torch, name)
@@ -351,11 +358,6 @@ def dense_strides(shape: Sequence[int]) -> tuple[int, ...]:
     """Those of a contiguous tensor of that shape, in elements."""
     inner = accumulate((max(n, 1) for n in reversed(shape[1:])), mul, initial=1)
     return tuple(inner)[::-1] if shape else ()
-
-
-def address(value: Any) -> int:
-    """An address that is divisible as that of the tensor is."""
-    return (0 if value.aligned else 1) if isinstance(value, Place) else value.data_ptr()
 
 
 Layout: TypeAlias = Callable[..., bool]
@@ -733,8 +735,12 @@ class Dispatch:
             try:
                 step = ready.pop()
             except IndexError:
-                step = self.loaded(ordinal).launch(file, kernel, grid, given, named, stream)
-            step(stream, pointers)
+                loaded = self.loaded(ordinal)
+                step = loaded.launch(*loaded.choose(file, kernel, given, named), grid, stream)
+            scratch = []
+            if size := step.shape.scratch:
+                scratch.append(self.hooks.empty((size,), dtype=torch.uint8, device=given[0].device))
+            step(stream, [*pointers, *map(data_ptr, scratch)])
             ready.append(step)
 
         with self.lock:  # one for all calls: it may keep what it computes ahead

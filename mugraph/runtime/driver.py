@@ -31,7 +31,6 @@ MULTIPROCESSORS = 16  # CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT
 SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 INVALID_CONTEXT = 201
 OTHER_DEVICE = (209, 222)  # no binary for this GPU; made for a later driver
-HIDDEN = 2  # pointers after a kernel's own arguments: global scratch and profile scratch, both null
 
 
 class Attribute(ctypes.Structure):
@@ -147,12 +146,14 @@ def driver_of(library: str = DRIVER) -> Driver:
 @dataclass(frozen=True)
 class Shape:
     """How a kernel is launched: blocks, threads of a block, bytes of dynamic shared memory; `dependent`: it may start
-    before the one before it on the stream ends (programmatic dependent launch)."""
+    before the one before it on the stream ends (programmatic dependent launch); `scratch`: bytes of global memory that
+    its blocks use among themselves."""
 
     grid: tuple[int, int, int]
     threads: int
     shared: int
     dependent: bool = False
+    scratch: int = 0
 
 
 @dataclass(frozen=True)
@@ -163,11 +164,12 @@ class Slot:
 
 
 class Launch:
-    """One kernel launch.  `arguments` are in the kernel's order: a Slot, or an integer of 32 bits."""
+    """One kernel launch.  `arguments` are in the kernel's order: a Slot, or an integer of 32 bits.  `scratch`: the
+    pointer to its scratch memory, 0 where it has none."""
 
     __slots__ = (
         "arguments", "attribute", "config", "config_at", "context", "driver", "function", "launch", "pack", "pick",
-        "shape", "tables", "values",
+        "scratch", "shape", "tables", "values",
     )  # fmt: skip
 
     def __init__(
@@ -177,16 +179,17 @@ class Launch:
         context: ctypes.c_void_p,
         shape: Shape,
         arguments: Sequence[Slot | int],
+        scratch: Slot | int = 0,
     ) -> None:
         self.driver, self.function, self.context, self.launch = driver, function, context, driver.launch
-        self.shape, self.arguments = shape, tuple(arguments)
-        places = [a.place for a in arguments if isinstance(a, Slot)]
-        numbers = [a & 0xFFFFFFFF for a in arguments if not isinstance(a, Slot)]
-        self.values = (ctypes.c_uint64 * (len(arguments) + HIDDEN))(*[0] * len(places), *numbers)  # pointers first
+        self.shape, self.arguments, self.scratch = shape, tuple(arguments), scratch
+        every = (*arguments, scratch, 0)  # the last of these hidden parameters is for profiles, which are not taken
+        places = [a.place for a in every if isinstance(a, Slot)]
+        numbers = [a & 0xFFFFFFFF for a in every if not isinstance(a, Slot)]
+        self.values = (ctypes.c_uint64 * len(every))(*[0] * len(places), *numbers)  # pointers first
         first = ctypes.addressof(self.values)
-        pointer_at, number_at = iter(range(len(places))), iter(range(len(places), len(arguments)))
-        order = [next(pointer_at if isinstance(a, Slot) else number_at) for a in arguments]
-        addresses = [first + 8 * i for i in (*order, len(arguments), len(arguments) + 1)]
+        pointer_at, number_at = iter(range(len(places))), iter(range(len(places), len(every)))
+        addresses = [first + 8 * next(pointer_at if isinstance(a, Slot) else number_at) for a in every]
         self.tables = (ctypes.c_void_p * len(addresses))(*addresses)
         self.pack = struct.Struct(f"{len(places)}Q").pack_into
         self.pick = picker(places)
@@ -213,7 +216,7 @@ class Launch:
             raise LaunchError(f"a launch of {self.shape} failed: {self.driver.reason(code)}")
 
     def copy(self) -> Launch:
-        return Launch(self.driver, self.function, self.context, self.shape, self.arguments)
+        return Launch(self.driver, self.function, self.context, self.shape, self.arguments, self.scratch)
 
 
 class Clear:

@@ -33,6 +33,7 @@ from typing import Any, TypeVar, get_args
 from mugraph.codegen.lower import lower
 from mugraph.codegen.plan import (
     ANY,
+    KNOWS_DESCRIPTORS,
     MOST_RESIDENT,
     Call,
     Choice,
@@ -650,3 +651,11 @@ def prefetched_weights(at: Configuration) -> Iterator[Options]:
     o = at.options
     if at.badness == (0, 0) and o.pdl and not (o.prefetch or o.persistent or not isinstance(at.call, Launch)):
         yield replace(o, prefetch=True)
+
+
+@rule
+def described_tiles(at: Configuration) -> Iterator[Options]:
+    """One thread copies a tile by its descriptor (sm_90 and later), where each would compute addresses and masks."""
+    known = at.arch >= KNOWS_DESCRIPTORS and not at.options.descriptors
+    if at.badness == (0, 0) and known and loops(at) and any(products(at)):
+        yield replace(at.options, descriptors=True)

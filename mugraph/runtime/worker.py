@@ -20,6 +20,7 @@ from typing import Any
 
 from mugraph.runtime.sass import read_code
 
+ALIGNED = 256  # bytes that all memory between launches is aligned to
 HEADER = struct.Struct("<Q")
 _MODULES: dict[str, ModuleType] = {}
 _FILES = tempfile.TemporaryDirectory(prefix="mugraph-")
@@ -109,10 +110,11 @@ def compile_binary(
     given = {n: getattr(tl, k[3:]) if isinstance(k, str) and k.startswith("tl.") else k for n, k in parameters.items()}
     compiled = compiled_kernel(load(source), kernel, given, arch, options)
     m = compiled.metadata
-    if m.global_scratch_size or getattr(m, "profile_scratch_size", 0):
-        raise ValueError(f"{kernel} wants scratch memory, which a launch without Triton does not give it")
-    ptxas = str(get_ptxas(arch).version)
-    return {"image": compiled.asm["cubin"], "entry": m.name, "shared": m.shared, "ptxas": ptxas}
+    align = m.global_scratch_align
+    if getattr(m, "profile_scratch_size", 0) or align > ALIGNED:
+        raise ValueError(f"{kernel} wants scratch memory that a launch without Triton does not give it")
+    needs = {"shared": m.shared, "scratch": -(-m.global_scratch_size // align) * align}
+    return {"image": compiled.asm["cubin"], "entry": m.name, "ptxas": str(get_ptxas(arch).version), **needs}
 
 
 def compiled_kernel(
@@ -123,6 +125,10 @@ def compiled_kernel(
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    from mugraph.codegen.plan import KNOWS_DESCRIPTORS
+
+    if arch < KNOWS_DESCRIPTORS and any(n.startswith("DESCRIPTORS") and k is True for n, k in parameters.items()):
+        raise ValueError(f"{name} has tensor descriptors (option descriptors), which sm_{arch} has not")
     signature: dict[str, str] = {}
     constants: dict[str, Any] = {}
     facts: dict[tuple[int, ...], list[list[Any]]] = {}

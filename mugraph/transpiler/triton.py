@@ -137,6 +137,21 @@ RELEASE = ("if PDL:", "    tl.extra.cuda.gdc_launch_dependents()")
 MULTIPROCESSORS = '''def multiprocessors(device):
     """Those of a GPU; a few for the interpreter, so that each block has several tiles."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3'''
+DESCRIPTORS = '''def descriptors(*tensors):
+    """Whether descriptors can describe these: rows of neighbours, which begin at multiples of 16 bytes."""
+    return all(
+        t.data_ptr() % 16 == 0
+        and t.stride(-1) == 1
+        and all(s > 0 and s * t.dtype.itemsize % 16 == 0 for s in t.stride()[:-1])
+        for t in tensors
+    )
+
+
+def descriptors_on(device):
+    """Lets Triton take the memory that descriptors lie in from torch."""
+    triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device=device))'''
+ROW = 128  # bits that the innermost dimension of a descriptor's tile has at least, and that strides are multiples of
+MOST_DESCRIBED = 5  # dimensions of a descriptor
 RESERVED = {
     *keyword.kwlist,
     *HELPERS,
@@ -155,6 +170,9 @@ RESERVED = {
     "_counters",
     "min",
     "multiprocessors",
+    "descriptors",
+    "descriptors_on",
+    "DESCRIPTORS",
     "DOT",
     "PDL",
     "LOG2E",
@@ -200,6 +218,8 @@ def emit(plan: Plan) -> str:
         runs += divided_text("run", [_python(n) for n in plan.parameters], *_names_of(plan.ahead))
     if any(k.persistent for k in kernels.values()):
         texts.append(MULTIPROCESSORS)
+    if any(k.described for k in kernels.values()):
+        texts.append(DESCRIPTORS)
     parts = [_header(plan, texts), *texts, *runs, _signatures(kernels, groups)]
     return "\n\n\n".join(p for p in parts if p) + "\n"
 
@@ -352,6 +372,16 @@ def _power(x: str, exponent: Fraction) -> str:
 Lane = tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class Edge:
+    """What a descriptor copies along an axis: how many entries, the dimension of the tile that they make, if any, and
+    where they begin, as text."""
+
+    count: int
+    lane: Lane | None
+    start: str
+
+
 class _Kernel:
     """Writes one launch as a `@triton.jit` function, and collects the parameters that it turns out to need."""
 
@@ -365,6 +395,7 @@ class _Kernel:
         self.sizes: dict[str, Axis] = {}
         self.lane_params: dict[str, Extent] = {}
         self.widen = False
+        self.described: list[str] = []  # sources of which descriptors copy tiles
         self.lines: list[str] = []
         self.indent = "    "
         self.scope: Scope = launch.scopes[0]
@@ -479,6 +510,7 @@ class _Kernel:
             if prefetched:
                 self.prefetch(*prefetched)
             self.put(WAIT[1])
+        self.describe()
         if not prefetched:
             guard = self.program_ids()
         if guard:
@@ -902,7 +934,16 @@ class _Kernel:
                 args.append('eviction_policy="evict_first"')
             texts.append(f"tl.load({', '.join(args)})")
         note = str(read)
-        if len(texts) == 1:
+        if box := self.box(read) if read in self.scope.body else None:
+            self.put("if DESCRIPTORS:")
+            self.indent += "    "
+            self.copy(read, box, var)
+            self.indent = self.indent[4:]
+            self.put("else:")
+            self.indent += "    "
+            self.put_call(f"{var} = tl.load", _split_args(texts[0]))
+            self.indent = self.indent[4:]
+        elif len(texts) == 1:
             self.put_call(f"{var} = tl.load", _split_args(texts[0]), note=note)
         else:
             # each piece where it is valid; a choice, because bf16 has no arithmetic under the interpreter
@@ -982,6 +1023,89 @@ class _Kernel:
             value = f"{value}.to({TL[buffer.dtype]})" if w.value.name not in self.literals else value
         head = "tl.atomic_add" if w.kind == "atomic" else "tl.store"
         self.put_call(head, [at, value, *([self.argument(mask, w.value.name)] if mask else [])], note=str(w))
+
+    # -- descriptors ---------------------------------------------------------------------------------------------
+
+    def describe(self) -> None:
+        """Makes the descriptors of tiles that loops read."""
+        made: set[str] = set()
+        for number, scope in enumerate(self.launch.scopes):
+            self.number, self.scope = number, scope
+            for read in scope.body:
+                if not isinstance(read, Read) or not (box := self.box(read)):
+                    continue
+                name, source = self.descriptor(read, box), read.pieces[0].source
+                if name in made:
+                    continue
+                if not made:
+                    self.put("if DESCRIPTORS:")
+                self.indent += "    "
+                axes = self.plan.buffer(source).tensor.axes
+                shape = ", ".join(map(self.size, axes))
+                strides = ", ".join([*(self.stride(source, a.name) for a in axes[:-1]), "1"])
+                counts = ", ".join(str(s.count) for s in box)
+                args = [self.pointer(source), f"shape=[{shape}]", f"strides=[{strides}]", f"block_shape=[{counts}]"]
+                self.put_call(f"{name} = tl.make_tensor_descriptor", args)
+                self.indent = self.indent[4:]
+                made.add(name)
+                self.described += [] if source in self.described else [source]
+
+    def descriptor(self, read: Read, box: Sequence[Edge]) -> str:
+        source = read.pieces[0].source
+        return self.name_of(("tiles", source, *(s.count for s in box)), f"{source}_tiles")
+
+    def box(self, read: Read) -> tuple[Edge, ...] | None:
+        """How a descriptor copies the tile that a read takes, in the order of its source; None where pointers have to.
+        Beyond the source are zeros, as masks would have them."""
+        if not self.launch.options.descriptors or self.given_by == "blocks":  # what other blocks wrote takes a fence
+            return None
+        (piece, *more), source = read.pieces, self.plan.buffer(read.pieces[0].source).tensor
+        axes, bits = source.axes, source.dtype.bits
+        copied = source.dtype in (DType.i8, DType.u8) or (source.dtype.is_float and bits <= 32)
+        if more or piece.joined or not copied or source.dtype in self.plan.decoded:
+            return None
+        if not 2 <= len(source.dims) <= MOST_DESCRIBED or len(axes) > len(source.dims):
+            return None
+        rows = (product(source.shape[n:]) for n in range(1, len(axes)))
+        if any(isinstance(n, int) and n * bits % ROW for n in rows):
+            return None
+        names = [i.axis for i in piece.index if i.axis]
+        moves = any(self.scope.extent(n).role == "loop" for n in names)
+        edges = [self.edge(a, i) for a, i in zip(axes, piece.index, strict=True)]
+        found = tuple(e for e in edges if e)
+        if not moves or len(set(names)) < len(names) or len(found) < len(edges):
+            return None
+        return found if found[-1].count * bits % ROW == piece.index[-1].start * bits % ROW == 0 else None
+
+    def edge(self, axis: Axis, i: Index) -> Edge | None:
+        """What a descriptor copies along an axis of a source."""
+        if i.value is not None or i.step != 1 or i.start < 0:
+            return None
+        if i.axis is None:
+            return Edge(1, None, str(i.start))
+        e, lane = self.scope.extent(i.axis), self.lane(i.axis) if self.many(i.axis) else None
+        size = e.axis.size
+        ends = size == axis.size if i.start == 0 or not isinstance(size, int) else i.start + size == axis.size
+        if e.padded or e.at_launch or (lane and len(lane) > 1) or (e.tail and not ends):
+            return None
+        at = ""
+        if e.role == "loop":
+            at = self.name_of(("at", i.axis, self.number), f"{i.axis}0")
+        elif e.role == "grid" and self.blocks(i.axis) != "1":
+            at = self.block_name(i.axis) + (f" * {e.tile}" if e.tile > 1 else "")
+        start = [str(i.start)] if i.start or not at else []
+        return Edge(e.lanes, lane, " + ".join([*([at] if at else []), *start]))
+
+    def copy(self, read: Read, box: Sequence[Edge], var: str) -> None:
+        """The tile by its descriptor, in the dimensions that tiles have."""
+        starts = ", ".join(s.start for s in box)
+        self.put_call(f"{var} = {self.descriptor(read, box)}.load", [f"[{starts}]"], note=str(read))
+        have = [s.lane for s in box if s.lane]
+        if len(have) < len(box):
+            self.put(f"{var} = tl.reshape({var}, {self.shape(have)})")
+        want = self.lanes_of(self.axes_of(read.value))
+        if (text := self.permuted(var, have, want)) != var:
+            self.put(f"{var} = {text}")
 
     # -- computation ---------------------------------------------------------------------------------------------
 
@@ -1261,10 +1385,13 @@ class _Kernel:
         return names + [f"{n}: tl.constexpr" for n, _, _ in self.flags()]
 
     def flags(self) -> list[tuple[str, str, str]]:
-        """Constants that are others under the interpreter: the name, the value when compiled, and the text in `run`."""
+        """Constants that `run` chooses, by the interpreter or the layout of tensors: the name, the value when compiled
+        ahead, and the text in `run`."""
         compiled = f"isinstance({self.fn}, triton.JITFunction)"
         found = [("DOT", "tl.bfloat16", f"tl.bfloat16 if {compiled} else tl.float32")] if self.widen else []
-        return found + ([("PDL", "True", compiled)] if self.launch.options.pdl and not self.given_by else [])
+        found += [("PDL", "True", compiled)] if self.launch.options.pdl and not self.given_by else []
+        tensors = ", ".join(map(_python, self.described))
+        return found + ([("DESCRIPTORS", "True", f"descriptors({tensors})")] if tensors else [])
 
     def symbolic(self) -> list[str]:
         return [self.name_of(("size", n), "") for n, a in self.sizes.items() if not isinstance(a.size, int)]
@@ -1386,7 +1513,9 @@ class _Together:
         self.compiled = call.options
         self.parameters: dict[str, tuple[str, str, str]] = {}  # name -> annotation, argument, signature
         self.calls: list[list[str]] = []
+        described = list(dict.fromkeys(name for k in self.kernels for name in k.described))
         for k in self.kernels:
+            k.described = described if k.described else []  # one flag for all of them
             types = dict(k.signature())
             self.calls.append([self.parameter(n, note, arg, types[n]) for n, note, arg in k.bound()])
         if self.compiled.pdl:
@@ -1585,6 +1714,7 @@ def _run(
     lines.append(f'    """{what}, written into `out` if given."""')
     lines += _sizes(plan)
     lines += _allocations(plan)
+    lines += [f"    descriptors_on({inputs[0]}.device)"] if any(k.described for k in kernels.values()) else []
     for call in plan.calls:
         match call:
             case Launch(name):

@@ -13,6 +13,9 @@ What it does then is read as a launch of its own, of one block for each result, 
 A persistent kernel loops over tiles from its program id, with the number of programs as the step: (program, iteration)
 and tile are one to one, so the tile is what a program id would be.
 
+A tensor descriptor has to be that of a whole tensor.  What it loads is a read of the entries that there are; the
+rest of a tile is filled with zeros.  Whether it may be used goes by the layout of tensors: both ways are followed.
+
 A program id, like a lane, is a counter: `n % f` and `n // f` are its low digits and the rest, where f is a product of
 factors of its count.  So they are unknowns of their own with known ranges, and indices stay linear.
 """
@@ -25,6 +28,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from inspect import signature
 from types import FunctionType, SimpleNamespace
 from typing import Any, Literal
@@ -554,6 +558,18 @@ class Pointer:
         return self
 
 
+@dataclass(frozen=True)
+class Descriptor:
+    """Of a tensor, for tiles of so many entries along each dimension."""
+
+    reader: _Reader
+    buffer: Buffer
+    counts: tuple[int, ...]
+
+    def load(self, starts: Sequence[Any]) -> Opaque:
+        return self.reader.load_tile(self, starts)
+
+
 class Tensor:
     """A tensor in `run`."""
 
@@ -688,8 +704,8 @@ class ProgramId:
 
     @property
     def used(self) -> bool:
-        """Whether anything but a loop over tiles depends on it."""
-        return self.number is not None or self.reader.decided > 0
+        """Whether anything but a loop over tiles may depend on it."""
+        return self.number is not None or self.reader.decided > self.reader.layouts
 
 
 class Programs:
@@ -745,11 +761,13 @@ class _Reader:
         self.sizes = Sizes(z3)
         self.launches: list[Launch] = []
         self.where = "run"
-        self.names = 0
+        self.described: list[Any] = []  # whether descriptors can describe some tensors
         self.begin([], 1)
 
     def begin(self, decisions: list[bool], count: Any) -> None:
         self.decisions, self.decided, self.asked = decisions, 0, 0
+        self.names = 0  # what all paths do first, they do by the same names
+        self.layouts = 0  # decisions that go by the layout of tensors alone
         self.holds: list[Any] = []
         self.ranges: list[Any] = []  # of unknowns, wherever they come into play
         self.linked: list[tuple[Any, Any]] = []
@@ -774,6 +792,8 @@ class _Reader:
         space["counters"] = self.counters
         if "multiprocessors" in space:
             space["multiprocessors"] = self.multiprocessors
+        if "descriptors" in space:
+            space["descriptors"] = self.descriptors
         if "keep" in space:  # what is kept is what is computed
             space["keep"] = space["ahead"]
         inputs = [Tensor(self, Buffer(i.name, i.tensor.shape, dtype=TORCH_NAMES.get(i.tensor.dtype)))
@@ -949,6 +969,7 @@ class _Reader:
         found = self.decisions[self.decided]
         self.decided += 1
         if condition is not None:
+            self.layouts += any(condition.eq(known) for known in self.described)
             self.holds.append(condition if found else self.z3.Not(condition))
         return found
 
@@ -1044,6 +1065,39 @@ class _Reader:
         # any number, another one in each lane: the claims hold for all of them
         number = self.again(lambda: self.any_number())
         return Int(self, number, pointer.lanes)
+
+    def descriptors(self, *tensors: Tensor) -> Truth:
+        """Whether the layout of tensors allows descriptors.  It is one for all blocks, as sizes are."""
+        name = f"descriptors {len(self.described)}"
+        self.sizes.known[name] = self.z3.Int(name)
+        self.described.append(self.sizes.known[name] == 1)
+        return Truth(self, self.described[-1])
+
+    def descriptor(
+        self, pointer: Any, shape: Sequence[Any], strides: Sequence[Any], block_shape: Sequence[Any]
+    ) -> Descriptor:
+        if not isinstance(pointer, Pointer) or pointer.terms or not all(type(n) is int for n in block_shape):
+            raise Unreadable("a descriptor of what is no tensor, or of unknown tiles")
+        b, last = pointer.buffer, len(pointer.buffer.shape) - 1
+        if b.dtype in INDICES:
+            raise Unreadable("a descriptor of indices")
+        sizes = tuple(n if isinstance(n, int) else n.size if isinstance(n, Int) else None for n in shape)
+        steps = tuple(Stride(b, last) if n == last and type(s) is int and s == 1 else s for n, s in enumerate(strides))
+        if sizes != b.shape or steps != tuple(Stride(b, n) for n in range(last + 1)) or len(block_shape) != last + 1:
+            raise VerificationError(f"{self.where}: a descriptor of {b.name} has not its sizes and strides in order")
+        return Descriptor(self, b, tuple(block_shape))
+
+    def load_tile(self, d: Descriptor, starts: Sequence[Any]) -> Opaque:
+        if len(starts) != len(d.counts):
+            raise Unreadable("a tile that begins at another number of dimensions")
+        terms, there = [], []
+        for n, (start, count) in enumerate(zip(map(self.lifted, starts), d.counts, strict=True)):
+            if not isinstance(start, Int) or start.lanes:
+                raise Unreadable("a tile that begins at what is no number")
+            at = start.z + (self.again(partial(self.unknown, "lane", count)) if count > 1 else 0)
+            terms.append(Term(n, at, 1, True))
+            there.append(at < self.sizes(d.buffer.shape[n]))
+        return self.access("read", Pointer(self, d.buffer, tuple(terms)), Truth(self, self.z3.And(*there)))
 
     def any_number(self) -> Any:
         self.names += 1
@@ -1164,7 +1218,8 @@ class _Reader:
             range=self.loop, static_range=self.loop, debug_barrier=self.barrier, load=self.load, store=self.store,
             atomic_add=self.atomic_add, inline_asm_elementwise=self.assembly, cdiv=self.cdiv, where=self.where_,
             maximum=lambda a, b: self.extreme(True, a, b), minimum=lambda a, b: self.extreme(False, a, b),
-            cast=self.cast, broadcast_to=self.broadcast_to, constexpr=lambda x: x, int64=Wide(),
+            cast=self.cast, broadcast_to=self.broadcast_to, make_tensor_descriptor=self.descriptor,
+            constexpr=lambda x: x, int64=Wide(),
         )  # fmt: skip
         triton = _Stand(
             jit=self.jit, cdiv=self.cdiv, next_power_of_2=self.next_power_of_2, JITFunction=Jit, language=language

@@ -105,7 +105,7 @@ def test_a_cubin_holds_the_entry_that_the_index_names(files: Files, tmp_path: Pa
 
 def test_the_index_says_what_the_kernels_need_and_what_made_them(files: Files) -> None:
     index = json.loads(files[INDEX])
-    assert index["schema_version"] == 1
+    assert index["schema_version"] == 2
     assert set(index["files"]) == set(files) - {INDEX, "aot.py"}
     assert all(index["files"][name] == digest(files[name]) for name in index["files"])
     assert index["versions"]["triton"]
@@ -113,6 +113,7 @@ def test_the_index_says_what_the_kernels_need_and_what_made_them(files: Files) -
     for b in index["binaries"]:
         assert b["ptxas"]
         assert b["shared"] > 0
+        assert b["scratch"] == 0
         assert b["options"]["num_warps"] in (1, 2, 4, 8, 16)
 
 
@@ -211,7 +212,7 @@ def test_a_missing_file_is_refused(files: Files, name: str, tmp_path: Path) -> N
         Artefact.read(place)
 
 
-@pytest.mark.parametrize("text", [b"", b"{", b"[]", b"null", b'{"schema_version": 1}', b"\xff"])
+@pytest.mark.parametrize("text", [b"", b"{", b"[]", b"null", b'{"schema_version": 2}', b"\xff"])
 def test_an_index_that_is_none_is_refused(files: Files, text: bytes) -> None:
     with pytest.raises(CacheError, match=r"is no artefact|was edited"):
         Artefact(files | {INDEX: text})
@@ -223,8 +224,8 @@ def test_an_edited_index_is_refused(files: Files) -> None:
 
 
 def test_another_schema_version_is_refused(files: Files) -> None:
-    with pytest.raises(TargetMismatchError, match="schema version 2, not 1"):
-        Artefact(edited(files, lambda i: i.update(schema_version=2)))
+    with pytest.raises(TargetMismatchError, match="schema version 1, not 2"):
+        Artefact(edited(files, lambda i: i.update(schema_version=1)))
 
 
 def test_a_table_in_the_index_has_to_cover_the_sizes(files: Files) -> None:

@@ -653,6 +653,76 @@ def test_options_that_a_tuner_chose_reach_the_launch(name: str, compiler: Compil
             assert (found.block, found.dependent) == ((32 * options.num_warps, 1, 1), options.pdl)
 
 
+# -- scratch memory of descriptors
+
+
+DESCRIBED = Options(descriptors=True)
+
+
+def described(graph: KernelGraph, compiler: Compiler, stub: Stub, options: Options = DESCRIBED) -> Dispatch:
+    artefact = Artefact(made(graph, {HOST: emit(plan_graph(graph, options=options))}, [90], compiler=compiler))
+    artefact.signature.device = "cpu"
+    call = artefact.dispatch(driver=stub.path)
+    call.hooks = replace(call.hooks, stream=lambda ordinal: stream["now"], capturing=lambda: stream["captured"])
+    stream.update(now=1, captured=False)
+    return call
+
+
+def test_descriptors_have_scratch_memory_of_their_launch(compiler: Compiler, stub: Stub) -> None:
+    """Two descriptors of 128 bytes for each block."""
+    graph = PROGRAMS["rmsnorm_linear"]()
+    call = described(graph, compiler, stub)
+    assert sorted({(b.constants["DESCRIPTORS"], b.scratch) for b in call.loaded(0).binaries}) == [
+        (False, 0),
+        (True, 256),
+    ]
+    for on, captured in ((1, False), (1, False), (2, False), (1, True)):
+        stream.update(now=on, captured=captured)
+        call(*drawn(graph, 17))
+    places = [x.parameters[-2] for x in stub.launches]
+    assert [x.parameters[-1] for x in stub.launches] == [0] * 4
+    assert all(p > 0 and p % 16 == 0 for p in places)
+    assert places[0] == places[1]  # launches on one stream follow each other
+    assert len(set(places)) == 3
+    (memory,) = call.memories.values()
+    assert len(memory.of_stream[1][0]) >= 256 * stub.launches[0].grid[0]
+
+
+def test_a_tensor_that_descriptors_do_not_describe_takes_pointers(compiler: Compiler, stub: Stub) -> None:
+    graph = PROGRAMS["rmsnorm_linear"]()
+    call = described(graph, compiler, stub)
+    x, *others = drawn(graph)
+    crooked = torch.empty(x.numel() + 1, dtype=x.dtype)[1:].view(x.shape)
+    odd = torch.empty(5, 260, dtype=x.dtype)[:, :256]
+    gamma = torch.empty(257, dtype=x.dtype)[1:]  # which no descriptor describes
+    for given in ((x, *others), (crooked, *others), (odd, *others), (x, gamma, *others[1:])):
+        call(*given)
+    assert [x.parameters[-2] > 0 for x in stub.launches] == [True, False, False, True]
+
+
+def test_scratch_memory_goes_with_what_is_between_launches(compiler: Compiler, stub: Stub) -> None:
+    graph = PROGRAMS["split_attention"]()
+    for options in (DESCRIBED, Options(descriptors=True, combine="last")):
+        call = described(graph, compiler, stub, options)
+        before = len(stub.launches)
+        call(*drawn(graph))
+        main, *combine = stub.launches[before:]
+        assert len(combine) == (options.combine == "apart")
+        pointers = [p for p in main.parameters if p > 1 << 20]
+        # Q, K, V, three parts and scratch; with the combine O and counters as well
+        assert len(set(pointers)) == len(pointers) == (9 if options.combine == "last" else 7)
+        assert all(x.parameters[-2:] == (0, 0) for x in combine)
+
+
+def test_scratch_memory_is_given_where_the_host_part_runs_as_it_stands(compiler: Compiler, stub: Stub) -> None:
+    graph = BLOCKS["split_matmul"]()
+    call = described(graph, compiler, stub)
+    names = call.names(HOST, 0)
+    for _ in range(2):
+        names["run"](*drawn(graph))
+    assert [x.parameters[-2] > 0 for x in stub.launches] == [True, False, True, False]
+
+
 def test_persistent_kernels_have_a_grid_by_the_device(compiler: Compiler, stub: Stub) -> None:
     """The stub has 4 multiprocessors; there are 8 blocks of rows and 2 of columns at B = 128, fewer at 17."""
     graph = PROGRAMS["rmsnorm_linear"]()

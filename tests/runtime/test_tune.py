@@ -537,12 +537,26 @@ def test_a_prefetch_is_proposed_for_dependent_launches():
     assert [o.prefetch for o in tune.proposals(tune.persistent_blocks, large)] == [False]
 
 
+# -- descriptors
+
+
+def test_descriptors_are_proposed_for_products_in_loops_where_there_are_descriptors():
+    (found,) = tune.proposals(tune.described_tiles, at_size(Options(), 16))
+    assert found.descriptors
+    assert tune.proposals(tune.described_tiles, at_size(found, 16)) == []
+    for other in (replace(FINE, arch=80), replace(FINE, loop_instructions=0), replace(FINE, spills=1)):
+        assert tune.proposals(tune.described_tiles, at_size(Options(), 16, other)) == []
+    (call,) = launched(plan_graph(BLOCKS["softmax_two_pass"]())).values()
+    assert tune.proposals(tune.described_tiles, replace(at_size(Options(), 16), call=call)) == []
+
+
 # -- what options do to the text
 
 
 CHANGED = [
     Options(dot="never"), Options(swapped=True), Options(unroll=2), Options(evict_first=True),
-    Options(keep_statistics=False), Options(pdl=True), Options(swapped=True, unroll=2, evict_first=True, pdl=True),
+    Options(keep_statistics=False), Options(pdl=True), Options(descriptors=True),
+    Options(swapped=True, unroll=2, evict_first=True, pdl=True),
 ]  # fmt: skip
 
 
