@@ -853,6 +853,8 @@ class _Reader:
             self.begin(decisions, self.scalar(count))
             self.waited = not early
             fn(*bound.args, **bound.kwargs)
+            if self.depth or self.tiling == "inside":
+                raise Unreadable("a loop that is left before its end")
             self.accesses = [replace(a, holds=(*self.ranges, *a.holds)) for a in self.accesses]
             found += self.ended()
             after += self.after()

@@ -326,6 +326,17 @@ def test_another_way_of_counting_blocks_is_not_known(old: str, new: str, why: st
     assert why in in_bounds(source.replace(old, new), graph).reason
 
 
+@pytest.mark.parametrize("leave", ["break", "return"])
+def test_a_loop_that_is_left_is_unknown(leave: str):
+    graph = BLOCKS["softmax_two_pass"]()
+    source = triton.emit(plan_graph(graph))
+    lines = source.splitlines()
+    last = max(n for n, line in enumerate(lines) if line.startswith("        tl.store("))
+    counter = next(line.split()[1] for line in reversed(lines[:last]) if line.startswith("    for "))
+    lines[last + 1 : last + 1] = [f"        if {counter} > 100:", f"            {leave}"]
+    assert in_bounds("\n".join(lines), graph).reason.endswith("a loop that is left before its end")
+
+
 # -- what `run` does around launches
 
 
