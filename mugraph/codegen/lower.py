@@ -10,6 +10,7 @@ beyond a tensor must be made neutral.
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -139,6 +140,7 @@ def _plan(graph: KernelGraph, options_of: OptionsOf, machine: Machine, observer:
     views = kernel_level_views(graph, parts)
     resolved = joints | _only_loaded(graph, views, joints) - set(parts)
     equations = [e for e in graph.equations if e.targets[0].name not in resolved]
+    own = own_name(graph)
     calls: list[Call | Torch] = []
     for t in (everything[name] for e in graph.equations for name in (t.name for t in e.targets)):
         if t.name not in parts and (t.name not in resolved or t.name in joints):
@@ -147,7 +149,7 @@ def _plan(graph: KernelGraph, options_of: OptionsOf, machine: Machine, observer:
         if not isinstance(equation.op, Kernel):
             calls.append(Torch(equation))
             continue
-        base = f"{graph.name}_{len(calls)}" if len(equations) > 1 else graph.name
+        base = f"{own}_{len(calls)}" if len(equations) > 1 else own
         mains: list[Launch] = []
         combines: list[Launch] = []
         options = options_of(base)
@@ -182,6 +184,15 @@ def _plan(graph: KernelGraph, options_of: OptionsOf, machine: Machine, observer:
                 calls.append(launches[0] if len(launches) == 1 else Beside(label, tuple(launches)))
     decoded = (DType.f8e4m3,) if machine.arch is not None and machine.arch < KNOWS_E4M3 else ()
     return Plan(graph.name, tuple(buffers.values()), tuple(calls), inputs, outputs, None, machine.precision, decoded)
+
+
+def own_name(graph: KernelGraph) -> str:
+    """A name for the graph's kernels that hides no value of it in the emitted host function."""
+    taken = {re.sub(r"\W", "_", t) for t in graph.tensors()} | {f"size_{d.name}" for d in graph.dims()}
+    name = graph.name
+    while any(re.fullmatch(rf"{re.escape(name)}(_\d+)*(_combine|_whole)?(_\d+)*", t) for t in taken):
+        name = f"{name}_kernel"
+    return name
 
 
 def grid_extents(launch: Launch) -> dict[str, Extent]:

@@ -60,6 +60,7 @@ from mugraph.ir.types import TORCH_NAMES, DType, Input, Output, Storage, Tensor
 from mugraph.transpiler import torch as torch_code
 from mugraph.transpiler.divided import OWN_NAMES, WIDTH, call_lines, divided_text, kept_text
 from mugraph.transpiler.signature import bindings, size_text
+from mugraph.verify.source import COUNTERS, DESCRIPTORS, MULTIPROCESSORS
 
 TL = {
     DType.f64: "tl.float64", DType.f32: "tl.float32", DType.bf16: "tl.bfloat16", DType.f16: "tl.float16",
@@ -117,39 +118,10 @@ def round_even(x):
     """The nearest whole number, halves to even: 1.5 * 2**23 leaves no room for a fraction."""
     return tl.where(tl.abs(x) < 4194304.0, (x + 12582912.0) - 12582912.0, x)''',
 }
-# Counters of launches whose last blocks combine parts.
-COUNTERS = '''_counters = {}
-
-
-def counters(count, device):
-    """`count` integers that are 0 between launches, because each launch leaves them so.  Launches on one stream follow
-    each other and share them; a captured one, which may be replayed on any stream, has its own."""
-    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
-        return torch.zeros(count, dtype=torch.int32, device=device)
-    key = device, torch.cuda.current_stream(device).cuda_stream
-    if key not in _counters or len(_counters[key]) < count:
-        _counters[key] = torch.zeros(count, dtype=torch.int32, device=device)
-    return _counters[key]'''
 # A kernel that may start before the one before it has ended waits for its results, and lets the next one start.
 WAIT = ("if PDL:", "    tl.extra.cuda.gdc_wait()")
 PREFETCH = "prefetch.global.L2 [$1]; mov.u32 $0, 0;"
 RELEASE = ("if PDL:", "    tl.extra.cuda.gdc_launch_dependents()")
-MULTIPROCESSORS = '''def multiprocessors(device):
-    """Those of a GPU; a few for the interpreter, so that each block has several tiles."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3'''
-DESCRIPTORS = '''def descriptors(*tensors):
-    """Whether descriptors can describe these: rows of neighbours, which begin at multiples of 16 bytes."""
-    return all(
-        t.data_ptr() % 16 == 0
-        and t.stride(-1) == 1
-        and all(s > 0 and s * t.dtype.itemsize % 16 == 0 for s in t.stride()[:-1])
-        for t in tensors
-    )
-
-
-def descriptors_on(device):
-    """Lets Triton take the memory that descriptors lie in from torch."""
-    triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device=device))'''
 ROW = 128  # bits that the innermost dimension of a descriptor's tile has at least, and that strides are multiples of
 MOST_DESCRIBED = 5  # dimensions of a descriptor
 RESERVED = {

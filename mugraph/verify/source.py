@@ -22,6 +22,7 @@ factors of its count.  So they are unknowns of their own with known ranges, and 
 
 from __future__ import annotations
 
+import ast
 import builtins
 import itertools
 import math
@@ -190,8 +191,7 @@ class Counter:
     def __init__(self, reader: _Reader, kind: str, count: Any) -> None:
         self.reader, self.kind = reader, kind
         self.root = self  # counters in one place of a tile are one
-        self.splits: list[int] = []  # places at which a digit became two
-        self.moves: list[tuple[int, int]] = []  # where digits came to stand, and from where
+        self.changes: list[tuple[int, int]] = []  # where digits came to stand, and from where; the same: one became two
         self.reads: list[View] = []  # what was used as a number
         factors = _factors(count, reader.z3)
         static = math.prod(f for f in factors if isinstance(f, int))
@@ -204,13 +204,13 @@ class Counter:
         return self.reader.unknown(self.kind, count)
 
     def view(self, start: int, end: int | None) -> View:
-        return View(self, start, end, len(self.splits), len(self.moves))
+        return View(self, start, end, len(self.changes))
 
     def cut(self, view: View, factor: Any) -> int:
         """The place behind the digits from the start of a view on whose counts make up the factor.  Digits of which
         nothing used the number may change places: (n % f, n // f) is one to one, whichever digits f takes."""
         at = view.start
-        if any(p < at for p in (*self.splits[view.splits :], *(p for p, _ in self.moves[view.moves :]))):
+        if any(p < at for p, _ in self.changes[view.before :]):
             raise Unreadable(f"digits of a {self.kind} number, after those before them changed")
         factors = _factors(factor, self.reader.z3)
         n, symbols = math.prod(f for f in factors if isinstance(f, int)), [f for f in factors if not isinstance(f, int)]
@@ -242,7 +242,7 @@ class Counter:
                 self.reader.linked.append((digit, low[1] + n * high[1]))
                 self.reader.digits.remove(str(digit))
                 self.digits[at : at + 1] = [low, high]
-                self.splits.append(at)
+                self.changes.append((at, at))
                 return at + 1
             at, n = at + 1, n // count
         return at
@@ -257,14 +257,14 @@ class Counter:
     def move(self, i: int, at: int) -> None:
         if i == at:
             return
-        if any(v.changed_by(at, i) for v in self.reads):
+        self.changes.append((at, i))
+        if any(v.changed() for v in self.reads):
             raise Unreadable(f"a {self.kind} number is used as it is and in digits that change places")
-        self.moves.append((at, i))
         self.digits.insert(at, self.digits.pop(i))
 
     def read(self, view: View) -> None:
         """The number that a view is, is used: its digits stay where they are."""
-        if any(view.changed_by(at, i) for at, i in self.moves[view.moves :]):
+        if view.changed():
             raise Unreadable(f"a {self.kind} number is used as it is and in digits that changed places")
         self.reads.append(view)
 
@@ -284,12 +284,18 @@ class View:
     counter: Counter
     start: int
     end: int | None
-    splits: int
-    moves: int
+    before: int
 
-    def changed_by(self, at: int, i: int) -> bool:
-        """Whether the number that these digits are changes where digit i comes to stand at a place before it."""
-        return i >= self.start and (self.end is None or at < self.end + len(self.counter.splits) - self.splits)
+    def changed(self) -> bool:
+        """Whether digits came to stand elsewhere since, so that these are another number."""
+        start, end = self.start, self.end
+        for at, i in self.counter.changes[self.before :]:
+            if at == i:
+                start += at < start
+                end = None if end is None else end + (at < end)
+            elif i >= start and (end is None or at < end):
+                return True
+        return False
 
 
 # -- values
@@ -587,12 +593,16 @@ class Tensor:
         return self
 
     def zero_(self) -> Tensor:
+        if self.buffer.made != "empty" or self.buffer in self.reader.used():
+            raise VerificationError(f"run: {self.buffer.name} is set to 0 where it may hold something")
         self.buffer.made = "zeroed"
         return self
 
     def copy_(self, other: Any) -> Tensor:
         if not isinstance(other, Tensor):
             raise Unreadable("a tensor that is copied from what is none")
+        if self.buffer in self.reader.used():
+            raise VerificationError(f"run: {self.buffer.name} is copied to after a launch")
         self.buffer.made, self.buffer.source = "copied", other.buffer
         return self
 
@@ -741,11 +751,40 @@ class Jit:
             launch_pdl: Any = False,
             **named: Any,
         ) -> None:
-            self.reader.launch(self.fn, grid, args, named)
+            self.reader.launch(self.fn, grid, args, named, bool(launch_pdl))
 
         return launch
 
 
+# Functions of emitted files that are not run: what they do is known where they are these.
+COUNTERS = '''_counters = {}
+
+
+def counters(count, device):
+    """`count` integers that are 0 between launches, because each launch leaves them so.  Launches on one stream follow
+    each other and share them; a captured one, which may be replayed on any stream, has its own."""
+    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        return torch.zeros(count, dtype=torch.int32, device=device)
+    key = device, torch.cuda.current_stream(device).cuda_stream
+    if key not in _counters or len(_counters[key]) < count:
+        _counters[key] = torch.zeros(count, dtype=torch.int32, device=device)
+    return _counters[key]'''
+MULTIPROCESSORS = '''def multiprocessors(device):
+    """Those of a GPU; a few for the interpreter, so that each block has several tiles."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3'''
+DESCRIPTORS = '''def descriptors(*tensors):
+    """Whether descriptors can describe these: rows of neighbours, which begin at multiples of 16 bytes."""
+    return all(
+        t.data_ptr() % 16 == 0
+        and t.stride(-1) == 1
+        and all(s > 0 and s * t.dtype.itemsize % 16 == 0 for s in t.stride()[:-1])
+        for t in tensors
+    )
+
+
+def descriptors_on(device):
+    """Lets Triton take the memory that descriptors lie in from torch."""
+    triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device=device))'''
 MOST_PATHS = 256  # through a kernel
 MOST_BRANCHES = 64  # on one path
 INDICES = ("int32", "int64")  # what is loaded of these types may be an index
@@ -780,12 +819,15 @@ class _Reader:
         self.program = ProgramId(self, count)
         self.depth = 0  # of loops
         self.settled = 0  # accesses before the last barrier
+        self.waited = True  # for the launch before
         self.stays: int | None = None  # accesses after which this path, of a block that is not the last, ends
         self.last: tuple[int, Pointer, list[str]] | None = None  # accesses before, the counter, digits of the parts
 
     def run(self, source: str, has_out: bool) -> None:
         space: dict[str, Any] = {"__builtins__": self.builtins(), "__name__": "emitted"}
         exec(compile(source, "<emitted>", "exec"), space)
+        for known in (COUNTERS, MULTIPROCESSORS, DESCRIPTORS):
+            _as_known(source, known)
         for name, found in list(space.items()):
             if isinstance(found, FunctionType) and TORCH_FUNCTION.fullmatch(name):
                 space[name] = self.torch_function(found)
@@ -824,7 +866,10 @@ class _Reader:
         if len(set(self.results)) < len(set(values)):
             raise VerificationError("run: one tensor comes back for two outputs")
 
-    def launch(self, fn: Callable[..., Any], grid: tuple[Any, ...], args: Sequence[Any], named: dict[str, Any]) -> None:
+    def launch(
+        self, fn: Callable[..., Any], grid: tuple[Any, ...], args: Sequence[Any], named: dict[str, Any], early: bool
+    ) -> None:
+        """`early`: its blocks may start while the launch before still runs."""
         (count,) = grid
         bound = signature(fn).bind(*args, **named)
         for name, value in bound.arguments.items():
@@ -839,7 +884,10 @@ class _Reader:
             if path == MOST_PATHS:
                 raise Unreadable(f"more than {MOST_PATHS} paths through a kernel")
             self.begin(decisions, self.scalar(count))
+            self.waited = not early
             fn(*bound.args, **bound.kwargs)
+            if self.depth or self.tiling == "inside":
+                raise Unreadable("a loop that is left before its end")
             self.accesses = [replace(a, holds=(*self.ranges, *a.holds)) for a in self.accesses]
             found += self.ended()
             after += self.after()
@@ -857,6 +905,9 @@ class _Reader:
 
     def ended(self) -> list[Access]:
         """What a path does as one of all blocks; nothing where the path on which it goes on has the same."""
+        arrivals = sum(a.kind == "arrive" for a in self.accesses)
+        if arrivals > 1 or (arrivals and self.last is None and self.stays is None):
+            raise VerificationError(f"{self.where}: a block is counted more than once, or goes on without being asked")
         if self.stays is not None:
             if len(self.accesses) > self.stays:
                 raise Unreadable("a block that is not the last goes on too")
@@ -903,7 +954,12 @@ class _Reader:
         return goes_on
 
     def barrier(self) -> None:
-        self.settled = len(self.accesses)
+        if not self.depth:  # a loop may not run
+            self.settled = len(self.accesses)
+
+    def wait(self) -> None:
+        """For the end of the launch before, which may still run where launches are dependent by programming."""
+        self.waited = self.waited or not self.depth
 
     # -- values
 
@@ -980,6 +1036,10 @@ class _Reader:
         self.next += 1
         return self.made[self.next - 1]
 
+    def used(self) -> set[Buffer]:
+        """What launches so far read or write."""
+        return {a.buffer for launch in self.launches for a in launch.accesses}
+
     # -- the language
 
     def arange(self, low: int, high: Any) -> Int:
@@ -1043,6 +1103,8 @@ class _Reader:
             raise Unreadable("a store with a mask that was loaded")
         if self.tiling == "after":
             raise Unreadable("a kernel that goes on after its tiles")
+        if not self.waited:
+            raise VerificationError(f"{self.where}: {pointer.buffer.name} is used before the launch before has ended")
         if not self.tiling:
             _ = self.program - self.program.base  # which block it is
         roots = {id(c.root) for c in lanes if c}
@@ -1111,17 +1173,20 @@ class _Reader:
         """A prefetch is a load."""
         if not text.startswith("prefetch.global.L2 [$1];"):
             raise Unreadable("assembly that is no prefetch")
+        waited, self.waited = self.waited, True  # a hint: what it fetches may be written later
         for pointer in args:
             self.access("read", pointer)
+        self.waited = waited
         return OPAQUE
 
     def store(self, pointer: Any, value: Any, mask: Any = None, **_: Any) -> Opaque:
         clears = isinstance(pointer, Pointer) and pointer.buffer.made == "counters" and type(value) is int and not value
         return self.access("clear" if clears and mask is None and not self.depth else "write", pointer, mask)
 
-    def atomic_add(self, pointer: Any, value: Any, mask: Any = None, sem: Any = None, **_: Any) -> Any:
+    def atomic_add(self, pointer: Any, value: Any, mask: Any = None, sem: Any = None) -> Any:
         if isinstance(pointer, Pointer) and pointer.buffer.made == "counters":
-            if value != 1 or sem != "acq_rel" or mask is not None or pointer.lanes or len(pointer.terms) != 1:
+            usual = type(value) is int and value == 1 and sem == "acq_rel" and mask is None and not self.depth
+            if not usual or pointer.lanes or len(pointer.terms) != 1:
                 raise Unreadable("a count of blocks in another way")
             self.access("arrive", pointer)
             return Arrival(self, pointer)
@@ -1219,7 +1284,7 @@ class _Reader:
             atomic_add=self.atomic_add, inline_asm_elementwise=self.assembly, cdiv=self.cdiv, where=self.where_,
             maximum=lambda a, b: self.extreme(True, a, b), minimum=lambda a, b: self.extreme(False, a, b),
             cast=self.cast, broadcast_to=self.broadcast_to, make_tensor_descriptor=self.descriptor,
-            constexpr=lambda x: x, int64=Wide(),
+            extra=_Stand(cuda=_Stand(gdc_wait=self.wait)), constexpr=lambda x: x, int64=Wide(),
         )  # fmt: skip
         triton = _Stand(
             jit=self.jit, cdiv=self.cdiv, next_power_of_2=self.next_power_of_2, JITFunction=Jit, language=language
@@ -1248,6 +1313,22 @@ class _Stand(SimpleNamespace):
 
     def __getattr__(self, name: str) -> Any:
         return OPAQUE
+
+
+def _as_known(source: str, known: str) -> None:
+    """Raises Unreadable where a file binds names of a known text otherwise."""
+
+    def bound(statement: ast.stmt) -> str:
+        match statement:
+            case ast.FunctionDef(name) | ast.Assign([ast.Name(name)]):
+                return name
+        return ""
+
+    wanted = ast.parse(known).body
+    names = {bound(statement) for statement in wanted}
+    found = [statement for statement in ast.parse(source).body if bound(statement) in names]
+    if found and [*map(ast.dump, found)] != [*map(ast.dump, wanted)]:
+        raise Unreadable(f"{bound(wanted[-1])} is not the function that is emitted")
 
 
 def _size(text: str, dims: Mapping[str, Dim]) -> Size:

@@ -123,6 +123,15 @@ def test_emitted_files_are_formatted(emitted, tmp_path):
     assert done.returncode == 0, done.stdout
 
 
+@pytest.mark.parametrize("name", ["X", "Y", "W", "size_B"])
+def test_a_program_may_be_named_like_what_it_reads_writes_or_counts(name, interpreter):
+    """`def silu(x): return torch.nn.functional.silu(x)` gives such a graph."""
+    graph = replace(rmsnorm_linear_fused(DType.f16, 40, 48), name=name)
+    check(interpreter, graph, {"B": 5}, rmsnorm_linear(DType.f16, 40, 48))
+    split = replace(split_matmul(parts=3), name="Y")
+    check(interpreter, split, {"B": 5}, options=Options(combine="last"))
+
+
 def test_comments_name_every_step_of_the_mugraph():
     graph = rmsnorm_linear_fused()
     source = emit(plan_graph(graph))

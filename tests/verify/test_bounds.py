@@ -210,6 +210,11 @@ B_BLOCK, N_BLOCK = "b_block = pid % tl.cdiv(size_b, 16)", "n_block = pid // tl.c
 DIGITS = [  # of a block number that is 96 times as many as there are blocks of rows
     ("b_block = pid // 96", "n_block = pid % 96", ""),
     ("n_block = pid % 96", "b_block = pid // 96", ""),
+    (  # the last digits are split after those of rows came to stand before them
+        "low = pid % 8; high = pid // 8; b_block = high % tl.cdiv(size_b, 16); high = high // tl.cdiv(size_b, 16)",
+        "n_block = high % 4 * 8 + high // 4 * 32 + low",
+        "",
+    ),
     ("b_block = pid // 96", "n_block = pid % 96 + 0 * pid", "digits that changed places"),
     ("other = pid + 1", "b_block = pid // 96; n_block = pid % 96", "digits that change places"),
     ("b_block = pid // 96; other = pid % tl.cdiv(size_b, 16)", "n_block = pid % 96", "digits that changed places"),
@@ -253,6 +258,10 @@ def combined_source() -> tuple[str, KernelGraph]:
     return triton.emit(plan_graph(graph, options=Options(combine="last"))), graph
 
 
+COUNT = 'tl.atomic_add(arrivals + result, 1, sem="acq_rel")'
+EARLY = COUNT.replace("result", "pid % (tl.cdiv(size_b, 2) * 2)")
+
+
 @pytest.mark.parametrize("parts", [1, 2, 7])
 def test_last_blocks_that_combine_are_in_bounds(parts: int):
     graph = split_matmul(parts=parts)
@@ -288,6 +297,9 @@ def test_a_combine_that_is_cut_finer_is_in_bounds():
         ("h_block = others % 2", "h_block = 1 - others % 2", "before it is written by all blocks"),
         ("b_block = pid % tl.cdiv(size_b, 2)\n        others", "b_block = 0\n        others", "written"),
         ("counters(2 * size_B, Q.device)", "counters(size_B, Q.device)", "out of bounds"),
+        ("    if tl.atomic_add(", f"    {COUNT}\n    if tl.atomic_add(", "counted more than once"),
+        ("    pid = tl.program_id(0)\n", f"    pid = tl.program_id(0)\n    {EARLY}\n", "counted more than once"),
+        ("    tl.debug_barrier()", "    for _ in range(0, size_b - 1):\n        tl.debug_barrier()", "no barrier"),
     ],
 )
 def test_a_wrong_count_of_blocks_is_refused(old: str, new: str, message: str):
@@ -298,9 +310,49 @@ def test_a_wrong_count_of_blocks_is_refused(old: str, new: str, message: str):
 
 
 @pytest.mark.parametrize(
-    ("old", "new"), [('sem="acq_rel"', 'sem="relaxed"'), ("arrivals + result, 1,", "arrivals + result, 2,")]
+    ("old", "new", "why"),
+    [
+        ('sem="acq_rel"', 'sem="relaxed"', "in another way"),
+        ("arrivals + result, 1,", "arrivals + result, 2,", "in another way"),
+        ('sem="acq_rel"', 'sem="acq_rel", scope="cta"', "scope"),
+        ("torch.zeros(count", "torch.empty(count", "counters is not the function that is emitted"),
+        (" or len(_counters[key]) < count", "", "counters is not the function that is emitted"),
+        ("_counters = {}\n", "_counters = dict.fromkeys((), 1)\n", "counters is not the function that is emitted"),
+    ],
 )
-def test_another_way_of_counting_blocks_is_not_known(old: str, new: str):
+def test_another_way_of_counting_blocks_is_not_known(old: str, new: str, why: str):
     source, graph = combined_source()
     assert old in source
-    assert "in another way" in in_bounds(source.replace(old, new), graph).reason
+    assert why in in_bounds(source.replace(old, new), graph).reason
+
+
+@pytest.mark.parametrize("leave", ["break", "return"])
+def test_a_loop_that_is_left_is_unknown(leave: str):
+    graph = BLOCKS["softmax_two_pass"]()
+    source = triton.emit(plan_graph(graph))
+    lines = source.splitlines()
+    last = max(n for n, line in enumerate(lines) if line.startswith("        tl.store("))
+    counter = next(line.split()[1] for line in reversed(lines[:last]) if line.startswith("    for "))
+    lines[last + 1 : last + 1] = [f"        if {counter} > 100:", f"            {leave}"]
+    assert in_bounds("\n".join(lines), graph).reason.endswith("a loop that is left before its end")
+
+
+# -- what `run` does around launches
+
+
+def test_a_result_that_is_set_to_0_after_its_launch_is_shown():
+    for graph, cleared in ((BLOCKS["split_atomic"](), True), (BLOCKS["split_matmul"](), False)):
+        source = triton.emit(plan_graph(graph))
+        source = source.replace("    Y.zero_()\n", "") if cleared else source
+        with pytest.raises(VerificationError, match="Y is set to 0 where it may hold something"):
+            in_bounds(source.replace("    return Y", "    Y.zero_()\n    return Y"), graph)
+
+
+@pytest.mark.parametrize("instead", ["pass", "tl.extra.cuda.gdc_launch_dependents()"])
+def test_a_launch_that_starts_early_waits_before_it_touches_memory(instead: str):
+    graph = split_matmul(parts=3)
+    for options in (Options(pdl=True), Options(pdl=True, combine="last"), Options(pdl=True, prefetch=True)):
+        source = triton.emit(plan_graph(graph, options=options))
+        holds(in_bounds(source, graph))
+        with pytest.raises(VerificationError, match="is used before the launch before has ended"):
+            in_bounds(source.replace("tl.extra.cuda.gdc_wait()", instead, 1), graph)
