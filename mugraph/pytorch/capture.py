@@ -269,11 +269,16 @@ def _reads() -> Any:
                 name = getattr(getattr(func, "__self__", None), "__name__", "")
             if name == "register_hook" or _is_in_autograd_function():
                 self.gives_gradients = True
-            elif name in _LAYOUT | _NEED | _VALUES and _is_user(sys._getframe(1).f_code.co_filename):
+            found = func(*args, **(kwargs or {}))
+            asking = sys._getframe(1)
+            if name in _LAYOUT | _NEED | _VALUES and _is_user(asking.f_code.co_filename):
                 what = "how a tensor lies in memory" if name in _LAYOUT else "whether a tensor needs a gradient"
-                asked = "the value of a tensor" if name in _VALUES else what
-                raise CaptureError(f"the function asks for {asked} ({name})", remedy="ask outside of the function")
-            return func(*args, **(kwargs or {}))
+                raise CaptureError(
+                    f"the function asks for {'the value of a tensor' if name in _VALUES else what} ({name})",
+                    where=source_line(asking.f_code.co_filename, asking.f_lineno),
+                    remedy="ask outside of the function",
+                )
+            return found
 
     return Reads()
 
