@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import random
 import re
 import sys
 import warnings
@@ -15,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
-from types import FunctionType
+from types import FrameType, FunctionType
 from typing import Any, cast
 
 from mugraph.dsl import tensor as t
@@ -45,9 +46,9 @@ class Captured:
     `arguments` gives the number of the flattened argument that each of the program's first inputs takes; the others
     are weights, whose tensors (the very ones that the function reads) are in `constants` by input name.  `static` holds
     the arguments that are no tensors and were fixed.  `results` gives for each flattened result the number of the
-    program's output, or a fixed value.  `detaches` says that the function stops gradients somewhere, which the program
-    does not tell.  Keyword-only arguments come after the others.  `natural` gives the numbers of inputs whose values
-    must not be negative: indices of operators that do not count from the end.
+    program's output, or a fixed value.  `detaches` says that gradients of the function are not those of the program:
+    it stops them somewhere, or gives its own.  Keyword-only arguments come after the others.  `natural` gives the
+    numbers of inputs whose values must not be negative: indices of operators that do not count from the end.
     """
 
     program: Program
@@ -146,8 +147,10 @@ def _exported(
 ) -> tuple[Any, Any, bool]:
     """The exported program, the module that torch.export was given, and whether gradients are stopped in it."""
     import torch
+    from torch.utils import _pytree as pytree
 
     called = _named_forward(fn)
+    reads = _reads()
     positional = len(args) - len(keywords)
     # torch.export writes down the casts of a block in the function; one around the export itself it does not see
     own = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
@@ -165,9 +168,15 @@ def _exported(
                     self.add_module(f"module{i}", m)
 
         def forward(self, *args: Any) -> Any:
-            before = watch()
-            with autocast:
+            before, drawn = watch(), random.getstate()
+            given, structure = pytree.tree_flatten(args)
+            with autocast, reads:
                 found = called(*args[:positional], **dict(zip(keywords, args[positional:], strict=True)))
+            left, now = pytree.tree_flatten(args)
+            if now != structure or any(a is not b for a, b in zip(left, given, strict=True)):
+                raise CaptureError("the function changes a container that it is given", remedy="return the new values")
+            if random.getstate() != drawn:
+                raise CaptureError("the function draws from Python's random numbers", remedy="draw them outside")
             if watch() != before:  # here, because torch.export puts back the attributes that a trace has changed
                 raise CaptureError("the function changes what it reads", remedy="return the new values instead")
             return found
@@ -191,7 +200,8 @@ def _exported(
         ):
             warnings.simplefilter("ignore")
             program = torch.export.export(shim, args, strict=False, dynamic_shapes=shaped)
-            return program.run_decompositions(table), shim, _detaches(program)
+            detaches = reads.gives_gradients or _detaches(program)
+            return program.run_decompositions(table), shim, detaches
     except MugraphError:
         raise
     except Exception as error:
@@ -203,11 +213,74 @@ def _exported(
         ) from error
 
 
+# Operators whose gradient PyTorch writes down itself, where that of their parts is another at a border or at zero.
+OWN_GRADIENTS = {
+    "hardtanh", "relu6", "hardswish", "hardsigmoid", "linalg_vector_norm", "linalg_norm", "norm", "std", "std_mean",
+    "cdist", "cosine_similarity", "pairwise_distance",
+}  # fmt: skip
+
+
 def _detaches(program: Any) -> bool:
-    """Whether the graph detaches a value, or computes some without gradients."""
+    """Whether the gradients of the graph are not those of its values: it detaches some or computes some without
+    gradients, or has an operator whose gradient is its own."""
     stops = ("detach", "set_grad_enabled", "inference_mode")
     graphs = [m.graph for m in program.graph_module.modules() if hasattr(m, "graph")]
-    return any(stop in str(n.target) for g in graphs for n in g.nodes if n.op == "call_function" for stop in stops)
+    nodes = [n for g in graphs for n in g.nodes if n.op == "call_function"]
+    return any(any(stop in str(n.target) for stop in stops) or _has_own_gradient(n) for n in nodes)
+
+
+def _has_own_gradient(node: Any) -> bool:
+    """An embedding leaves out the row that stands for padding."""
+    base = str(node.target).removeprefix("aten.").partition(".")[0].rstrip("_")
+    if base == "embedding":
+        return len(node.args) > 2 and node.args[2] != -1
+    return base in OWN_GRADIENTS
+
+
+# What tells calls apart that have one signature, and values that a trace takes for constants.
+_LAYOUT = {"is_contiguous", "stride", "storage_offset", "data_ptr"}
+_NEED = {"requires_grad", "is_leaf", "grad_fn"}
+_VALUES = {"item", "tolist", "__bool__", "__int__", "__float__", "__index__"}
+
+
+def _is_in_autograd_function() -> bool:
+    """Whether the forward of a torch.autograd.Function is running."""
+    import torch
+
+    applying = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined, unused-ignore]
+    step: FrameType | None = sys._getframe(1)
+    while step is not None and step.f_code is not applying:
+        step = step.f_back
+    return step is not None
+
+
+def _reads() -> Any:
+    """A mode that refuses what a function asks of tensors and a signature does not tell, if its own code asks, and
+    notices gradients that it gives itself: hooks of tensors and autograd functions.  Raises CaptureError in the
+    function."""
+    from torch.overrides import TorchFunctionMode
+
+    class Reads(TorchFunctionMode):  # type: ignore[misc, unused-ignore]
+        gives_gradients = False
+
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            name = getattr(func, "__name__", "")
+            if name == "__get__":
+                name = getattr(getattr(func, "__self__", None), "__name__", "")
+            if name == "register_hook" or _is_in_autograd_function():
+                self.gives_gradients = True
+            found = func(*args, **(kwargs or {}))
+            asking = sys._getframe(1)
+            if name in _LAYOUT | _NEED | _VALUES and _is_user(asking.f_code.co_filename):
+                what = "how a tensor lies in memory" if name in _LAYOUT else "whether a tensor needs a gradient"
+                raise CaptureError(
+                    f"the function asks for {'the value of a tensor' if name in _VALUES else what} ({name})",
+                    where=source_line(asking.f_code.co_filename, asking.f_lineno),
+                    remedy="ask outside of the function",
+                )
+            return found
+
+    return Reads()
 
 
 def _named_forward(fn: Callable[..., Any]) -> Callable[..., Any]:
@@ -476,6 +549,8 @@ class _Export(Interpreter):
             if isinstance(found, Tensor):
                 results.append(len(outputs))
                 outputs.append(found)
+            elif isinstance(found, SizeValue | Size):
+                raise CaptureError("the function returns a symbolic size", remedy="return tensors only")
             else:
                 results.append((found,))
         self.tracing.recorder.where = None

@@ -35,13 +35,15 @@ class Checks:
             self.objects[found] = x
         return found
 
-    def function(self, parameters: str, result: str) -> Callable[..., Any]:
-        """A function that returns `result`, an expression, where everything holds, else CHANGED."""
+    def function(self, parameters: str, result: str, once: bool) -> Callable[..., Any]:
+        """A function that returns `result`, an expression, where everything holds, else CHANGED: also where what was
+        looked at is gone, and where `result` raises, unless it may be computed only once."""
         terms = list(self.terms)
-        lines = [f"def checked({parameters}):"]
+        lines = [f"def checked({parameters}):", "    try:"]
         for at in range(0, len(terms), _LINE):
-            lines += [f"    if not ({' and '.join(terms[at : at + _LINE])}):", "        return CHANGED"]
+            lines += [f"        if not ({' and '.join(terms[at : at + _LINE])}):", "            return CHANGED"]
+        lines += [*([] if once else [f"        return {result}"]), "    except Exception:", "        return CHANGED"]
         space = dict(self.objects)
-        exec("\n".join([*lines, f"    return {result}"]), space)
+        exec("\n".join([*lines, *([f"    return {result}"] if once else [])]), space)
         found: Callable[..., Any] = space["checked"]
         return found

@@ -155,12 +155,22 @@ class OptimizedFunction:
         self._attribute = name
 
     def __getattr__(self, name: str) -> Any:
-        if name == "original" or (name.startswith("__") and name.endswith("__")):
+        if name == "original" or (name.startswith("__") and name.endswith("__") and name != "__code__"):
             raise AttributeError(name)
         found = getattr(self.original, name)
         if isinstance(found, types.MethodType) and found.__self__ is self.original:
             return functools.partial(_delegated, self, found)
         return found
+
+    def __setattr__(self, name: str, value: object) -> None:
+        """An attribute of a module is set in the module, where it is looked up too."""
+        own = self.__dict__
+        if name in own or not hasattr(own.get("original"), "_parameters") or hasattr(type(self), name):
+            object.__setattr__(self, name, value)
+        elif "_changing" not in own or name.startswith("__"):
+            object.__setattr__(self, name, value)  # while this is made
+        else:
+            setattr(self.original, name, value)
 
     def __reduce__(self) -> Any:
         """By name where it stands in its module or object under its own name; else the original and the options."""
@@ -213,12 +223,9 @@ class OptimizedFunction:
 
     def __call__(self, *args: Any, **named: Any) -> Any:
         if self._prepared and not named and not _is_dynamo_running():
-            try:
-                for _, prepared in self._prepared:
-                    if (found := prepared(args)) is not CHANGED:
-                        return found
-            except Exception:  # what was looked at is gone, or the call does not run: the long way says what to do
-                pass
+            for _, prepared in self._prepared:
+                if (found := prepared(args)) is not CHANGED:
+                    return found
         return _entry()(self, *args, **named)
 
     def _call(self, *args: Any, **named: Any) -> Any:
@@ -250,10 +257,12 @@ class OptimizedFunction:
 
     def _known(self, call: _Call, state: Any) -> tuple[Specialisation, Dims] | None:
         """What runs for a signature, made where it is new, and the symbolic sizes; None where there are too many."""
+        import torch
+
         tensors = list(self._tensors(call))
         declared = {place: self.dynamic[name] for place, name, _ in tensors if name in self.dynamic}
         given = [(place, x) for place, _, x in tensors]
-        frozen = (_autocast(), state.frozen())
+        frozen = (_autocast(), torch.get_default_dtype(), state.frozen())
         changing = None
         if self._is_automatic:
             ranks = {place: dict.fromkeys(range(x.ndim), _ANY) for place, x in given}
@@ -330,8 +339,9 @@ class OptimizedFunction:
             checks.add(f"not x{i}.is_neg()")
         checks.add("not {0}()", torch._C._is_any_autocast_enabled)
         checks.add("{0}() is None", torch._C._functorch.peek_interpreter_stack)
+        checks.add("{0}() is {1}", torch.get_default_dtype, torch.get_default_dtype())
         state = self._guards.state(checks)
-        key = (len(args), _leaf_key(args, sizes), (_autocast(), state.frozen()))
+        key = (len(args), _leaf_key(args, sizes), (_autocast(), torch.get_default_dtype(), state.frozen()))
         if chosen is not self.specialisations.get(key) or state.hooked or _autocast() is not None:
             return
         if is_written:
@@ -342,7 +352,7 @@ class OptimizedFunction:
         if not is_written and not captured.is_plain:
             text = f"{checks.name(_unflattened)}({checks.name(captured)}, {text})"
         others = tuple(known for known in self._prepared if known[0] is not chosen)
-        self._prepared = ((chosen, checks.function("args", text)), *others[: MOST_READY - 1])
+        self._prepared = ((chosen, checks.function("args", text, once=is_written)), *others[: MOST_READY - 1])
 
     def _optimised_call(
         self, chosen: Specialisation, state: Any, checks: Checks, count: int

@@ -22,7 +22,7 @@ from typing import Any
 
 from mugraph.pytorch.checks import Checks
 
-_PLAIN = frozenset({int, bool, str, bytes, complex, type(None)})
+_PLAIN: frozenset[type] = frozenset({int, bool, str, bytes, complex, type(None)})
 _READ = _PLAIN | {float}
 _ABSENT = object()
 
@@ -105,6 +105,8 @@ class Guards:
         self._wrapper = wrapper
         self._rules: dict[type, Callable[[Any, State], None]] = {}
         self._tensor = torch.Tensor
+        self._lazy = (torch.nn.UninitializedParameter, torch.nn.UninitializedBuffer)
+        self._held: tuple[type, ...] = (*_READ, tuple, list, dict, torch.Tensor)  # what a class holds for its functions
         self._module_type = torch.nn.Module
         self._module_file: Any = torch.nn.modules.module
         self._classes: dict[type, _ClassPlan] = {}
@@ -113,7 +115,10 @@ class Guards:
     def state(self, checks: Checks | None = None) -> State:
         """The present state."""
         found = State(checks=checks)
-        self._value(self.root, found)
+        if hasattr(self.root, "__dict__") and self._rule(type(self.root)) == self._identity:
+            self._owner(self.root, found)  # an object that is called
+        else:
+            self._value(self.root, found)
         if found.modules:
             found.hooked = found.hooked or bool(self._module_file._has_any_global_hook())
             found.check("not {0}()", self._module_file._has_any_global_hook)
@@ -134,6 +139,8 @@ class Guards:
 
     def _rule(self, kind: type) -> Callable[[Any, State], None]:
         """How values of a class are looked at."""
+        if issubclass(kind, self._lazy):
+            return self._unmade
         if issubclass(kind, self._tensor):
             return self._live
         if issubclass(kind, self._module_type):
@@ -153,6 +160,11 @@ class Guards:
 
     def _float(self, x: float, s: State) -> None:
         s.key += (float, x.hex())  # tells 0.0 from -0.0, and NaN is itself
+
+    def _unmade(self, x: Any, s: State) -> None:
+        """A parameter without a shape, which a hook of its module makes in the first call."""
+        self._identity(x, s)
+        s.hooked = True
 
     def _live(self, x: Any, s: State) -> None:
         s.key += (type(x), x.dtype, x.shape, x.device, x.requires_grad)
@@ -295,7 +307,7 @@ class Guards:
                 if name in vars(base):
                     s.check("{0}[{1}] is {2}", vars(base), name, vars(base)[name])
         for name in plan.attributes:
-            if name not in own and type(v := getattr(kind, name, _ABSENT)) in _READ:
+            if name not in own and isinstance(v := getattr(kind, name, _ABSENT), self._held):
                 s.check(f"{{0}}.{name} is {{1}}", kind, v)
                 s.key.append(name)
                 self._value(v, s)
