@@ -11,9 +11,10 @@ import os
 import random
 import re
 import sys
+import threading
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from types import FrameType, FunctionType
@@ -170,7 +171,7 @@ def _exported(
         def forward(self, *args: Any) -> Any:
             before, drawn = watch(), random.getstate()
             given, structure = pytree.tree_flatten(args)
-            with autocast, reads:
+            with autocast, reads, _refused_questions():
                 found = called(*args[:positional], **dict(zip(keywords, args[positional:], strict=True)))
             left, now = pytree.tree_flatten(args)
             if now != structure or any(a is not b for a, b in zip(left, given, strict=True)):
@@ -281,6 +282,42 @@ def _reads() -> Any:
             return found
 
     return Reads()
+
+
+# What tells calls apart, or a trace from a call, and is no part of a signature.
+_STATE = (
+    ("torch", "is_grad_enabled"), ("torch", "is_inference_mode_enabled"), ("torch.compiler", "is_compiling"),
+    ("torch.compiler", "is_exporting"), ("torch.compiler", "is_dynamo_compiling"),
+)  # fmt: skip
+
+
+@contextmanager
+def _refused_questions() -> Iterator[None]:
+    """Refuses questions about PyTorch's state, if a function's own code asks.  Raises CaptureError in the function."""
+    mine = threading.get_ident()
+
+    def refusing(name: str, ask: Callable[..., Any]) -> Callable[..., Any]:
+        def asked(*args: Any, **named: Any) -> Any:
+            asking = sys._getframe(1)
+            if threading.get_ident() == mine and _is_user(asking.f_code.co_filename):
+                raise CaptureError(
+                    f"the function asks for PyTorch's state ({name})",
+                    where=source_line(asking.f_code.co_filename, asking.f_lineno),
+                    remedy="ask outside of the function",
+                )
+            return ask(*args, **named)
+
+        return asked
+
+    kept = [(sys.modules[module], name, getattr(sys.modules[module], name)) for module, name in _STATE
+            if hasattr(sys.modules.get(module), name)]  # fmt: skip
+    for module, name, ask in kept:
+        setattr(module, name, refusing(name, ask))
+    try:
+        yield
+    finally:
+        for module, name, ask in kept:
+            setattr(module, name, ask)
 
 
 def _named_forward(fn: Callable[..., Any]) -> Callable[..., Any]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any, ClassVar
 
 import torch
@@ -168,7 +169,8 @@ class Operator:
     def _checked(self, run: Callable[..., Any]) -> Callable[..., Any]:
         def call(*tensors: torch.Tensor) -> Any:
             self.check(tensors)
-            found = run(*tensors)
+            with _own_types():
+                found = run(*tensors)
             return _own([found] if isinstance(found, torch.Tensor) else list(found), tensors)
 
         return call
@@ -238,6 +240,16 @@ def _function(text: int | str, sizes: Sequence[Mapping[str, Any]]) -> Callable[[
 
 def _tensors(count: int) -> str:
     return "Tensor" if count == 1 else f"({', '.join(['Tensor'] * count)})"
+
+
+def _own_types() -> AbstractContextManager[Any]:
+    """Autocast off: the program says what is rounded, and where."""
+    if not (torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")):
+        return nullcontext()
+    stack = ExitStack()
+    for device in ("cpu", "cuda"):
+        stack.enter_context(torch.autocast(device, enabled=False))
+    return stack
 
 
 def _one_or_all(found: Sequence[torch.Tensor]) -> Any:

@@ -187,11 +187,15 @@ class Executable:
         return f"Executable({self.program.name}: {self.signature})"
 
     def __call__(self, *args: Any, out: Any = None, **named: Any) -> Any:
+        import torch
+
+        if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
+            # the program says what is rounded, and where
+            with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+                return self(*args, out=out, **named)
         readable, given, _ = self.admit(args, out, named)
         out = None if not given else given if len(self._results) > 1 else given[0]
         if args and args[0].is_cuda:
-            import torch
-
             with torch.cuda.device(args[0].device):  # kernels are launched on the current device
                 return self.run(*readable, out=out)
         return self.run(*readable, out=out)

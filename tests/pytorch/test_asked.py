@@ -201,3 +201,35 @@ def test_a_module_with_an_optimised_method_is_exported() -> None:
             return (x @ W).relu()
 
     _same(torch.export.export(Layer(), (X,)).module()(X), (X @ W).relu())
+
+
+@pytest.mark.parametrize("asked", [torch.is_grad_enabled, torch.compiler.is_compiling], ids=lambda f: f.__name__)
+def test_questions_about_the_state_of_pytorch_run_the_original(asked: Callable[[], bool]) -> None:
+    name = asked.__name__
+
+    def branching(x: torch.Tensor) -> torch.Tensor:
+        state = torch.is_grad_enabled() if name == "is_grad_enabled" else torch.compiler.is_compiling()
+        return (x @ W).relu() * (2 if state else 3)
+
+    fast = mg.superoptimize(branching)
+    with pytest.warns(FallbackWarning, match=name):
+        _same(fast(X), branching(X))
+    with torch.no_grad():
+        _same(fast(X), branching(X))
+    assert getattr(torch if name == "is_grad_enabled" else torch.compiler, name) is asked
+
+
+def test_results_and_operators_keep_their_types_under_autocast() -> None:
+    rows = mg.Dim("B", 1, 8)
+
+    @mg.program
+    def product(x: mg.f32[rows, 8], w: mg.f32[8, 8]) -> Any:
+        return mg.relu(x @ w)
+
+    result = mg.superoptimize(product, target="torch")
+    x, w = torch.randn(4, 8), torch.randn(8, 8)
+    wanted = (x @ w).relu()
+    with torch.autocast("cpu", torch.bfloat16):
+        for call in (result, result.register()):
+            assert call(x, w).dtype is torch.float32
+            torch.testing.assert_close(call(x, w), wanted)
