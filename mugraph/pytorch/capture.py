@@ -25,7 +25,7 @@ from mugraph.dsl.record import Recorder, Value
 from mugraph.dsl.tensor import SizeValue, Tensor
 from mugraph.dsl.trace import TensorSpec, Tracing, source_line
 from mugraph.errors import CaptureError, Location, MugraphError, UnsupportedOpError
-from mugraph.ir.axes import Dim, Size, over, times
+from mugraph.ir.axes import Dim, Monomial, Size, over, times
 from mugraph.ir.graph import Program
 from mugraph.pytorch.ops import IGNORED, agreeing, dtype_of, meaning_of
 
@@ -586,7 +586,7 @@ class _Export(Interpreter):
             if isinstance(found, Tensor):
                 results.append(len(outputs))
                 outputs.append(found)
-            elif isinstance(found, SizeValue | Size):
+            elif isinstance(found, SizeValue | Dim | Monomial):
                 raise CaptureError("the function returns a symbolic size", remedy="return tensors only")
             else:
                 results.append((found,))

@@ -69,11 +69,12 @@ class Part:
 
 @dataclass(frozen=True)
 class Split:
-    """A graph whose parts are submodules: `parts` by the name of the submodule, and for each operator outside all parts
-    how often it is there and why."""
+    """A graph whose parts are submodules: `parts` by the name of the submodule; for each operator outside all parts
+    why it is (`reasons`), and with that how often and where (`refused`)."""
 
     module: Any
     parts: Mapping[str, Part]
+    reasons: Mapping[str, str]
     refused: Mapping[str, str]
     nodes: int
 
@@ -381,12 +382,14 @@ def split(module: Any, name: str, least: int = LEAST) -> Split:
         if clean:
             break
     else:
-        return Split(module, {}, {"the graph": f"its parts still changed after {ROUNDS} rounds"}, len(reasons))
+        why = {"the graph": f"its parts still changed after {ROUNDS} rounds"}
+        return Split(module, {}, why, why, len(reasons))
     counts = Counter(str(n.target) for n in nodes if reasons.get(n.name))
     why = {str(n.target): reasons[n.name] for n in reversed(nodes) if reasons.get(n.name)}
     where = {str(n.target): user_line(n.meta.get("stack_trace")) for n in reversed(nodes)}
-    refused = {op: f"{counts[op]} times: {why[op]}" + (f" at {where[op]}" if where[op] else "") for op in why}
-    return Split(cut, parts, refused, len(reasons))
+    often = {op: "once" if n == 1 else f"{n} times" for op, n in counts.items()}
+    refused = {op: f"{often[op]}: {why[op]}" + (f" at {where[op]}" if where[op] else "") for op in why}
+    return Split(cut, parts, why, refused, len(reasons))
 
 
 def _nodes(module: Any) -> list[Any]:

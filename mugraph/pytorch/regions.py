@@ -77,7 +77,7 @@ def compose(model: Any, args: Sequence[Any], name: str) -> Composed:
     called = [n.target for n in cut.module.graph.nodes if n.op == "call_module"]
     regions = tuple(Region(n, cut.parts[n], tuple(_computing(cut.module.get_submodule(n)))) for n in called)
     left = tuple(_computing(cut.module))
-    reasons = {op: cut.refused.get(op, "it is alone with views") for op in left}
+    reasons = {op: cut.reasons.get(op, "it is alone with views") for op in left}
     return Composed(cut.module, regions, weights, left, reasons, _result(exported))
 
 

@@ -467,8 +467,8 @@ class Memory:
 
 
 class Shared:
-    """The addresses that a call takes from `memory`: room cut at `offsets`, and `count` counters for each of `counting`
-    launches."""
+    """The addresses that a call takes from `memory`, kept by stream: room cut at `offsets`, and `count` counters for
+    each of `counting` launches."""
 
     def __init__(self, memory: Memory, offsets: Sequence[int], size: int, count: int, counting: int) -> None:
         self.memory, self.offsets, self.size, self.count, self.counting = memory, offsets, size, count, counting
@@ -479,12 +479,9 @@ class Shared:
         if self.memory.hooks.capturing():
             self.captured = self.memory.own(self.size, self.count)  # held until the launch is in the graph
             return self.addresses(*self.captured)
-        try:
-            return self.of_stream[stream][0]
-        except KeyError:
-            held = self.memory.shared(stream, self.size, self.count)
-            self.of_stream[stream] = self.addresses(*held), held
-            return self.of_stream[stream][0]
+        held = self.memory.shared(stream, self.size, self.count)
+        self.of_stream[stream] = self.addresses(*held), held
+        return self.of_stream[stream][0]
 
     def addresses(self, room: torch.Tensor, counters: torch.Tensor) -> list[int]:
         return [*(room.data_ptr() + o for o in self.offsets), *[counters.data_ptr()] * self.counting]
@@ -557,8 +554,9 @@ class Recorded(Prepared):
         except IndexError:
             steps = tuple(s.copy() for s in self.steps)
         stream = hooks.stream(ordinal)
-        if self.shared is not None:
-            pointers += self.shared(stream)
+        if (shared := self.shared) is not None:
+            known = None if hooks.capturing() else shared.of_stream.get(stream)
+            pointers += shared(stream) if known is None else known[0]
         for step in steps:
             step(stream, pointers)
         self.spare.append(steps)
