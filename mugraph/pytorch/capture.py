@@ -121,6 +121,16 @@ def capture(
     return _Export(exported, shim, fn, args, names, dynamic or {}, name, live).run(detaches)
 
 
+def decompositions() -> Any:
+    """PyTorch's table of what operators are made of, without those that have a meaning here as they are."""
+    import torch
+
+    table: Any = torch.export.default_decompositions()
+    for key in [k for k in table if str(k).removeprefix("aten.") in KEPT]:
+        table.pop(key)
+    return table
+
+
 def _distinct(args: tuple[Any, ...]) -> tuple[Any, ...]:
     """The arguments with a tensor of its own for each tensor: torch.export takes one that comes twice for one input."""
     import torch
@@ -188,9 +198,6 @@ def _exported(
         d.name: torch.export.Dim(d.name, min=d.min, max=d.max) for sizes in dynamic.values() for d in sizes.values()
     }
     shapes = tuple({i: dims[d.name] for i, d in dynamic[n].items()} if n in dynamic else None for n in names)
-    table: Any = torch.export.default_decompositions()
-    for key in [k for k in table if str(k).removeprefix("aten.") in KEPT]:
-        table.pop(key)
     shim, shaped = Shim(), {"args": shapes} if dynamic else None
     try:
         with (
@@ -202,7 +209,7 @@ def _exported(
             warnings.simplefilter("ignore")
             program = torch.export.export(shim, args, strict=False, dynamic_shapes=shaped)
             detaches = reads.gives_gradients or _detaches(program)
-            return program.run_decompositions(table), shim, detaches
+            return program.run_decompositions(decompositions()), shim, detaches
     except MugraphError:
         raise
     except Exception as error:

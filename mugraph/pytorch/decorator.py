@@ -386,8 +386,7 @@ class OptimizedFunction:
         if _wants_gradients(inputs) and (chosen.result.target.kind != "torch" or chosen.captured.detaches):
             return self._trained(*args, **named)  # no autograd formula, or gradients that stop in places
         try:
-            with _uncast():
-                outputs = chosen.result(*inputs)
+            outputs = chosen.result(*inputs)
         except Exception as error:
             if self.strict:
                 raise

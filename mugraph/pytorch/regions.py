@@ -18,7 +18,7 @@ from typing import Any
 
 from mugraph.errors import CaptureError
 from mugraph.ir.graph import Program
-from mugraph.pytorch.capture import KEPT
+from mugraph.pytorch.capture import decompositions
 from mugraph.pytorch.ops import IGNORED
 from mugraph.pytorch.parts import Part, computes, split
 
@@ -89,13 +89,10 @@ def graph_text(model: Any, args: Sequence[Any]) -> str:
 def _exported(model: Any, args: Sequence[Any]) -> Any:
     import torch
 
-    table: Any = torch.export.default_decompositions()
-    for key in [k for k in table if str(k).removeprefix("aten.") in KEPT]:
-        table.pop(key)
     try:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
-            exported = torch.export.export(model, tuple(args), strict=False).run_decompositions(table)
+            exported = torch.export.export(model, tuple(args), strict=False).run_decompositions(decompositions())
     except Exception as error:
         first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise CaptureError(f"torch.export cannot capture it: {first}") from error

@@ -11,6 +11,7 @@ from __future__ import annotations
 import keyword
 import math
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
@@ -1476,7 +1477,7 @@ def _keywords(options: Options) -> list[str]:
     return [f"{name}={value}" for name, value in options.compiled.items()]
 
 
-class _Together:
+class _Together(ABC):
     """Several launches as one kernel, which calls the functions of these."""
 
     def __init__(self, call: Beside | Combined, kernels: Mapping[str, _Kernel]) -> None:
@@ -1501,22 +1502,25 @@ class _Together:
         self.parameters.setdefault(own, (note, argument, signature))
         return own
 
+    @abstractmethod
     def more(self) -> list[tuple[str, str, str]]:
         """Parameters of its own: names, what `run` gives, and types."""
-        raise NotImplementedError
 
+    @abstractmethod
     def summary(self) -> str:
-        raise NotImplementedError
+        """The docstring."""
 
+    @abstractmethod
     def body(self) -> list[str]:
-        raise NotImplementedError
+        """What follows the program id."""
+
+    @abstractmethod
+    def grid(self) -> str:
+        """How many blocks are launched, in `run`."""
 
     def counted(self) -> list[str]:
         """Lines of `run` before the launch."""
-        raise NotImplementedError
-
-    def grid(self) -> str:
-        raise NotImplementedError
+        return []
 
     def text(self) -> str:
         sizes = {self.calls[i][k.parameters().index(n)] for i, k in enumerate(self.kernels) for n in k.symbolic()}
@@ -1591,9 +1595,6 @@ class _Last(_Together):
 
     def summary(self) -> str:
         return f"A block of {self.main.fn}; the last one of a result runs {self.combine.fn} for it."
-
-    def counted(self) -> list[str]:
-        return []
 
     def grid(self) -> str:
         return self.main.grid()

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from benchmarks.models import MODELS, logits, main
-from mugraph.pytorch import backend
 from mugraph.pytorch.backend import reports
 
 pytest.importorskip("transformers", reason="transformers is not installed: pip install 'mugraph[dev]'")
@@ -23,19 +20,10 @@ SHARES = {
 }  # fmt: skip
 
 pytestmark = [
+    pytest.mark.usefixtures("fresh_backend"),
     pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`:UserWarning"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
 ]
-
-
-@pytest.fixture(autouse=True)
-def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("MUGRAPH_CACHE_DIR", str(tmp_path))
-    torch._dynamo.reset()
-    backend._reports.clear()
-    backend._told.clear()
-    yield
-    torch._dynamo.reset()
 
 
 def share() -> float:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -18,17 +17,7 @@ from mugraph.pytorch import backend
 from mugraph.pytorch.backend import GraphReport, reports
 
 ALL = {"rest": "eager", "parts": "all"}  # every part runs, whatever is gained
-
-
-@pytest.fixture(autouse=True)
-def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("MUGRAPH_CACHE_DIR", str(tmp_path))
-    torch._dynamo.reset()
-    backend._reports.clear()
-    backend._told.clear()
-    torch.manual_seed(0)
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_backend")
 
 
 def compiled(model: Any, options: dict[str, Any] = ALL, **named: Any) -> Any:
