@@ -30,7 +30,7 @@ _HOMES = {
     "mugraph.verify.equivalence": "Verified",
     "mugraph.pipeline": "by_size from_graph optimize superoptimize",
     "mugraph.result": "Result load",
-    "mugraph.errors": "MugraphError",
+    "mugraph.errors": "FallbackWarning MugraphError",
 }
 _MODULES = {name: home for home, names in _HOMES.items() for name in names.split()}
 # Modules that add themselves to others: pictures for notebooks, PyTorch functions for superoptimize.

@@ -106,10 +106,9 @@ def capture(
     """Captures `fn`, a function or a module, called with `example_args` (tensors, pytrees of them, and plain values,
     which become fixed) and `example_kwargs`, arguments that go by name only.
 
-    The values of the examples do not matter, and neither does which of them are the same tensor: the arguments are
-    distinct.  `live` lists tensors that the function reads besides its arguments, so that a constant is one of them and
-    no detached copy; `modules` are modules that it reads.  `watch` gives the state that it reads, which a run must
-    leave as it is.
+    The values of the examples do not matter; examples that are the same tensor are one argument.  `live` lists tensors
+    that the function reads besides its arguments, so that a constant is one of them and no detached copy; `modules` are
+    modules that it reads.  `watch` gives the state that it reads, which a run must leave as it is.
 
     `dynamic` names symbolic sizes: `{"x": {0: mg.Dim("B", 1, 256)}}`.  Examples need a size of at least 2 there.
     Raises CaptureError if torch cannot export the function, UnsupportedOpError for an operator without a meaning here.
@@ -132,17 +131,21 @@ def decompositions() -> Any:
 
 
 def _distinct(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The arguments with a tensor of its own for each tensor: torch.export takes one that comes twice for one input."""
+    """The arguments with tensors without values in the place of tensors, of which those are one that were one."""
     import torch
     from torch.utils import _pytree as pytree
 
     def own(x: Any) -> Any:
         if not isinstance(x, torch.Tensor) or x.layout is not torch.strided:
             return x
-        with torch.inference_mode(False):  # autograd, which torch.export runs, refuses tensors made in that mode
-            fresh = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
-            return fresh.requires_grad_(x.requires_grad)
+        if id(x) not in made:
+            with torch.inference_mode(False):  # autograd, which torch.export runs, refuses tensors made in that mode
+                fresh = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
+                fresh = torch.nn.Parameter(fresh, False) if isinstance(x, torch.nn.Parameter) else fresh
+                made[id(x)] = fresh.requires_grad_(x.requires_grad)
+        return made[id(x)]
 
+    made: dict[int, Any] = {}
     found: tuple[Any, ...] = pytree.tree_map(own, args)
     return found
 

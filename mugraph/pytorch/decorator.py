@@ -18,8 +18,7 @@ import sys
 import threading
 import types
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
@@ -35,6 +34,19 @@ from mugraph.errors import (
     user_location,
 )
 from mugraph.ir.axes import Dim
+from mugraph.pytorch.calls import (
+    ANY,
+    autocast,
+    has_negative,
+    is_dynamo_running,
+    is_empty,
+    is_traced,
+    leaf_key,
+    outside_state,
+    transforms,
+    uncast,
+    wants_gradients,
+)
 from mugraph.pytorch.checks import CHANGED, Checks
 from mugraph.pytorch.sizes import Changing, Dims, that_hold
 from mugraph.result import Result
@@ -121,6 +133,7 @@ class OptimizedFunction:
         self.original = original
         self.strict = strict
         self.options = options
+        self._asked = {"dynamic": dynamic, "strict": strict, **options}
         self.specialisations: dict[object, Specialisation] = {}
         self._attribute = getattr(original, "__name__", "")
         self._lock = threading.RLock()
@@ -147,7 +160,7 @@ class OptimizedFunction:
         bound = types.MethodType(self.original, instance)
         if not hasattr(instance, "__dict__"):
             return bound  # nowhere to keep what is optimised for this instance
-        method = OptimizedFunction(bound, dynamic=self.dynamic, strict=self.strict, **self.options)
+        method = OptimizedFunction(bound, **self._asked)
         instance.__dict__[self._attribute] = method  # found first from now on, and gone with the instance
         return method
 
@@ -157,6 +170,10 @@ class OptimizedFunction:
     def __getattr__(self, name: str) -> Any:
         if name == "original" or (name.startswith("__") and name.endswith("__") and name != "__code__"):
             raise AttributeError(name)
+        return self._given(name)
+
+    def _given(self, name: str) -> Any:
+        """An attribute of the original."""
         found = getattr(self.original, name)
         if isinstance(found, types.MethodType) and found.__self__ is self.original:
             return functools.partial(_delegated, self, found)
@@ -165,12 +182,18 @@ class OptimizedFunction:
     def __setattr__(self, name: str, value: object) -> None:
         """An attribute of a module is set in the module, where it is looked up too."""
         own = self.__dict__
-        if name in own or not hasattr(own.get("original"), "_parameters") or hasattr(type(self), name):
+        if name in own or not hasattr(own.get("original"), "_parameters") or hasattr(OptimizedFunction, name):
             object.__setattr__(self, name, value)
         elif "_changing" not in own or name.startswith("__"):
             object.__setattr__(self, name, value)  # while this is made
         else:
             setattr(self.original, name, value)
+
+    def __delattr__(self, name: str) -> None:
+        if name in self.__dict__:
+            object.__delattr__(self, name)
+        else:
+            delattr(self.original, name)
 
     def __reduce__(self) -> Any:
         """By name where it stands in its module or object under its own name; else the original and the options."""
@@ -185,7 +208,7 @@ class OptimizedFunction:
             found = getattr(found, part, None)
         if found is self:
             return qualname
-        return _made, (original, self.dynamic, self.strict, self.options)
+        return _made, (original, self._asked)
 
     # -- what is there --------------------------------------------------------------------------------------------
 
@@ -212,7 +235,7 @@ class OptimizedFunction:
             call = self._bound(args, named)
             if call is None:
                 self._signature.bind(*args, **named)
-            elif not _is_abstract(call.leaves) and not _is_empty(call.leaves) and not _outside_state(call.leaves):
+            elif not is_traced(call.leaves) and not is_empty(call.leaves) and not outside_state(call.leaves):
                 self._known(call, self._guard().state())
         for known in list(self.specialisations.values()):
             if known.result is not None and not known.result.unchanged:
@@ -222,7 +245,7 @@ class OptimizedFunction:
     # -- calls ----------------------------------------------------------------------------------------------------
 
     def __call__(self, *args: Any, **named: Any) -> Any:
-        if self._prepared and not named and not _is_dynamo_running():
+        if self._prepared and not named and not is_dynamo_running():
             for _, prepared in self._prepared:
                 if (found := prepared(args)) is not CHANGED:
                     return found
@@ -230,14 +253,16 @@ class OptimizedFunction:
 
     def _call(self, *args: Any, **named: Any) -> Any:
         call = self._bound(args, named)
-        if call is None or _is_abstract(call.leaves) or _is_empty(call.leaves):
-            return self.original(*args, **named)  # nothing to compute, or Python says what is wrong
-        if outside := _outside_state(call.leaves):
+        if call is not None and is_traced(call.leaves):
+            return self._in_trace(*args, **named)
+        if call is None or is_empty(call.leaves):
+            return self.original(*args, **named)  # Python says what is wrong, or nothing to compute
+        if outside := outside_state(call.leaves):
             return self._outside(*outside, args, named)
         state = self._guard().state()
         if state.hooked:
             return self._outside("modules with hooks", "remove the hooks", args, named)
-        if _is_abstract(state.tensors):
+        if is_traced(state.tensors):
             return self.original(*args, **named)
         known = self._known(call, state)
         if known is None:
@@ -247,6 +272,10 @@ class OptimizedFunction:
         if chosen.prepared < MOST_PREPARED and not named and len(args) == self._positional:
             self._prepare(chosen, args, sizes)
         return found
+
+    def _in_trace(self, *args: Any, **named: Any) -> Any:
+        """What torch traces of a call."""
+        return self.original(*args, **named)
 
     def _guard(self) -> Any:
         if self._guards is None:
@@ -262,21 +291,21 @@ class OptimizedFunction:
         tensors = list(self._tensors(call))
         declared = {place: self.dynamic[name] for place, name, _ in tensors if name in self.dynamic}
         given = [(place, x) for place, _, x in tensors]
-        frozen = (_autocast(), torch.get_default_dtype(), state.frozen())
+        frozen = (autocast(), torch.get_default_dtype(), state.frozen())
         changing = None
         if self._is_automatic:
-            ranks = {place: dict.fromkeys(range(x.ndim), _ANY) for place, x in given}
-            changing = self._changing.setdefault((call.spec, _leaf_key(call.leaves, ranks), frozen), Changing())
+            ranks = {place: dict.fromkeys(range(x.ndim), ANY) for place, x in given}
+            changing = self._changing.setdefault((call.spec, leaf_key(call.leaves, ranks), frozen), Changing())
             declared = changing.dims
         sizes = that_hold(given, declared)
-        key = (call.spec, _leaf_key(call.leaves, sizes), frozen)
+        key = (call.spec, leaf_key(call.leaves, sizes), frozen)
         if (chosen := self.specialisations.get(key)) is not None:
             return chosen, sizes
         with self._lock:
             sizes = that_hold(
                 given, declared if changing is None else changing.dims
             )  # another thread may have been here
-            key = (call.spec, _leaf_key(call.leaves, sizes), frozen)
+            key = (call.spec, leaf_key(call.leaves, sizes), frozen)
             if (chosen := self.specialisations.get(key)) is not None:
                 return chosen, sizes
             if len(self.specialisations) >= LIMIT:
@@ -286,7 +315,7 @@ class OptimizedFunction:
                 found = self._specialise(call, wider, state, quiet=True)
                 if found.reason is None:
                     changing.dims = grown
-                    self.specialisations[call.spec, _leaf_key(call.leaves, wider), frozen] = found
+                    self.specialisations[call.spec, leaf_key(call.leaves, wider), frozen] = found
                     return found, wider
                 changing.fix(grown)  # the program holds for the size it was captured with alone
             chosen = self.specialisations[key] = self._specialise(call, sizes, state)
@@ -312,11 +341,11 @@ class OptimizedFunction:
 
         result, captured = chosen.result, chosen.captured
         is_written = result is None or result.unchanged
-        if _transforms() is not None or (not is_written and captured.natural):
+        if transforms() is not None or (not is_written and captured.natural):
             return
         chosen.prepared += 1
         checks = Checks()
-        checks.add(f"len(args) == {len(args)}")
+        checks.add(f"{{0}}() is None and len(args) == {len(args)}", torch._C._get_tracing_state)
         first: dict[str, str] = {}  # where the value of a symbolic size is
         for i, x in enumerate(args):
             if type(x) is not torch.Tensor or x.layout is not torch.strided or x.is_neg() or x.is_meta:
@@ -337,12 +366,14 @@ class OptimizedFunction:
             checks.add(f"x{i}.is_cpu" if x.is_cpu else f"x{i}.device == {{0}}", x.device)
             checks.add(f"x{i}.layout is {{0}}", torch.strided)
             checks.add(f"not x{i}.is_neg()")
+            for j in range(i):
+                checks.add(f"x{i} is {'' if x is args[j] else 'not '}x{j}")
         checks.add("not {0}()", torch._C._is_any_autocast_enabled)
         checks.add("{0}() is None", torch._C._functorch.peek_interpreter_stack)
         checks.add("{0}() is {1}", torch.get_default_dtype, torch.get_default_dtype())
         state = self._guards.state(checks)
-        key = (len(args), _leaf_key(args, sizes), (_autocast(), torch.get_default_dtype(), state.frozen()))
-        if chosen is not self.specialisations.get(key) or state.hooked or _autocast() is not None:
+        key = (len(args), leaf_key(args, sizes), (autocast(), torch.get_default_dtype(), state.frozen()))
+        if chosen is not self.specialisations.get(key) or state.hooked or autocast() is not None:
             return
         if is_written:
             run, inputs = self._compiled if chosen.compiled else self.original, ["*args"]
@@ -379,11 +410,11 @@ class OptimizedFunction:
             return self._compiled(*args, **named) if chosen.compiled else self.original(*args, **named)
         weights = [state.tensors[x] if isinstance(x, int) else x for x in chosen.live]
         inputs = [*(leaves[i] for i in chosen.captured.arguments), *weights]
-        if chosen.captured.natural and _has_negative(inputs[i] for i in chosen.captured.natural):
+        if chosen.captured.natural and has_negative(inputs[i] for i in chosen.captured.natural):
             return self.original(*args, **named)  # whose error it is to raise
-        if _wants_gradients(weights) and chosen.folds:
+        if wants_gradients(weights) and chosen.folds:
             return self._trained(*args, **named)  # the weights are about to change
-        if _wants_gradients(inputs) and (chosen.result.target.kind != "torch" or chosen.captured.detaches):
+        if wants_gradients(inputs) and (chosen.result.target.kind != "torch" or chosen.captured.detaches):
             return self._trained(*args, **named)  # no autograd formula, or gradients that stop in places
         try:
             outputs = chosen.result(*inputs)
@@ -438,7 +469,7 @@ class OptimizedFunction:
             if options.get("space") is None:  # weights may be written in ways that PyTorch does not count
                 space = space_of(settings.effort.get(options.pop("effort", None)))
                 options["space"] = space.but(ahead=False)
-            with _uncast():
+            with uncast():
                 result = self._optimized(call, captured, options)
         except Exception as error:  # whatever goes wrong here would not go wrong in the original
             if quiet:
@@ -526,6 +557,7 @@ class OptimizedFunction:
         from torch.utils import _pytree as pytree
 
         place = 0
+        longer: dict[int, Any] = {}
         examples: list[Any] = []
         dynamic: dict[str, Mapping[int, Dim]] = {}
         names = [*list(self._signature.parameters)[: len(call.args)], *call.named]
@@ -534,7 +566,7 @@ class OptimizedFunction:
             if place in sizes and hasattr(x, "shape"):
                 dynamic[names[n]] = sizes[place]
                 shape = [max(2, s) if i in sizes[place] else s for i, s in enumerate(x.shape)]
-                x = x if shape == list(x.shape) else x.new_zeros(shape)
+                x = x if shape == list(x.shape) else longer.setdefault(id(x), x.new_zeros(shape))
             examples.append(x)
             place += len(pytree.tree_leaves(x))
         count = len(call.args)
@@ -575,8 +607,64 @@ def _code_digest(f: Callable[..., Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _made(original: Any, dynamic: Dynamic, strict: bool, options: Mapping[str, Any]) -> OptimizedFunction:
-    return OptimizedFunction(original, dynamic=dynamic, strict=strict, **options)
+def optimized(original: Callable[..., Any], **options: Any) -> OptimizedFunction:
+    """The optimised function for a function or a module; that for a module is a module too.  What is optimised already
+    is optimised again with these options, from how it was written."""
+    if isinstance(original, OptimizedFunction):
+        original = original.original
+    if "torch" in sys.modules:  # else there is no module
+        import torch
+
+        if isinstance(original, torch.nn.Module):
+            kind: Any = type(original)
+            made: OptimizedFunction = _module_class(kind)(original, **options)
+            return made
+    return OptimizedFunction(original, **options)
+
+
+def _made(original: Any, options: Mapping[str, Any]) -> OptimizedFunction:
+    return optimized(original, **options)
+
+
+class _Given:
+    """An attribute of a module's class, as the module has it."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __get__(self, instance: OptimizedFunction | None, owner: type | None = None) -> Any:
+        return self if instance is None else instance._given(self.name)
+
+
+# What copying and pickling ask for, which is answered for the optimised module and not for the module in it.
+_COPIED = {"__init__", "__new__", "__getstate__", "__setstate__", "__reduce_ex__", "__deepcopy__", "__copy__"}
+
+
+@functools.cache
+def _module_class(kind: Any) -> Any:
+    """The class of optimised modules of one class.
+
+    They are instances of `nn.Module`, so that they stand wherever modules do.  What PyTorch gives every module works on
+    the tables of the original, which their attributes are; what the module's own class gives is asked of the original,
+    its length and its items too.
+    """
+    import torch
+
+    found = {name: x for base in reversed(kind.__mro__) if base not in torch.nn.Module.__mro__
+             for name, x in vars(base).items()}  # fmt: skip
+    own = {*vars(OptimizedFunction), *_COPIED}
+    given = [
+        name
+        for name, x in found.items()
+        if name not in own and (not name.startswith("__") or isinstance(x, types.FunctionType))
+    ]
+
+    def in_trace(self: Any, *args: Any, **named: Any) -> Any:
+        """The call of a module by the name that torch.fx knows it by, and as torch.fx patches it."""
+        return torch.nn.Module.__call__(self, *args, **named)
+
+    members = {**{name: _Given(name) for name in given}, "_in_trace": in_trace}
+    return type(f"Optimized{kind.__name__}", (OptimizedFunction, torch.nn.Module), members)
 
 
 def _delegated(wrapper: OptimizedFunction, method: Callable[..., Any], *args: Any, **named: Any) -> Any:
@@ -629,7 +717,7 @@ def _checked_dynamic(dynamic: Any, signature: inspect.Signature) -> dict[str, di
     return found
 
 
-# -- what a call looks at
+# -- calls that torch.compile leaves alone
 
 
 @functools.cache
@@ -649,117 +737,4 @@ OptimizedFunction.__call__._torchdynamo_disable = True  # type: ignore[attr-defi
 _entry._torchdynamo_disable = True  # type: ignore[attr-defined]
 
 
-def _is_abstract(leaves: Sequence[Any]) -> bool:
-    """Whether there are tensors without values: on the meta device, or those that tracing makes."""
-    import torch
-
-    for x in leaves:
-        if type(x) is torch.Tensor or type(x) is torch.nn.Parameter:
-            if x.is_meta:
-                return True
-        elif isinstance(x, torch.Tensor):
-            from torch._subclasses.fake_tensor import FakeTensor
-
-            if x.is_meta or isinstance(x, FakeTensor):
-                return True
-    return False
-
-
-def _is_empty(leaves: Sequence[Any]) -> bool:
-    """Whether a tensor has no elements: every dimension of a program has at least one."""
-    import torch
-
-    return any(isinstance(x, torch.Tensor) and 0 in x.shape for x in leaves)
-
-
-def _autocast() -> Any:
-    """The type that autocast takes on a CPU, or None where it is off.  Its casts are part of what is captured."""
-    import torch
-
-    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
-
-
-def _uncast() -> AbstractContextManager[Any]:
-    """Autocast off, because captured programs hold its casts already."""
-    import torch
-
-    return nullcontext() if _autocast() is None else torch.autocast("cpu", enabled=False)
-
-
-def _outside_state(leaves: Sequence[Any]) -> tuple[str, str] | None:
-    """What a captured program does not represent, with a remedy."""
-    import torch
-
-    if torch.is_autocast_enabled("cuda"):
-        return "calls under autocast on a GPU", "convert the arguments and weights instead"
-    if _transforms() is not None:
-        return "calls under torch.func transforms", "apply the transform to the original function"
-    if any(isinstance(x, torch.Tensor) and type(x) not in (torch.Tensor, torch.nn.Parameter) for x in leaves):
-        return "subclasses of Tensor", "pass plain tensors"
-    return None
-
-
-def _transforms() -> Any:
-    """The innermost torch.func transform, or None."""
-    import torch
-
-    return torch._C._functorch.peek_interpreter_stack()
-
-
-def _is_dynamo_running() -> bool:
-    """Whether torch.compile looks at every function that is called.  Without TorchDynamo loaded, which takes seconds,
-    it cannot."""
-    if "torch._dynamo" not in sys.modules:
-        return False
-    import torch
-
-    # the first is what torch.compile itself sees, the second what a function sees that it left alone
-    return torch.compiler.is_dynamo_compiling() or torch._C._dynamo.eval_frame.get_eval_frame_callback() is not None
-
-
-def _leaf_key(leaves: Sequence[Any], free: Mapping[int, Mapping[int, Dim]]) -> tuple[object, ...]:
-    """Types, devices and sizes of tensors; sizes that are dynamic count as one.  Other leaves by value."""
-    import torch
-
-    parts: list[object] = []
-    for place, x in enumerate(leaves):
-        if isinstance(x, torch.Tensor):
-            sizes = free.get(place)
-            shape = (
-                x.shape if sizes is None else tuple(sizes[i].name if i in sizes else n for i, n in enumerate(x.shape))
-            )
-            parts += (x.dtype, x.device.type, shape)
-        elif isinstance(x, float):
-            parts += (type(x), x.hex())  # tells 0.0 from -0.0, and NaN is itself
-        elif isinstance(x, _VALUES):
-            parts += (type(x), x)
-        elif isinstance(x, torch.dtype | torch.device | torch.layout | torch.memory_format):
-            parts.append(x)
-        else:
-            parts.append(type(x))  # torch.export refuses it, whatever its value
-    return tuple(parts)
-
-
-_ANY = Dim("any")  # stands for every size where only ranks count
-_VALUES = (int, bool, str, bytes, complex, type(None))
-
-
-def _has_negative(indices: Iterable[Any]) -> bool:
-    """Whether an index on the CPU is negative.  One on a GPU is checked there, as PyTorch does, without waiting."""
-    import torch
-
-    for x in indices:
-        if x.is_cuda:
-            torch._assert_async((x >= 0).all(), "an index is negative")
-        elif x.numel() and x.min() < 0:
-            return True
-    return False
-
-
-def _wants_gradients(tensors: Sequence[Any]) -> bool:
-    import torch
-
-    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-
-
-pipeline.FRONTENDS.append(OptimizedFunction)
+pipeline.FRONTENDS.append(optimized)

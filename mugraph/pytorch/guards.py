@@ -143,10 +143,10 @@ class Guards:
             return self._unmade
         if issubclass(kind, self._tensor):
             return self._live
+        if issubclass(kind, self._wrapper):  # before modules, as some are
+            return self._optimised
         if issubclass(kind, self._module_type):
             return self._module
-        if issubclass(kind, self._wrapper):
-            return self._optimised
         exact: dict[type, Callable[[Any, State], None]] = {
             float: self._float,
             types.FunctionType: self._function,

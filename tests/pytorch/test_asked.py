@@ -106,6 +106,29 @@ def test_what_a_function_asks(name: str, given: torch.Tensor) -> None:
     _same(fast(given), ASKED[name](given))
 
 
+def test_which_arguments_are_one_object_and_which_are_parameters() -> None:
+    def same(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return torch.relu(a) * (2 if a is b else torch.sigmoid(b))
+
+    def weighted(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        return x @ w + (1 if isinstance(w, torch.nn.Parameter) else 2)
+
+    fast, other = mg.superoptimize(same, strict=True), X.flip(0)
+    for a, b in ((X, other), (X, X), (other, X), (other, other), (X[:3], other[:3]), 2 * [X[:2]]):
+        for _ in range(2):
+            _same(fast(a, b), same(a, b))
+    fast, w = mg.superoptimize(weighted, strict=True), torch.nn.Parameter(torch.eye(8), requires_grad=False)
+    for weight in (w, w.data, w, w.data):
+        _same(fast(X, weight), weighted(X, weight))
+
+
+def test_sparse_tensors_run_the_original() -> None:
+    fast, sparse = mg.superoptimize(lambda x: x * 2), X.relu().to_sparse()
+    _same(fast(X), X * 2)
+    with pytest.warns(FallbackWarning, match="sparse"):
+        _same(fast(sparse).to_dense(), X.relu() * 2)
+
+
 def test_values_of_tensors_outside() -> None:
     scale = torch.tensor([2.0, 1.0])
     for f in (lambda x: x.relu() * scale.tolist()[0], lambda x: x.relu() * (2 if scale.sum().item() > 0 else 3)):
