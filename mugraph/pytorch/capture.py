@@ -7,6 +7,7 @@ broadcasting, views and promotion.
 from __future__ import annotations
 
 import inspect
+import logging
 import os
 import random
 import re
@@ -185,7 +186,10 @@ def _exported(
             before, drawn = watch(), random.getstate()
             given, structure = pytree.tree_flatten(args)
             with autocast, reads, _refused_questions():
-                found = called(*args[:positional], **dict(zip(keywords, args[positional:], strict=True)))
+                try:
+                    found = called(*args[:positional], **dict(zip(keywords, args[positional:], strict=True)))
+                except Exception as error:  # before torch.export tells of it in its own way
+                    raise _uncaptured(fn, error) from error
             left, now = pytree.tree_flatten(args)
             if now != structure or any(a is not b for a, b in zip(left, given, strict=True)):
                 raise CaptureError("the function changes a container that it is given", remedy="return the new values")
@@ -205,6 +209,7 @@ def _exported(
     try:
         with (
             warnings.catch_warnings(),
+            _unlogged(),
             torch.inference_mode(False),
             torch.enable_grad(),
             torch.autocast("cpu", enabled=False),
@@ -213,15 +218,41 @@ def _exported(
             program = torch.export.export(shim, args, strict=False, dynamic_shapes=shaped)
             detaches = reads.gives_gradients or _detaches(program)
             return program.run_decompositions(decompositions()), shim, detaches
-    except MugraphError:
-        raise
     except Exception as error:
-        first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise CaptureError(
-            f"torch.export cannot capture {getattr(fn, '__name__', type(fn).__name__)}: {first}",
-            where=_raised_at(error),
-            remedy="remove branches on data and in-place writes to inputs; examples need 2 or more in dynamic sizes",
-        ) from error
+        raise _uncaptured(fn, error) from error
+
+
+def _uncaptured(fn: Callable[..., Any], error: Exception) -> MugraphError:
+    """The error that says why a function cannot be captured."""
+    if isinstance(error, MugraphError):
+        return error
+    first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return CaptureError(
+        f"torch.export cannot capture {getattr(fn, '__name__', type(fn).__name__)}: {first}",
+        where=_raised_at(error),
+        remedy="remove branches on data and in-place writes to inputs; examples need 2 or more in dynamic sizes",
+    )
+
+
+# Where PyTorch writes to its log what it raises too.
+_LOGS = ("torch._subclasses.fake_tensor", "torch.export._trace", "torch.fx.experimental.symbolic_shapes")
+
+
+@contextmanager
+def _unlogged() -> Iterator[None]:
+    """What this thread's capture raises is not logged as well."""
+    mine = threading.get_ident()
+
+    def is_of_others(record: logging.LogRecord) -> bool:
+        return record.thread != mine
+
+    for name in _LOGS:
+        logging.getLogger(name).addFilter(is_of_others)
+    try:
+        yield
+    finally:
+        for name in _LOGS:
+            logging.getLogger(name).removeFilter(is_of_others)
 
 
 # Operators whose gradient PyTorch writes down itself, where that of their parts is another at a border or at zero.

@@ -69,7 +69,8 @@ class Specialisation:
     `live` gives for each weight of the program its place among the tensors that the guards list, or the tensor itself.
     `compiled`: the original runs through torch.compile, as that was measured to be faster.
     `folds` says that something is computed ahead from weights, which only pays while these stay as they are.
-    `prepared` counts how often a shorter way to it was made.
+    `prepared` counts how often a shorter way to it was made.  `untold` is a reason that is told after the first call:
+    not where the original raises an error of its own.
     """
 
     captured: Any
@@ -79,6 +80,7 @@ class Specialisation:
     kept: list[object] = field(default_factory=list, repr=False)
     compiled: bool = False
     prepared: int = 0
+    untold: Exception | None = None
 
     @cached_property
     def folds(self) -> bool:
@@ -238,6 +240,7 @@ class OptimizedFunction:
             elif not is_traced(call.leaves) and not is_empty(call.leaves) and not outside_state(call.leaves):
                 self._known(call, self._guard().state())
         for known in list(self.specialisations.values()):
+            self._tell(known)
             if known.result is not None and not known.result.unchanged:
                 known.result.warmup()
         return self
@@ -269,6 +272,7 @@ class OptimizedFunction:
             return self._outside(f"more than {LIMIT} signatures", "declare sizes as dynamic", args, named)
         chosen, sizes = known
         found = self._run(chosen, call.leaves, args, named, state)
+        self._tell(chosen)
         if chosen.prepared < MOST_PREPARED and not named and len(args) == self._positional:
             self._prepare(chosen, args, sizes)
         return found
@@ -476,8 +480,8 @@ class OptimizedFunction:
                 return Specialisation(None, None, error)
             if self.strict:
                 raise
-            self._warn(error)
-            return Specialisation(None, None, error, kept=state.kept, compiled=self._is_faster_compiled(call))
+            faster = self._is_faster_compiled(call)
+            return Specialisation(None, None, error, kept=state.kept, compiled=faster, untold=error)
         places = {id(x): i for i, x in reversed(list(enumerate(state.tensors)))}
         live = tuple(places.get(id(x), x) for x in captured.constants.values())
         return Specialisation(captured, result, None, live, state.kept, result.unchanged and result.compiled)
@@ -579,6 +583,11 @@ class OptimizedFunction:
             self._told.add(what)
             self._warn(LaunchError(f"{what} are not supported", remedy=remedy))
         return self.original(*args, **named)
+
+    def _tell(self, chosen: Specialisation) -> None:
+        if (reason := chosen.untold) is not None:
+            chosen.untold = None
+            self._warn(reason)
 
     def _warn(self, error: Exception) -> None:
         name = getattr(self.original, "__name__", type(self.original).__name__)

@@ -36,9 +36,12 @@ class Scaled(nn.Module):
 def test_it_is_a_module_with_the_length_and_the_items_of_its_own() -> None:
     fast = mg.superoptimize(layers(), strict=True)
     assert isinstance(fast, nn.Module)
-    assert len(fast) == 3 and fast[2] is fast.original[2] and list(fast) == list(fast.original)
+    assert len(fast) == 3
+    assert fast[2] is fast.original[2]
+    assert list(fast) == list(fast.original)
     scaled = mg.superoptimize(Scaled())
-    assert scaled.named_twice() == "3 3" and "times=3" in repr(scaled)
+    assert scaled.named_twice() == "3 3"
+    assert "times=3" in repr(scaled)
     with pytest.raises(TypeError):
         len(scaled)
     with pytest.raises(AttributeError, match="nothing_like_it"):
@@ -68,7 +71,8 @@ def test_a_model_takes_an_optimised_part() -> None:
     model.load_state_dict({name: 2 * x for name, x in model.state_dict().items()})
     torch.testing.assert_close(model(X), nn.Sequential(model[0].original, model[1])(X))
     model.train()
-    assert model[0].training and model[0].original[0].training
+    assert model[0].training
+    assert model[0].original[0].training
     assert model.double()(X.double()).dtype is torch.float64
 
 
@@ -76,7 +80,8 @@ def test_copies_and_pickles_of_a_model_with_an_optimised_part() -> None:
     model = nn.Sequential(mg.superoptimize(layers(), strict=True), nn.LayerNorm(8)).eval()
     expected = model(X)
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert type(other[0]) is type(model[0]) and other[0].original is not model[0].original
+        assert type(other[0]) is type(model[0])
+        assert other[0].original is not model[0].original
         torch.testing.assert_close(other(X), expected)
         with torch.no_grad():
             other[0][0].weight.zero_()
@@ -128,4 +133,5 @@ def test_gradients_and_hooks_of_an_optimised_part() -> None:
 def test_what_is_optimised_is_optimised_from_how_it_was_written() -> None:
     first = mg.superoptimize(layers())
     second = mg.superoptimize(first, effort="none")
-    assert second.original is first.original and second.options == {"effort": "none"}
+    assert second.original is first.original
+    assert second.options == {"effort": "none"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import os
 import pickle
 import subprocess
@@ -495,3 +496,18 @@ def test_a_second_process_with_a_warm_cache_does_not_search(tmp_path: Path) -> N
 
     assert printed() == "False\n"
     assert printed(MUGRAPH_DISALLOW_SEARCH="1") == "True\n"
+
+
+def test_a_call_that_raises_as_it_was_written_raises_that_alone(caplog: pytest.LogCaptureFixture) -> None:
+    fast = mg.superoptimize(lambda x, y: torch.relu(x @ y))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(RuntimeError, match="cannot be multiplied"):
+            fast(torch.ones(3, 4), torch.ones(3, 4))
+    assert not [record for record in caplog.records if record.levelno > logging.INFO]
+
+
+def test_a_branch_on_data_prints_nothing_but_the_warning(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.warns(FallbackWarning, match="data-dependent"):
+        mg.superoptimize(lambda x: x + 1 if x.sum() > 0 else x)(torch.ones(3, 4))
+    assert capfd.readouterr() == ("", "")
