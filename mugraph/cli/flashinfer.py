@@ -16,7 +16,7 @@ from typing import Any
 
 from mugraph import pipeline
 from mugraph.cli.subject import located
-from mugraph.cli.texts import check_place, defined, free, renamed, without_extras, write_files
+from mugraph.cli.texts import check_place, counted, defined, free, renamed, without_extras, write_files
 from mugraph.errors import CaptureError, ParseError, ShapeError, UnsupportedOpError
 from mugraph.ir.axes import Dim, Size
 from mugraph.ir.graph import Program
@@ -303,7 +303,7 @@ def solution_of(result: Result, definition: Definition) -> dict[str, Any]:
         "name": f"{definition.name}_mugraph_{plain(str(result.target))}",
         "definition": definition.name,
         "author": "mugraph",
-        "description": f"{len(result.graph.kernels())} kernels; {', '.join(result.certificate.tiers)}",
+        "description": f"{counted(len(result.graph.kernels()), 'kernel')}; {', '.join(result.certificate.tiers)}",
         "spec": {
             "language": "triton" if kernels else "python",
             "target_hardware": _hardware(result.target),

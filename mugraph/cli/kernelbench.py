@@ -19,7 +19,7 @@ from typing import Any
 
 from mugraph import pipeline, settings
 from mugraph.cli.subject import loaded, located
-from mugraph.cli.texts import defined, free, renamed, without_extras
+from mugraph.cli.texts import counted, defined, free, renamed, without_extras
 from mugraph.errors import CaptureError, MugraphError, SettingError, VerificationError
 from mugraph.pytorch.regions import Composed, Region, compose, graph_text
 from mugraph.result import Result
@@ -63,10 +63,8 @@ class Imported:
         }
 
     def __str__(self) -> str:
-        kernels = sum(len(r.graph.kernels()) for r in self.results)
-        head = (
-            f"{self.name}: {self.taken} of {self.total} operators taken over, in {kernels} kernel{'s' * (kernels != 1)}"
-        )
+        kernels = counted(sum(len(r.graph.kernels()) for r in self.results), "kernel")
+        head = f"{self.name}: {self.taken} of {self.total} operators taken over, in {kernels}"
         return "\n".join([head, *(f"  stays PyTorch: {name}: {why}" for name, why in self.left.items())])
 
 
@@ -190,7 +188,8 @@ def _optimized(
         why = error.message
     else:
         if not result.unchanged:
-            say(f"{region.program.name}: {len(region.operators)} operators, {len(result.graph.kernels())} kernels")
+            kernels = counted(len(result.graph.kernels()), "kernel")
+            say(f"{region.program.name}: {counted(len(region.operators), 'operator')}, {kernels}")
             return result
         why = "nothing beats it as it stands"
     left.update(dict.fromkeys(region.operators, why))

@@ -1,4 +1,4 @@
-"""Emitted files joined with others, under names that do not clash, and written."""
+"""Emitted files joined with others, under names that do not clash, and written; numbers of things."""
 
 from __future__ import annotations
 
@@ -11,6 +11,11 @@ from pathlib import Path
 
 from mugraph.errors import CacheError
 from mugraph.runtime.files import write_whole
+
+
+def counted(number: int, what: str) -> str:
+    """`2 kernels`."""
+    return f"{number} {what}{'s' * (number != 1)}"
 
 
 def without_extras(text: str, tree: ast.Module) -> str:

@@ -97,11 +97,13 @@ def test_a_time_limit_is_kept() -> None:
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     (tmp_path / "model.py").write_text(MODEL)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MUGRAPH_CACHE_DIR", str(tmp_path / "cache"))
-    return tmp_path
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores Ctrl-C
+    yield tmp_path
+    signal.signal(signal.SIGINT, before)
 
 
 COMMAND = ["optimize", "model.py:block", "--target", "torch", "-o", "out", "--json"]
