@@ -94,13 +94,15 @@ def test_python_blocks_print_what_the_page_says(request, namespace):
     assert ElementTree.fromstring(picture).tag.endswith("svg")
 
 
-@pytest.mark.parametrize("name", ["search", "tuning", "pytorch"])
+@pytest.mark.parametrize("name", ["search", pytest.param("tuning", marks=pytest.mark.full), "pytorch"])
 def test_pages_print_what_they_say(request, name):
     page = ROOT / "docs" / f"{name}.md"
     settle(request, python_outputs(page.read_text(encoding="utf-8"), {"__name__": name}), page)
 
 
-@pytest.mark.parametrize("page", [README, ROOT / "docs" / "pytorch.md"], ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "page", [README, pytest.param(ROOT / "docs" / "pytorch.md", marks=pytest.mark.full)], ids=lambda p: p.name
+)
 def test_commands_print_what_the_page_says(request, tmp_path, page):
     for name in ("examples", "benchmarks"):
         (tmp_path / name).symlink_to(ROOT / name)

@@ -55,7 +55,12 @@ def test_the_ablation_has_a_row_for_each_abstraction(capsys: pytest.CaptureFixtu
     assert off["pruned"] == 0 < closure["pruned"]
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+QUICK = ("softmax", "gqa", "rmsnorm_gated_mlp")
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.full) for name in FAMILIES]
+)
 def test_there_is_an_ablation_of_each_program(name: str) -> None:
     rows = search.ablation(PROGRAMS[name], limit=1, repeats=1)
     assert [r["met"] <= r["wanted"] for r in rows] == [True] * 3

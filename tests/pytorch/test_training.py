@@ -172,6 +172,7 @@ def test_arguments_with_and_without_gradients() -> None:
             torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.full
 def test_gradients_of_dynamic_sizes() -> None:
     model = Block()
     fast = compiled(model, dynamic=True)

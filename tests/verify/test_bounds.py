@@ -274,6 +274,7 @@ def test_last_blocks_of_an_attention_are_in_bounds():
     holds(in_bounds(*combined_source()), 50)
 
 
+@pytest.mark.full
 def test_a_combine_that_is_cut_finer_is_in_bounds():
     graph = finer_combine(graphs.attention_fused(DType.f16, 150, 20, parts=2))
     source = triton.emit(plan_graph(graph, options=Options(combine="last")))
