@@ -20,9 +20,9 @@ _HOMES = {
     f64 f32 bf16 f16 f8e4m3 f8e5m2 i64 i32 i16 i8 u8 i6 i4 u4 i2 u2 i1 bool_
     """,
     "mugraph.dsl.functions": """
-    abs add amax amin arange attention cast causal_mask chunk concat cumsum div einsum exp expand gelu iota
-    layer_norm linear log logsumexp mT masked_fill matmul max maximum mean min minimum mul neg permute pow
-    reciprocal relu repeat_interleave reshape rms_norm rsqrt scatter_add sigmoid silu softmax split sqrt square
+    abs add amax amin arange attention cast causal_mask chunk concat cos cumsum div einsum erf exp expand expm1 floor
+    gelu iota layer_norm linear log log1p logsumexp mT masked_fill matmul max maximum mean min minimum mul neg permute
+    pow reciprocal relu repeat_interleave reshape rms_norm rsqrt scatter_add sigmoid silu sin softmax split sqrt square
     squeeze stack sub sum take tanh transpose tril triu unsqueeze where
     """,
     "mugraph.search.space": "SearchSpace",

@@ -315,7 +315,7 @@ def functions(dtype: DType = DType.f32) -> KernelGraph:
             s.add("f_pow_7", Elementwise("pow", (("exponent", Fraction(-7)),)), "safe")
         else:
             args = ("x", "safe") if fn == "div" else ("x", "z")[:count]
-            s.fn(f"f_{fn}", fn, *(("safe",) if fn in ("sqrt", "rsqrt", "log", "reciprocal") else args))
+            s.fn(f"f_{fn}", fn, *(("safe",) if fn in ("sqrt", "rsqrt", "log", "log1p", "reciprocal") else args))
     s.add("f_gelu_tanh", Elementwise("gelu", (("approximate", "tanh"),)), "x")
     s.add("f_where", Select(), "mask", "x", "z")
     s.add("f_cast", Cast(DType.i32), "f_round")

@@ -329,6 +329,9 @@ class _Raw:
 
 Map = tuple[tuple[str, Index], ...]
 POINTWISE = (Elementwise, Compare, Select, MaskedExp, Cast)
+ZERO_AT_ZERO = (
+    "neg", "square", "sqrt", "abs", "silu", "gelu", "relu", "tanh", "round", "floor", "sin", "erf", "expm1", "log1p",
+)  # fmt: skip
 
 
 class _Resolver:
@@ -914,7 +917,9 @@ class _Planner:
                 return frozenset(a for a in zn if a not in nd)
             case Elementwise("add" | "sub" | "max" | "min" | "or"):
                 return frozenset(a for a in own if all(a in z for _, z in args))
-            case Elementwise("neg" | "square" | "sqrt" | "abs" | "silu" | "gelu" | "relu" | "tanh" | "round") | Cast():
+            case Elementwise(fn) if fn in ZERO_AT_ZERO:
+                return args[0][1]
+            case Cast():
                 return args[0][1]
             case MaskedExp():
                 return args[1][1]

@@ -24,16 +24,21 @@ __all__ = [
     "causal_mask",
     "chunk",
     "concat",
+    "cos",
     "cumsum",
     "div",
     "einsum",
+    "erf",
     "exp",
     "expand",
+    "expm1",
+    "floor",
     "gelu",
     "iota",
     "layer_norm",
     "linear",
     "log",
+    "log1p",
     "logsumexp",
     "mT",
     "masked_fill",
@@ -56,6 +61,7 @@ __all__ = [
     "scatter_add",
     "sigmoid",
     "silu",
+    "sin",
     "softmax",
     "split",
     "sqrt",
@@ -149,6 +155,34 @@ def relu(x: Any) -> Tensor:
 
 def tanh(x: Any) -> Tensor:
     return t.elementwise("tanh", x)
+
+
+def sin(x: Any) -> Tensor:
+    return t.elementwise("sin", x)
+
+
+def cos(x: Any) -> Tensor:
+    return t.elementwise("cos", x)
+
+
+def erf(x: Any) -> Tensor:
+    """2/sqrt(π) times the integral of exp(-t²) from 0 to x."""
+    return t.elementwise("erf", x)
+
+
+def expm1(x: Any) -> Tensor:
+    """exp(x) - 1, exact near 0."""
+    return t.elementwise("expm1", x)
+
+
+def log1p(x: Any) -> Tensor:
+    """log(1 + x), exact near 0."""
+    return t.elementwise("log1p", x)
+
+
+def floor(x: Any) -> Tensor:
+    """The greatest whole number that is not above x."""
+    return t.elementwise("floor", x)
 
 
 def gelu(x: Any, approximate: str = "none") -> Tensor:

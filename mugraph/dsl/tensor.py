@@ -49,7 +49,9 @@ DEFAULT_FLOAT = DType.f32
 DEFAULT_INT = DType.i64
 
 # Functions whose result is a float even for integers.
-FLOAT_FUNCTIONS = {"div", "reciprocal", "sqrt", "rsqrt", "exp", "log", "sigmoid", "silu", "gelu", "tanh"}
+FLOAT_FUNCTIONS = {"div", "reciprocal", "sqrt", "rsqrt", "exp", "log", "sigmoid", "silu", "gelu", "tanh"} | {
+    "sin", "cos", "erf", "expm1", "log1p",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -354,6 +356,24 @@ class Tensor:
 
     def tanh(self) -> Tensor:
         return elementwise("tanh", self)
+
+    def sin(self) -> Tensor:
+        return elementwise("sin", self)
+
+    def cos(self) -> Tensor:
+        return elementwise("cos", self)
+
+    def erf(self) -> Tensor:
+        return elementwise("erf", self)
+
+    def expm1(self) -> Tensor:
+        return elementwise("expm1", self)
+
+    def log1p(self) -> Tensor:
+        return elementwise("log1p", self)
+
+    def floor(self) -> Tensor:
+        return elementwise("floor", self)
 
     def relu(self) -> Tensor:
         return elementwise("relu", self)

@@ -28,6 +28,7 @@ FUNCTIONS: dict[str, int] = {
     "add": 2, "sub": 2, "mul": 2, "div": 2, "max": 2, "min": 2,
     "neg": 1, "reciprocal": 1, "square": 1, "sqrt": 1, "rsqrt": 1, "abs": 1, "pow": 1,
     "exp": 1, "log": 1, "sigmoid": 1, "silu": 1, "gelu": 1, "relu": 1, "tanh": 1, "round": 1,
+    "sin": 1, "cos": 1, "erf": 1, "expm1": 1, "log1p": 1, "floor": 1,
     "and": 2, "or": 2, "not": 1,
 }  # fmt: skip
 

@@ -87,10 +87,12 @@ def _fused_rms_norm(x: Tensor, shape: Sequence[Any], weight: Tensor | None, eps:
 
 @aten("gelu_backward")
 def _gelu_backward(grad: Tensor, x: Tensor, *, approximate: str = "none") -> Tensor:
-    """Of gelu(x) = x s(2u), s the sigmoid, u = sqrt(2/π) (x + 0.044715 x³): s + x s (1 - s) 2u'."""
-    if approximate != "tanh":
-        raise UnsupportedOpError("the backward of gelu needs erf", remedy='use gelu(..., approximate="tanh")')
+    """Of gelu(x) = x Φ(x): Φ(x) + x exp(-x²/2) / sqrt(2π); of its approximation x s(2u), s the sigmoid and
+    u = sqrt(2/π) (x + 0.044715 x³): s + x s (1 - s) 2u'."""
     wide = x if x.dtype is DType.f64 else t.cast(x, DType.f32)
+    if approximate != "tanh":
+        normal = (mg.erf(wide * math.sqrt(0.5)) + 1) * 0.5
+        return t.cast(grad * (normal + wide * mg.exp(wide * wide * -0.5) * (1 / math.sqrt(2 * math.pi))), x.dtype)
     factor = 2 * math.sqrt(2 / math.pi)
     square = wide * wide
     s = mg.sigmoid(wide * (square * 0.044715 + 1) * factor)

@@ -128,7 +128,10 @@ def _compared(relation: Relation, a: Any, b: Any) -> Tensor:
 
 # -- elementwise -------------------------------------------------------------------------------------------------
 
-for _name in ("neg", "abs", "exp", "log", "sqrt", "rsqrt", "reciprocal", "square", "sigmoid", "relu", "tanh"):
+for _name in (
+    "neg", "abs", "exp", "log", "sqrt", "rsqrt", "reciprocal", "square", "sigmoid", "relu", "tanh",
+    "sin", "cos", "erf", "expm1", "log1p",
+):  # fmt: skip
     ATEN[_name] = getattr(mg, _name)
 for _relation in ("eq", "ne", "lt", "le", "gt", "ge"):
     ATEN[_relation] = lambda a, b, _r=_relation: _compared(_r, a, b)
@@ -214,6 +217,45 @@ def _pow(x: Any, exponent: Any) -> Any:
 @aten("exp2")
 def _exp2(x: Any) -> Any:
     return mg.exp(x * math.log(2))
+
+
+# Numbers that are whole are left as they are.
+for _name, _whole in {
+    "floor": mg.floor,
+    "ceil": lambda x: mg.neg(mg.floor(mg.neg(x))),
+    "trunc": lambda x: t.where(x < 0, mg.neg(mg.floor(mg.neg(x))), mg.floor(x)),
+    "round": lambda x: t.elementwise("round", x),
+}.items():
+    ATEN[f"{_name}.default"] = lambda x, _f=_whole: _f(x) if x.dtype.is_float else x
+
+
+@aten("sign")
+def _sign(x: Tensor) -> Tensor:
+    """0 of what is no number, as PyTorch has it."""
+    return x if x.dtype is DType.bool else t.cast(t.where(x > 0, 1, t.where(x < 0, -1, 0)), x.dtype)
+
+
+@aten("isnan")
+def _isnan(x: Tensor) -> Tensor:
+    return t.compare("ne", x, x)
+
+
+@aten("isinf")
+def _isinf(x: Tensor) -> Tensor:
+    return _compared("eq", mg.abs(x), math.inf) if x.dtype.is_float else t.compare("ne", x, x)
+
+
+@aten("leaky_relu")
+def _leaky_relu(x: Tensor, slope: float = 0.01) -> Tensor:
+    wide = _wide(x)
+    return t.cast(t.where(wide > 0, wide, wide * slope), x.dtype)
+
+
+@aten("elu")
+def _elu(x: Tensor, alpha: float = 1, scale: float = 1, input_scale: float = 1) -> Tensor:
+    wide = _wide(x)
+    below = mg.expm1(wide if input_scale == 1 else wide * input_scale) * (alpha * scale)
+    return t.cast(t.where(wide > 0, wide if scale == 1 else wide * scale, below), x.dtype)
 
 
 @aten("clamp")

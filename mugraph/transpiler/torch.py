@@ -81,9 +81,10 @@ _RELATIONS = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">
 _METHODS = {
     "reciprocal": "reciprocal", "square": "square", "sqrt": "sqrt", "rsqrt": "rsqrt", "abs": "abs", "exp": "exp",
     "log": "log", "sigmoid": "sigmoid", "relu": "relu", "tanh": "tanh", "round": "round",
+    "sin": "sin", "cos": "cos", "erf": "erf", "expm1": "expm1", "log1p": "log1p", "floor": "floor",
 }  # fmt: skip
 # Functions of integers that have integer values; a sum or product needs the room of i64.
-_KEEPS_INTEGERS = ("max", "min", "abs", "relu", "round")
+_KEEPS_INTEGERS = ("max", "min", "abs", "relu", "round", "floor")
 _WIDENS_INTEGERS = ("add", "sub", "mul", "neg", "square")
 
 _NARROW = '''def narrow(x, dtype):

@@ -98,6 +98,31 @@ def tanh(x):
     x2 = x * x
     series = x * (1.0 - x2 * (1.0 / 3.0 - x2 * (2.0 / 15.0)))
     return tl.where(tl.abs(x) < 0.04, series, 1.0 - 2.0 / (tl.exp2(x * (2.0 * LOG2E)) + 1.0))''',
+    "sine": '''@triton.jit
+def sine(x, quarter):
+    """sin(x + quarter * pi / 2) in f32: quarter turns are taken off in f64, and series are exact to rounding then."""
+    wide = x.to(tl.float64)
+    quarters = tl.floor(wide * 0.6366197723675814 + 0.5)
+    rest = ((wide - quarters * 1.5707963267948966) - quarters * 6.123233995736766e-17).to(tl.float32)
+    x2 = rest * rest
+    sin = rest * (1.0 - x2 / 6.0 * (1.0 - x2 / 20.0 * (1.0 - x2 / 42.0 * (1.0 - x2 / 72.0))))
+    cos = 1.0 - x2 / 2.0 * (1.0 - x2 / 12.0 * (1.0 - x2 / 30.0 * (1.0 - x2 / 56.0 * (1.0 - x2 / 90.0))))
+    turn = (quarters.to(tl.int64) + quarter) & 3
+    found = tl.where((turn & 1) == 0, sin, cos)
+    return tl.where((turn & 2) == 0, found, -found)''',
+    "expm1": '''@triton.jit
+def expm1(x):
+    """exp(x) - 1 in f32; the difference cancels near 0, where a series is exact to rounding."""
+    series = 1.0 + x / 4.0 * (1.0 + x / 5.0 * (1.0 + x / 6.0 * (1.0 + x / 7.0)))
+    series = x * (1.0 + x / 2.0 * (1.0 + x / 3.0 * series))
+    return tl.where(tl.abs(x) < 0.35, series, tl.exp2(x * LOG2E) - 1.0)''',
+    "log1p": '''@triton.jit
+def log1p(x):
+    """log(1 + x) in f32; the sum rounds near 0, where the series of 2 atanh(x / (x + 2)) is exact to rounding."""
+    s = x / (x + 2.0)
+    s2 = s * s
+    series = 2.0 * s * (1.0 + s2 * (1.0 / 3.0 + s2 * (1.0 / 5.0 + s2 * (1.0 / 7.0 + s2 * (1.0 / 9.0)))))
+    return tl.where(tl.abs(x) < 0.375, series, tl.log(1.0 + x))''',
     "gelu": '''@triton.jit
 def gelu(x):
     """x times the normal distribution function of x."""
@@ -227,7 +252,7 @@ def _header(plan: Plan, functions: list[str]) -> str:
     lines += ['"""', "", *([kept_text()[0], ""] if plan.ahead else []), "import torch"]
     if kernels:
         lines += ["import triton", "import triton.language as tl"]
-    if any(word in k for k in kernels for word in ("LOG2E", "tanh(", "gelu_tanh(")):
+    if any(word in k for k in kernels for word in ("LOG2E", "tanh(", "gelu_tanh(", "expm1(")):
         lines += ["", f"LOG2E = tl.constexpr({LOG2E})  # exp(x) = exp2(x * LOG2E)"]
     if any(b.space == "counters" for part in (plan, plan.ahead) if part for b in part.buffers):
         lines += ["", COUNTERS]
@@ -304,7 +329,7 @@ def _function(fn: str, attrs: Mapping[str, str | Fraction], args: Sequence[str],
             return f"1.0 / {x}"
         case "square":
             return f"{x} * {x}"
-        case "sqrt" | "rsqrt" | "abs" | "log":
+        case "sqrt" | "rsqrt" | "abs" | "log" | "erf" | "floor":
             return f"tl.{fn}({x})"
         case "exp":
             return f"tl.exp2({x} * LOG2E)"
@@ -314,8 +339,10 @@ def _function(fn: str, attrs: Mapping[str, str | Fraction], args: Sequence[str],
             return f"{x} / (1.0 + tl.exp2(-{x} * LOG2E))"
         case "relu":
             return f"tl.maximum({x}, {'0' if integer else '0.0'})"
-        case "tanh":
-            return f"tanh({x})"
+        case "tanh" | "expm1" | "log1p":
+            return f"{fn}({x})"
+        case "sin" | "cos":
+            return f"sine({x}, {int(fn == 'cos')})"
         case "gelu":
             return f"{'gelu_tanh' if attrs.get('approximate', 'none') == 'tanh' else 'gelu'}({x})"
         case "round":

@@ -165,9 +165,11 @@ FUNCTION_VALUES = {
     "abs": abs(X), "pow": POSITIVE**1.5, "exp": np.exp(X), "log": np.log(POSITIVE),
     "sigmoid": 1 / (1 + np.exp(-X)), "silu": X / (1 + np.exp(-X)), "relu": np.where(X > 0, X, 0), "tanh": np.tanh(X),
     "gelu": X * 0.5 * (1 + np.vectorize(math.erf)(X / 2**0.5)), "round": np.array([[0, -2, 2, 0], [1, 3, -2, 1]]),
+    "sin": np.sin(X), "cos": np.cos(X), "erf": np.vectorize(math.erf)(X), "floor": X // 1,
+    "expm1": np.exp(X) - 1, "log1p": np.log(1 + POSITIVE),
     "and": MASK & (BYTES > 64), "or": MASK | (BYTES > 64), "not": ~MASK,
 }  # fmt: skip
-NEEDS_POSITIVE = {"reciprocal", "sqrt", "rsqrt", "pow", "log"}
+NEEDS_POSITIVE = {"reciprocal", "sqrt", "rsqrt", "pow", "log", "log1p"}
 
 
 @pytest.mark.parametrize("fn", FUNCTIONS)

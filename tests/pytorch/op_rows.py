@@ -175,11 +175,25 @@ row(
 for _name in ("neg", "square", "abs"):
     row(_name, _name, getattr(torch, _name), one, tuple(t for t in ALL if t is not torch.bool))
 row("relu", "relu", torch.relu, one, tuple(t for t in ALL if t is not torch.bool))
-for _name in ("exp", "exp2", "sigmoid", "tanh"):
+for _name in ("exp", "exp2", "sigmoid", "tanh", "sin", "cos", "erf", "expm1"):
     row(_name, _name, getattr(torch, _name), one, ALL)
-for _name in ("sqrt", "rsqrt", "log", "reciprocal"):
+for _name in ("sqrt", "rsqrt", "log", "log1p", "reciprocal"):
     row(_name, _name, getattr(torch, _name), positive, tuple(t for t in ALL if t is not torch.bool))
 row("log of what has none", "log sqrt", lambda x: (x.log(), x.sqrt()), one)
+row("large angles", "sin cos", lambda x: ((x * 1e4).sin(), (x * 1e4).cos()), one, (torch.float32, torch.float64))
+for _name in ("floor", "ceil", "trunc", "round", "sign"):
+    row(_name, _name, lambda x, _f=vars(torch)[_name]: _f(x * 2), one, tuple(t for t in ALL if t is not torch.bool))
+row("sign of bools", "sign", torch.sign, one, (torch.bool,))
+row(
+    "what is no number",
+    "isnan isinf sign",
+    lambda x: ((x / x).isnan(), (1 / x).isinf(), (x / x).sign(), x.isnan(), x.isinf()),
+    lambda d: (d.tensor(4, 6).round(),),
+)
+row("isnan of integers", "isnan isinf", lambda x: (x.isnan(), x.isinf()), one, INTEGERS)
+row("leaky relu", "leaky_relu", lambda x: (F.leaky_relu(x), F.leaky_relu(x, 0.3), F.leaky_relu(x, -1.0)), one)
+row("elu", "elu", lambda x: (F.elu(x), F.elu(x, 0.5), F.selu(x), F.celu(x, 0.7)), one)
+row("softplus", "softplus log1p", lambda x: (F.softplus(x), F.softplus(x, 2.0, 1.0), F.mish(x), F.logsigmoid(x)), one)
 row("silu", "silu", F.silu, one)
 row("gelu", "gelu", F.gelu, one)
 row("gelu by tanh", "gelu", lambda x: F.gelu(x, approximate="tanh"), one)
