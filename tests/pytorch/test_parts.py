@@ -28,7 +28,7 @@ def traced(f: Callable[..., Any], *args: torch.Tensor, symbolic: bool = False) -
 
 def halves(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
     y = torch.relu(x @ w) * 2
-    y = torch.lgamma(y.abs() + 1)  # has no meaning in the language
+    y = torch.i0(y)  # has no meaning in the language
     return torch.tanh(y @ w) + 1
 
 
@@ -52,7 +52,7 @@ def test_the_graph_is_cut_at_what_has_no_meaning() -> None:
     assert [p.nodes for p in found.parts.values()] == [3, 3]
     assert found.understood == 6
     assert found.nodes == 7
-    assert "not supported" in found.refused["aten.erf.default"]
+    assert "not supported" in found.refused["aten.i0.default"]
     x, w = torch.randn(4, 8), torch.randn(8, 8)
     torch.testing.assert_close(found.module(x, w), halves(x, w))
 
@@ -201,8 +201,8 @@ def test_the_backward_of_gelu() -> None:
         return torch.ops.aten.gelu_backward(grad, x, approximate=form) * 2
 
     x, grad = torch.randn(4, 8), torch.randn(4, 8)
-    for form in ("tanh", "none"):
-        assert check(lambda x, g, form=form: f(x, g, form), x, grad).parts
+    assert check(lambda x, g: f(x, g, "tanh"), x, grad).parts
+    assert check(lambda x, g: f(x, g, "none"), x, grad).parts
 
 
 # -- plans priced for a CPU ------------------------------------------------------------------------------------------

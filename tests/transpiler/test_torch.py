@@ -339,7 +339,7 @@ for _fn, _count in FUNCTIONS.items():
     if _fn not in ("pow", "and", "or", "not"):
         OPS[_fn] = (Elementwise(_fn), (X, Z)[:_count])
 
-POSITIVE = ("sqrt", "rsqrt", "log", "quantize", "quantize_unsigned")
+POSITIVE = ("sqrt", "rsqrt", "log", "log1p", "quantize", "quantize_unsigned")
 UNLIKE_IN_KERNEL = ("cast_to_half",)  # a kernel rounds at its stores alone
 
 
