@@ -9,7 +9,6 @@ from __future__ import annotations
 import inspect
 import logging
 import os
-import random
 import re
 import sys
 import threading
@@ -28,6 +27,7 @@ from mugraph.dsl.trace import TensorSpec, Tracing, source_line
 from mugraph.errors import CaptureError, Location, MugraphError, UnsupportedOpError
 from mugraph.ir.axes import Dim, Monomial, Size, over, times
 from mugraph.ir.graph import Program
+from mugraph.pytorch.effects import undone
 from mugraph.pytorch.ops import IGNORED, agreeing, dtype_of, meaning_of
 
 # Operators that are kept whole: their decompositions would hide what they are.
@@ -102,14 +102,13 @@ def capture(
     example_kwargs: Mapping[str, Any] | None = None,
     live: Sequence[Any] = (),
     modules: Sequence[Any] = (),
-    watch: Callable[[], object] = lambda: None,
 ) -> Captured:
     """Captures `fn`, a function or a module, called with `example_args` (tensors, pytrees of them, and plain values,
     which become fixed) and `example_kwargs`, arguments that go by name only.
 
     The values of the examples do not matter; examples that are the same tensor are one argument.  `live` lists tensors
     that the function reads besides its arguments, so that a constant is one of them and no detached copy; `modules` are
-    modules that it reads.  `watch` gives the state that it reads, which a run must leave as it is.
+    modules that it reads.
 
     `dynamic` names symbolic sizes: `{"x": {0: mg.Dim("B", 1, 256)}}`.  Examples need a size of at least 2 there.
     Raises CaptureError if torch cannot export the function, UnsupportedOpError for an operator without a meaning here.
@@ -117,7 +116,7 @@ def capture(
     keywords = tuple(example_kwargs or ())
     args = _distinct((*example_args, *(example_kwargs or {}).values()))
     names = [*_argument_names(fn, len(example_args)), *keywords]
-    exported, shim, detaches = _exported(fn, args, names, keywords, dynamic or {}, modules, watch)
+    exported, shim, detaches = _exported(fn, args, names, keywords, dynamic or {}, modules)
     return _Export(exported, shim, fn, args, names, dynamic or {}, name, live).run(detaches)
 
 
@@ -158,7 +157,6 @@ def _exported(
     keywords: Sequence[str],
     dynamic: Mapping[str, Mapping[int, Dim]],
     modules: Sequence[Any],
-    watch: Callable[[], object],
 ) -> tuple[Any, Any, bool]:
     """The exported program, the module that torch.export was given, and whether gradients are stopped in it."""
     import torch
@@ -183,9 +181,8 @@ def _exported(
                     self.add_module(f"module{i}", m)
 
         def forward(self, *args: Any) -> Any:
-            before, drawn = watch(), random.getstate()
             given, structure = pytree.tree_flatten(args)
-            with autocast, reads, _refused_questions():
+            with undone(fn), autocast, reads, _refused_questions():
                 try:
                     found = called(*args[:positional], **dict(zip(keywords, args[positional:], strict=True)))
                 except Exception as error:  # before torch.export tells of it in its own way
@@ -193,10 +190,6 @@ def _exported(
             left, now = pytree.tree_flatten(args)
             if now != structure or any(a is not b for a, b in zip(left, given, strict=True)):
                 raise CaptureError("the function changes a container that it is given", remedy="return the new values")
-            if random.getstate() != drawn:
-                raise CaptureError("the function draws from Python's random numbers", remedy="draw them outside")
-            if watch() != before:  # here, because torch.export puts back the attributes that a trace has changed
-                raise CaptureError("the function changes what it reads", remedy="return the new values instead")
             return found
 
     if unknown := sorted(set(dynamic) - set(names)):
@@ -281,7 +274,7 @@ def _has_own_gradient(node: Any) -> bool:
 
 # What tells calls apart that have one signature, and values that a trace takes for constants.
 _LAYOUT = {"is_contiguous", "stride", "storage_offset", "data_ptr"}
-_NEED = {"requires_grad", "is_leaf", "grad_fn"}
+_NEED = {"requires_grad", "requires_grad_", "is_leaf", "grad_fn"}
 _VALUES = {"item", "tolist", "__bool__", "__int__", "__float__", "__index__"}
 
 

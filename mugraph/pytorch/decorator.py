@@ -48,6 +48,7 @@ from mugraph.pytorch.calls import (
     wants_gradients,
 )
 from mugraph.pytorch.checks import CHANGED, Checks
+from mugraph.pytorch.effects import ChangesStateError
 from mugraph.pytorch.sizes import Changing, Dims, that_hold
 from mugraph.result import Result
 from mugraph.search.space import space_of
@@ -70,7 +71,8 @@ class Specialisation:
     `compiled`: the original runs through torch.compile, as that was measured to be faster.
     `folds` says that something is computed ahead from weights, which only pays while these stay as they are.
     `prepared` counts how often a shorter way to it was made.  `untold` is a reason that is told after the first call:
-    not where the original raises an error of its own.
+    not where the original raises an error of its own.  `again`: another call makes it again, as this one may have filled
+    what is kept from then on.
     """
 
     captured: Any
@@ -81,6 +83,7 @@ class Specialisation:
     compiled: bool = False
     prepared: int = 0
     untold: Exception | None = None
+    again: bool = False
 
     @cached_property
     def folds(self) -> bool:
@@ -272,8 +275,9 @@ class OptimizedFunction:
             return self._outside(f"more than {LIMIT} signatures", "declare sizes as dynamic", args, named)
         chosen, sizes = known
         found = self._run(chosen, call.leaves, args, named, state)
-        self._tell(chosen)
-        if chosen.prepared < MOST_PREPARED and not named and len(args) == self._positional:
+        if not chosen.again:
+            self._tell(chosen)
+        if chosen.prepared < MOST_PREPARED and not chosen.again and not named and len(args) == self._positional:
             self._prepare(chosen, args, sizes)
         return found
 
@@ -303,7 +307,7 @@ class OptimizedFunction:
             declared = changing.dims
         sizes = that_hold(given, declared)
         key = (call.spec, leaf_key(call.leaves, sizes), frozen)
-        if (chosen := self.specialisations.get(key)) is not None:
+        if (chosen := self.specialisations.get(key)) is not None and not chosen.again:
             return chosen, sizes
         with self._lock:
             sizes = that_hold(
@@ -311,6 +315,9 @@ class OptimizedFunction:
             )  # another thread may have been here
             key = (call.spec, leaf_key(call.leaves, sizes), frozen)
             if (chosen := self.specialisations.get(key)) is not None:
+                if chosen.again:
+                    self.specialisations[key] = chosen = self._specialise(call, sizes, state)
+                    chosen.again = False
                 return chosen, sizes
             if len(self.specialisations) >= LIMIT:
                 return None
@@ -468,7 +475,6 @@ class OptimizedFunction:
                 example_kwargs=named,
                 live=state.tensors,
                 modules=state.modules,
-                watch=lambda: self._guards.state().frozen(),
             )
             if options.get("space") is None:  # weights may be written in ways that PyTorch does not count
                 space = space_of(settings.effort.get(options.pop("effort", None)))
@@ -480,8 +486,8 @@ class OptimizedFunction:
                 return Specialisation(None, None, error)
             if self.strict:
                 raise
-            faster = self._is_faster_compiled(call)
-            return Specialisation(None, None, error, kept=state.kept, compiled=faster, untold=error)
+            faster, again = self._is_faster_compiled(call), isinstance(error, ChangesStateError)
+            return Specialisation(None, None, error, kept=state.kept, compiled=faster, untold=error, again=again)
         places = {id(x): i for i, x in reversed(list(enumerate(state.tensors)))}
         live = tuple(places.get(id(x), x) for x in captured.constants.values())
         return Specialisation(captured, result, None, live, state.kept, result.unchanged and result.compiled)

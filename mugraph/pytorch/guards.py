@@ -332,20 +332,20 @@ def _class_plan(kind: type) -> _ClassPlan:
             v = v.fget if isinstance(v, property) else getattr(v, "original", getattr(v, "__func__", v))
             if isinstance(v, types.FunctionType):
                 functions.append(v)
-    names = {n for fn in functions for code in _codes(fn.__code__) for n in code.co_names}
+    names = {n for fn in functions for code in codes(fn.__code__) for n in code.co_names}
     return _ClassPlan(tuple(functions), tuple(sorted(names)), bases)
 
 
-def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
+def codes(code: types.CodeType) -> Iterator[types.CodeType]:
     """The code and the codes nested in it."""
     yield code
     for c in code.co_consts:
         if isinstance(c, types.CodeType):
-            yield from _codes(c)
+            yield from codes(c)
 
 
 def _global_names(code: types.CodeType) -> Iterator[str]:
-    for c in _codes(code):
+    for c in codes(code):
         for step in dis.get_instructions(c):
             if step.opname in ("LOAD_GLOBAL", "LOAD_NAME") and step.argval is not None:
                 yield step.argval

@@ -10,6 +10,7 @@ What is a part is decided in `parts.py`.
 from __future__ import annotations
 
 import ast
+import functools
 import re
 import warnings
 from collections.abc import Collection, Mapping, Sequence
@@ -19,6 +20,7 @@ from typing import Any
 from mugraph.errors import CaptureError
 from mugraph.ir.graph import Program
 from mugraph.pytorch.capture import decompositions
+from mugraph.pytorch.effects import undone
 from mugraph.pytorch.ops import IGNORED
 from mugraph.pytorch.parts import Part, computes, split
 
@@ -89,13 +91,25 @@ def graph_text(model: Any, args: Sequence[Any]) -> str:
 def _exported(model: Any, args: Sequence[Any]) -> Any:
     import torch
 
+    run = model.forward
+
+    @functools.wraps(run)
+    def forward(*given: Any, **named: Any) -> Any:
+        with undone(model):
+            return run(*given, **named)
+
+    model.forward = forward
     try:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
             exported = torch.export.export(model, tuple(args), strict=False).run_decompositions(decompositions())
+    except CaptureError:
+        raise
     except Exception as error:
         first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise CaptureError(f"torch.export cannot capture it: {first}") from error
+    finally:
+        del model.forward
     for spec in exported.graph_signature.output_specs:
         if spec.kind.name != "USER_OUTPUT":
             raise CaptureError(f"it writes into {spec.target or 'an input'}")
