@@ -71,8 +71,8 @@ class Specialisation:
     `compiled`: the original runs through torch.compile, as that was measured to be faster.
     `folds` says that something is computed ahead from weights, which only pays while these stay as they are.
     `prepared` counts how often a shorter way to it was made.  `untold` is a reason that is told after the first call:
-    not where the original raises an error of its own.  `again`: another call makes it again, as this one may have filled
-    what is kept from then on.
+    not where the original raises an error of its own.  `again`: the next call makes it again, as the first may have
+    filled what is kept from then on.
     """
 
     captured: Any
@@ -328,7 +328,8 @@ class OptimizedFunction:
                     changing.dims = grown
                     self.specialisations[call.spec, leaf_key(call.leaves, wider), frozen] = found
                     return found, wider
-                changing.fix(grown)  # the program holds for the size it was captured with alone
+                if not isinstance(found.reason, ChangesStateError):
+                    changing.fix(grown)  # the program holds for the size it was captured with alone
             chosen = self.specialisations[key] = self._specialise(call, sizes, state)
         return chosen, sizes
 

@@ -1,0 +1,205 @@
+"""What a function changes besides its result happens once a call, as it was written."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import random
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import mugraph as mg
+from mugraph.pytorch.effects import ChangesStateError, Effects, undone
+
+pytestmark = pytest.mark.filterwarnings("ignore::mugraph.errors.FallbackWarning")
+
+X = torch.linspace(-1, 1, 40).reshape(5, 8)
+HELD: Any = None
+
+
+class Box:
+    h: Any = torch.zeros(8)
+
+    def __init__(self) -> None:
+        self.kept: list[Any] = []
+
+
+class Slotted:
+    __slots__ = ("h",)
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Module()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not hasattr(self, "base"):
+            self.base = torch.arange(8.0)
+        self.inner.h = torch.tanh(x + getattr(self.inner, "h", 0)).mean(0)
+        return torch.softmax(x, -1) * self.inner.h + self.base
+
+
+def counting() -> Callable[..., Any]:
+    state = {"n": 0}
+
+    def f(x: torch.Tensor) -> torch.Tensor:
+        state["n"] += 1
+        return torch.softmax(x, -1) * state["n"]
+
+    return f
+
+
+def nonlocal_counting() -> Callable[..., Any]:
+    n = 0
+
+    def f(x: torch.Tensor) -> torch.Tensor:
+        nonlocal n
+        n += 1
+        return torch.softmax(x, -1) * n
+
+    return f
+
+
+def with_a_global() -> Callable[..., Any]:
+    def f(x: torch.Tensor) -> torch.Tensor:
+        global HELD
+        HELD = torch.tanh(x + (0 if HELD is None else HELD))
+        return HELD * 2
+
+    return f
+
+
+def with_a_class() -> Callable[..., Any]:
+    Box.h = torch.zeros(8)
+
+    def f(x: torch.Tensor) -> torch.Tensor:
+        Box.h = torch.tanh(x + Box.h).mean(0)
+        return Box.h * 2
+
+    return f
+
+
+def with_an_object() -> Callable[..., Any]:
+    box = Box()
+
+    def f(x: torch.Tensor) -> torch.Tensor:
+        box.kept.append(torch.tanh(x))
+        return torch.stack(box.kept).sum(0)
+
+    return f
+
+
+def with_a_slot() -> Callable[..., Any]:
+    held = Slotted()
+
+    def f(x: torch.Tensor) -> torch.Tensor:
+        held.h = torch.tanh(x) + getattr(held, "h", 0)
+        return held.h * 2
+
+    return f
+
+
+def with_a_queue() -> Callable[..., Any]:
+    held: deque[Any] = deque(maxlen=2)
+
+    def f(x: torch.Tensor) -> torch.Tensor:
+        held.append(torch.tanh(x) * (1 + len(held)))
+        return sum(held) * 2
+
+    return f
+
+
+def with_itself() -> Callable[..., Any]:
+    def f(x: torch.Tensor) -> torch.Tensor:
+        f.last = torch.tanh(x) + getattr(f, "last", 0)  # type: ignore[attr-defined]
+        return f.last * 2  # type: ignore[attr-defined]
+
+    return f
+
+
+def drawing() -> Callable[..., Any]:
+    numbers, own = np.random.default_rng(0), random.Random(0)
+
+    def f(x: torch.Tensor) -> torch.Tensor:
+        return torch.softmax(x, -1) * float(numbers.random()) * own.random() * float(np.random.rand()) * random.random()
+
+    return f
+
+
+STATEFUL = (
+    counting, nonlocal_counting, with_a_global, with_a_class, with_an_object, with_a_slot, with_a_queue, with_itself,
+    drawing, Recurrent,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("make", STATEFUL, ids=lambda make: make.__name__)
+def test_state_is_what_it_would_be(make: Callable[[], Callable[..., Any]]) -> None:
+    results = []
+    for wrap in (lambda f: f, mg.superoptimize):
+        global HELD
+        HELD = None
+        random.seed(0)
+        np.random.seed(0)
+        f = wrap(make())
+        results.append([f(x) for x in (X, X * 2, X, X * 3, X)])
+    assert all(type(x) is torch.Tensor for x in results[1])
+    torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-5)
+
+
+def test_what_the_first_call_fills_is_read_by_an_optimised_second() -> None:
+    memo: dict[str, Any] = {}
+
+    @functools.lru_cache
+    def table(n: int) -> torch.Tensor:
+        return torch.arange(float(n))
+
+    def f(x: torch.Tensor) -> torch.Tensor:
+        if "k" not in memo:
+            memo["k"] = torch.arange(8.0)
+        return torch.softmax(x, -1) * memo["k"] + table(8)
+
+    fast = mg.superoptimize(f)
+    for _ in range(3):
+        torch.testing.assert_close(fast(X), f(X))
+    assert type(memo["k"]) is type(table(8)) is torch.Tensor
+    assert fast.result is not None
+
+
+def test_the_reason_names_what_is_changed() -> None:
+    fast = mg.superoptimize(with_a_class())
+    for _ in range(2):
+        fast(X)
+    assert "changes what it reads: the class Box" in fast.report
+
+
+def test_what_changes_nothing_is_let_through_and_what_raises_is_undone_too() -> None:
+    held: list[int] = []
+
+    def f() -> None:
+        held.append(1)
+        raise ValueError
+
+    with undone(counting):
+        pass
+    with pytest.raises(ValueError), undone(f):
+        f()
+    assert held == []
+    with pytest.raises(ChangesStateError, match="held"), undone(f):
+        held.append(1)
+    assert held == []
+
+
+def test_a_walk_goes_through_circles_and_leaves_iterators_alone() -> None:
+    ring: list[Any] = [itertools.count()]
+    ring.append(ring)
+    effects = Effects(lambda: ring)
+    ring.pop()
+    assert effects.undo() == "ring"
+    assert len(ring) == 2
