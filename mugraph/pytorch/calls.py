@@ -52,6 +52,20 @@ def uncast() -> AbstractContextManager[Any]:
     return nullcontext() if autocast() is None else torch.autocast("cpu", enabled=False)
 
 
+def unhooked() -> AbstractContextManager[Any]:
+    """What is saved for a backward pass here is not that of the call: checkpointing counts it."""
+    import torch
+
+    return torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
+
+
+def steering() -> tuple[type[Exception], ...]:
+    """Errors that say nothing of what raises them: checkpointing ends a computation by one."""
+    from torch.utils import checkpoint
+
+    return (checkpoint._StopRecomputationError,) if hasattr(checkpoint, "_StopRecomputationError") else ()
+
+
 def outside_state(leaves: Sequence[Any]) -> tuple[str, str] | None:
     """What a captured program does not represent, with a remedy."""
     import torch

@@ -35,14 +35,23 @@ class Checks:
             self.objects[found] = x
         return found
 
-    def function(self, parameters: str, result: str, once: bool) -> Callable[..., Any]:
+    def function(
+        self, parameters: str, result: str, once: bool, through: tuple[type[Exception], ...] = ()
+    ) -> Callable[..., Any]:
         """A function that returns `result`, an expression, where everything holds, else CHANGED: also where what was
-        looked at is gone, and where `result` raises, unless it may be computed only once."""
+        looked at is gone, and where `result` raises, unless it may be computed only once.  Errors in `through` are
+        raised."""
         terms = list(self.terms)
         lines = [f"def checked({parameters}):", "    try:"]
         for at in range(0, len(terms), _LINE):
             lines += [f"        if not ({' and '.join(terms[at : at + _LINE])}):", "            return CHANGED"]
-        lines += [*([] if once else [f"        return {result}"]), "    except Exception:", "        return CHANGED"]
+        lines += [] if once else [f"        return {result}"]
+        lines += [
+            f"    except {self.name(through)}:",
+            "        raise",
+            "    except Exception:",
+            "        return CHANGED",
+        ]
         space = dict(self.objects)
         exec("\n".join([*lines, *([f"    return {result}"] if once else [])]), space)
         found: Callable[..., Any] = space["checked"]

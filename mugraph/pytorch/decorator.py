@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 from mugraph import pipeline, settings
 from mugraph.errors import (
@@ -43,8 +44,10 @@ from mugraph.pytorch.calls import (
     is_traced,
     leaf_key,
     outside_state,
+    steering,
     transforms,
     uncast,
+    unhooked,
     wants_gradients,
 )
 from mugraph.pytorch.checks import CHANGED, Checks
@@ -57,6 +60,8 @@ Dynamic = Mapping[str, Mapping[int, Dim]]
 
 # So many specialisations are made; later signatures run as written.  An attribute that counts calls makes one a call.
 LIMIT = 64
+# A function that so often changed what it reads is not traced again.
+MOST_CHANGES = 4
 # So many signatures have a short way at a time, and each gets a new one so often.
 MOST_READY = 8
 MOST_PREPARED = 100
@@ -144,6 +149,8 @@ class OptimizedFunction:
         self._lock = threading.RLock()
         self._guards: Any = None
         self._told: set[str] = set()
+        self._changes = 0  # how often a trace changed what the function reads
+        self._of_classes: WeakKeyDictionary[type, OptimizedFunction] = WeakKeyDictionary()
         self._prepared: tuple[tuple[Specialisation, Callable[..., Any]], ...] = ()
         from mugraph.pytorch.capture import signature_of
 
@@ -163,6 +170,8 @@ class OptimizedFunction:
         if instance is None or not isinstance(self.original, types.FunctionType):
             return self
         bound = types.MethodType(self.original, instance)
+        if isinstance(instance, type):  # a class method
+            return self._of_classes.setdefault(instance, OptimizedFunction(bound, **self._asked))
         if not hasattr(instance, "__dict__"):
             return bound  # nowhere to keep what is optimised for this instance
         method = OptimizedFunction(bound, **self._asked)
@@ -270,6 +279,8 @@ class OptimizedFunction:
             return self._outside("modules with hooks", "remove the hooks", args, named)
         if is_traced(state.tensors):
             return self.original(*args, **named)
+        if self._changes >= MOST_CHANGES:
+            return self.original(*args, **named)  # which was told
         known = self._known(call, state)
         if known is None:
             return self._outside(f"more than {LIMIT} signatures", "declare sizes as dynamic", args, named)
@@ -395,7 +406,8 @@ class OptimizedFunction:
         if not is_written and not captured.is_plain:
             text = f"{checks.name(_unflattened)}({checks.name(captured)}, {text})"
         others = tuple(known for known in self._prepared if known[0] is not chosen)
-        self._prepared = ((chosen, checks.function("args", text, once=is_written)), *others[: MOST_READY - 1])
+        prepared = checks.function("args", text, once=is_written, through=steering())
+        self._prepared = ((chosen, prepared), *others[: MOST_READY - 1])
 
     def _optimised_call(
         self, chosen: Specialisation, state: Any, checks: Checks, count: int
@@ -430,6 +442,8 @@ class OptimizedFunction:
             return self._trained(*args, **named)  # no autograd formula, or gradients that stop in places
         try:
             outputs = chosen.result(*inputs)
+        except steering():
+            raise
         except Exception as error:
             if self.strict:
                 raise
@@ -469,25 +483,29 @@ class OptimizedFunction:
         try:
             self._check_ranks(call)
             args, named, dynamic = self._examples(call, sizes)
-            captured = capture(
-                self.original,
-                args,
-                dynamic,
-                example_kwargs=named,
-                live=state.tensors,
-                modules=state.modules,
-            )
+            with unhooked():
+                captured = capture(
+                    self.original,
+                    args,
+                    dynamic,
+                    example_kwargs=named,
+                    live=state.tensors,
+                    modules=state.modules,
+                )
             if options.get("space") is None:  # weights may be written in ways that PyTorch does not count
                 space = space_of(settings.effort.get(options.pop("effort", None)))
                 options["space"] = space.but(ahead=False)
-            with uncast():
+            with uncast(), unhooked():
                 result = self._optimized(call, captured, options)
         except Exception as error:  # whatever goes wrong here would not go wrong in the original
             if quiet:
                 return Specialisation(None, None, error)
             if self.strict:
                 raise
-            faster, again = self._is_faster_compiled(call), isinstance(error, ChangesStateError)
+            again = isinstance(error, ChangesStateError)
+            self._changes += again
+            again = again and self._changes == 1
+            faster = self._is_faster_compiled(call)
             return Specialisation(None, None, error, kept=state.kept, compiled=faster, untold=error, again=again)
         places = {id(x): i for i, x in reversed(list(enumerate(state.tensors)))}
         live = tuple(places.get(id(x), x) for x in captured.constants.values())

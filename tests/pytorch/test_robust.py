@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils import _pytree as pytree
+from torch.utils.checkpoint import checkpoint
 
 import mugraph as mg
 from mugraph.errors import FallbackWarning, MugraphError, SettingError
@@ -511,3 +512,44 @@ def test_a_branch_on_data_prints_nothing_but_the_warning(capfd: pytest.CaptureFi
     with pytest.warns(FallbackWarning, match="data-dependent"):
         mg.superoptimize(lambda x: x + 1 if x.sum() > 0 else x)(torch.ones(3, 4))
     assert capfd.readouterr() == ("", "")
+
+
+def test_checkpoints_save_and_stop_as_they_do_eagerly() -> None:
+    def f(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        return torch.softmax(x @ w, -1) * 2
+
+    x, w = R(5, 8).requires_grad_(), R(8, 6).requires_grad_()
+    found = []
+    for g in (f, S(f)):
+        for _ in range(3):
+            checkpoint(g, x, w, use_reentrant=False).square().sum().backward()
+            found.append((x.grad, w.grad))
+            x.grad = w.grad = None
+    for grads in found[1:]:
+        same(grads, found[0])
+
+
+def test_class_methods_have_a_function_for_each_class() -> None:
+    class Scaled:
+        times = 2
+
+        @classmethod
+        @mg.superoptimize
+        def run(cls, x: torch.Tensor) -> torch.Tensor:
+            return torch.softmax(x, -1) * cls.times
+
+    class More(Scaled):
+        times = 3
+
+    x = R(3, 8)
+    for kind in (Scaled, More, Scaled, More):
+        same(kind.run(x), torch.softmax(x, -1) * kind.times)
+    assert Scaled.run is Scaled.run
+
+
+def test_a_need_of_a_gradient_is_set_in_the_argument_itself() -> None:
+    x = R(3, 8)
+    with pytest.warns(FallbackWarning, match="requires_grad_"):
+        found = S(lambda x: torch.softmax(x.requires_grad_(), -1) * 2)(x)
+    assert x.requires_grad
+    assert found.requires_grad
