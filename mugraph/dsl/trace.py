@@ -249,13 +249,23 @@ class Tracing:
         return Program(name, tuple(inputs), tuple(equations), tuple(finals))
 
     def _check_casts(self, steps: Sequence[Recorded]) -> None:
-        """Refuses to round to a type that no input has and to go on in a wider one: casts between floats are the
-        identity in the algebra, and here the rounding is what is asked for."""
+        """Refuses to round to a type that no input has and to go on in a wider one, and to compute in f64 with what is
+        narrower: casts between floats are the identity in the algebra, and here the rounding, or its lack, is what is
+        asked for."""
         given = {x.dtype for _, x, _ in self.inputs}
+        used = {a for step in steps for a in step.args}
         rounded: dict[Value, DType] = {}
         for step in steps:
             floats = [a for a in (*step.args, step.target) if a.dtype.is_float]
             widest = max((a.dtype.bits for a in floats), default=0)
+            narrower = any(a.dtype.is_float and a.dtype.bits < 64 and a.vars for a in step.args)
+            if widest == 64 and narrower and (step.target in used or step.target.dtype is not DType.f64):
+                raise UnsupportedOpError(
+                    "a value of a narrower type is computed with in f64",
+                    op="cast",
+                    where=step.where,
+                    remedy="do it outside the program",
+                )
             if isinstance(step.op, Cast) and len(floats) == 2 and step.target.dtype.bits < widest:
                 if step.target.dtype not in given:
                     rounded[step.target] = step.args[0].dtype

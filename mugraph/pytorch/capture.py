@@ -160,6 +160,7 @@ def _exported(
 ) -> tuple[Any, Any, bool]:
     """The exported program, the module that torch.export was given, and whether gradients are stopped in it."""
     import torch
+    from torch._dynamo.convert_frame import compile_lock
     from torch.utils import _pytree as pytree
 
     called = _named_forward(fn)
@@ -201,6 +202,7 @@ def _exported(
     shim, shaped = Shim(), {"args": shapes} if dynamic else None
     try:
         with (
+            compile_lock,  # torch.compile in another thread changes the same state of PyTorch
             warnings.catch_warnings(),
             _unlogged(),
             torch.inference_mode(False),

@@ -577,8 +577,9 @@ def _centred(x: Tensor, axes: tuple[int, ...], eps: float) -> tuple[Tensor, Tens
 @aten("native_group_norm")
 def _native_group_norm(
     x: Tensor, weight: Any, bias: Any, n: Any, channels: Any, rest: Any, groups: int, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """x [N, C, ..]: every group of C / groups channels has a mean and a variance of its own."""
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """x [N, C, ..]: every group of C / groups channels has a mean and a variance of its own.  Those of 16-bit tensors,
+    whose type the backward's own kernels expect to be this or that, are not given."""
     parts = x.reshape(x.shape[0], groups, int(x.shape[1]) // groups, *x.shape[2:])
     found, average, spread = _centred(parts, tuple(range(2, parts.ndim)), eps)
     found = found.reshape(*x.shape)
@@ -591,7 +592,8 @@ def _native_group_norm(
         found = found * of_channels(weight)
     if bias is not None:
         found = found + of_channels(bias)
-    return t.cast(found, x.dtype), average.reshape(x.shape[0], groups), spread.reshape(x.shape[0], groups)
+    kept = (None, None) if x.dtype in HALF else (y.reshape(x.shape[0], groups) for y in (average, spread))
+    return (t.cast(found, x.dtype), *kept)
 
 
 @aten("group_norm")

@@ -262,6 +262,9 @@ def _tried(node: Any) -> None:
             fragment.values[source] = fragment.number(fake)
     fake = node.meta["val"]
     if isinstance(fake, torch.Tensor):
+        widened = [x for _, x in inputs if isinstance(x, torch.Tensor) and x.is_floating_point() and x.ndim]
+        if fake.dtype is torch.float64 and any(x.dtype is not fake.dtype for x in widened):
+            raise UnsupportedOpError("it widens to f64, in which a program computes only with what it is given in f64")
         fragment.compute(node)
         return
     fragment.call(node)

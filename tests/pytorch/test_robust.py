@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 import os
 import pickle
@@ -553,3 +554,48 @@ def test_a_need_of_a_gradient_is_set_in_the_argument_itself() -> None:
         found = S(lambda x: torch.softmax(x.requires_grad_(), -1) * 2)(x)
     assert x.requires_grad
     assert found.requires_grad
+
+
+WIDENED = {
+    "exp": lambda x: torch.exp(x.double()),
+    "product": lambda x: x.double() * x.double(),
+    "softmax": lambda x: torch.softmax(x, -1, dtype=torch.float64) * 2,
+    "matmul": lambda x: x.double() @ x.double().mT,
+    "sum": lambda x: x.sum(-1, dtype=torch.float64) - 1,
+    "both": lambda x: (x * 2) * x.double() + 1,
+}
+
+
+@pytest.mark.parametrize("door", ["superoptimize", "compile"])
+@pytest.mark.parametrize("name", WIDENED)
+@pytest.mark.filterwarnings("ignore::mugraph.errors.FallbackWarning")
+def test_what_is_widened_to_f64_is_computed_in_f64(name: str, door: str) -> None:
+    f, x = WIDENED[name], R(4, 8) * 100
+    options = {"rest": "eager", "parts": "all"}
+    fast = S(f) if door == "superoptimize" else torch.compile(f, backend="mugraph", options=options)
+    same(fast(x), f(x), 1e-13)
+
+
+@pytest.mark.full
+def test_both_doors_in_several_threads() -> None:
+    errors: list[Exception] = []
+    models = [nn.Sequential(nn.Linear(16, 32), nn.LayerNorm(32), nn.GELU(), nn.Linear(32, 8)) for _ in range(6)]
+    options = {"rest": "eager", "parts": "all"}
+    doors = (S, functools.partial(torch.compile, backend="mugraph", options=options))
+    fast = [doors[i % 2](model) for i, model in enumerate(models)]
+
+    def run(i: int) -> None:
+        try:
+            for rows in (3, 4, 5):
+                same(fast[i](R(rows, 16)), models[i](R(rows, 16)))
+        except Exception as error:
+            errors.append(error)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FallbackWarning)
+        threads = [threading.Thread(target=run, args=(i,)) for i in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert errors == []

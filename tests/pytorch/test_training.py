@@ -263,3 +263,17 @@ def test_gradients_that_a_function_stops_stay_stopped() -> None:
     mine = torch.autograd.grad(half(*args).sum(), args)
     torch.testing.assert_close(mine, torch.autograd.grad(half.original(*args).sum(), args), rtol=1e-4, atol=1e-5)
     assert {"forward", "backward"} <= {r.kind for r in reports()}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_group_norm_of_two_types_has_its_gradients(dtype: torch.dtype) -> None:
+    def f(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return F.gelu(F.group_norm(x, 2, w, b))
+
+    found = []
+    for g in (f, torch.compile(f, backend="mugraph", options={"rest": "eager", "parts": "all"})):
+        args = (torch.linspace(-1, 1, 256).reshape(2, 8, 16).to(dtype), torch.ones(8), torch.zeros(8))
+        given = [x.requires_grad_() for x in args]
+        g(*given).float().square().sum().backward()
+        found.append([x.grad for x in given])
+    torch.testing.assert_close(found[1], found[0], rtol=2e-2, atol=2e-2)
