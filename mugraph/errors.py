@@ -24,6 +24,7 @@ __all__ = [
     "CompileError",
     "FallbackWarning",
     "GraphError",
+    "InterruptedWarning",
     "LaunchError",
     "Location",
     "MugraphError",
@@ -235,6 +236,13 @@ class MugraphWarning(UserWarning):
 
 class FallbackWarning(MugraphWarning):
     """The original function runs instead; the message says why."""
+
+
+class InterruptedWarning(MugraphWarning):
+    """Ctrl-C ended a search: the best so far runs."""
+
+    def __init__(self) -> None:
+        super().__init__("the search was interrupted and the best so far runs; another Ctrl-C ends the program")
 
 
 class CacheWarning(MugraphWarning):

@@ -34,7 +34,7 @@ from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._guards import TracingContext, detect_fake_mode, tracing
 
 from mugraph import pipeline, settings
-from mugraph.errors import FallbackWarning, MugraphError, SettingError
+from mugraph.errors import FallbackWarning, InterruptedWarning, MugraphError, SettingError
 from mugraph.ir.axes import Dim, Monomial, Size
 from mugraph.ir.types import TORCH_NAMES
 from mugraph.pytorch.parts import Part, split
@@ -207,7 +207,7 @@ def _compiled(kind: Kind, options: Options, module: Any, example_inputs: Sequenc
         result = found.module if any(p.replaced for p in shown) else module
         nodes, understood, refused = found.nodes, found.understood, found.refused
     except Exception as error:
-        _warn(f"a {kind} graph", error)
+        _warn(f"the {kind} graph", error)
         result, shown, nodes, understood, refused = module, [], 0, 0, {}
     run, rest = _rest(kind, options, result, example_inputs)
     _reports.append(GraphReport(kind, nodes, understood, tuple(shown), refused, rest))
@@ -221,6 +221,8 @@ def _replacement(part: Part, original: Any, name: str, options: Options) -> tupl
         with _outside_tracing():
             result = _optimized(part, original, options)
             gain = _gain(result)
+        if result.interrupted:
+            warnings.warn(InterruptedWarning(), stacklevel=2)
     except Exception as error:
         _warn(part.program.name, error)
         return PartReport(name, part.nodes, False, f"failed: {error}"), None

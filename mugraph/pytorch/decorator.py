@@ -28,6 +28,7 @@ from mugraph import pipeline, settings
 from mugraph.errors import (
     CaptureError,
     FallbackWarning,
+    InterruptedWarning,
     LaunchError,
     MugraphError,
     SettingError,
@@ -140,6 +141,8 @@ class OptimizedFunction:
         if inspect.isclass(original):
             raise SettingError(f"{original.__name__} is a class", remedy="give an instance of it, or a function")
         _check_options(options)
+        if not isinstance(strict, bool):
+            raise SettingError(f"strict is {strict!r}", remedy="True or False")
         self.original = original
         self.strict = strict
         self.options = options
@@ -497,6 +500,8 @@ class OptimizedFunction:
                 options["space"] = space.but(ahead=False)
             with uncast(), unhooked():
                 result = self._optimized(call, captured, options)
+            if result.interrupted:
+                warnings.warn(InterruptedWarning(), stacklevel=_user_level())
         except Exception as error:  # whatever goes wrong here would not go wrong in the original
             if quiet:
                 return Specialisation(None, None, error)

@@ -7,6 +7,7 @@ import functools
 import logging
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import threading
@@ -24,7 +25,8 @@ from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
 import mugraph as mg
-from mugraph.errors import FallbackWarning, MugraphError, SettingError
+from mugraph.errors import FallbackWarning, InterruptedWarning, MugraphError, SettingError
+from mugraph.search import setup
 
 S = mg.superoptimize
 
@@ -599,3 +601,20 @@ def test_both_doors_in_several_threads() -> None:
         for thread in threads:
             thread.join()
     assert errors == []
+
+
+def test_a_search_that_ctrl_c_ends_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = setup.build
+
+    def build(*given: Any, **named: Any) -> Any:
+        monkeypatch.setattr(setup, "build", real)
+        signal.raise_signal(signal.SIGINT)
+        return real(*given, **named)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores Ctrl-C
+    monkeypatch.setattr(setup, "build", build)
+    fast, x = S(lambda x: torch.softmax(x.relu() * 3.25, -1) * 7), R(3, 8)
+    with pytest.warns(InterruptedWarning, match="best so far"):
+        same(fast(x), fast.original(x))
+    signal.signal(signal.SIGINT, before)
+    assert "interrupted" in fast.report
