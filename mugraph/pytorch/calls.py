@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 from mugraph.ir.axes import Dim
@@ -117,11 +118,21 @@ def leaf_key(leaves: Sequence[Any], free: Mapping[int, Mapping[int, Dim]]) -> tu
             parts += (type(x), x.hex())  # tells 0.0 from -0.0, and NaN is itself
         elif isinstance(x, _VALUES):
             parts += (type(x), x)
-        elif isinstance(x, torch.dtype | torch.device | torch.layout | torch.memory_format):
+        elif isinstance(x, torch.dtype | torch.device | torch.layout | torch.memory_format) or is_torch_function(x):
             parts.append(x)
         else:
             parts.append(type(x))  # torch.export refuses it, whatever its value
     return tuple(parts)
+
+
+def is_torch_function(x: Any) -> bool:
+    """Whether it is a function of PyTorch's own (`F.silu`, `torch.relu`), which reads nothing that changes."""
+    if not isinstance(x, FunctionType | BuiltinFunctionType):
+        return False
+    import torch
+
+    known = any(getattr(place, x.__name__, None) is x for place in (torch, torch.nn.functional, torch.special))
+    return known or (x.__module__ or "").partition(".")[0] == "torch"
 
 
 ANY = Dim("any")  # stands for every size where only ranks count

@@ -27,6 +27,7 @@ from mugraph.dsl.trace import TensorSpec, Tracing, source_line
 from mugraph.errors import CaptureError, Location, MugraphError, UnsupportedOpError
 from mugraph.ir.axes import Dim, Monomial, Size, over, times
 from mugraph.ir.graph import Program
+from mugraph.pytorch.calls import is_torch_function
 from mugraph.pytorch.effects import undone
 from mugraph.pytorch.ops import IGNORED, agreeing, dtype_of, meaning_of
 
@@ -103,8 +104,8 @@ def capture(
     live: Sequence[Any] = (),
     modules: Sequence[Any] = (),
 ) -> Captured:
-    """Captures `fn`, a function or a module, called with `example_args` (tensors, pytrees of them, and plain values,
-    which become fixed) and `example_kwargs`, arguments that go by name only.
+    """Captures `fn`, a function or a module, called with `example_args` (tensors, pytrees of them, plain values and
+    functions of PyTorch's own, which become fixed) and `example_kwargs`, arguments that go by name only.
 
     The values of the examples do not matter; examples that are the same tensor are one argument.  `live` lists tensors
     that the function reads besides its arguments, so that a constant is one of them and no detached copy; `modules` are
@@ -164,6 +165,8 @@ def _exported(
     from torch.utils import _pytree as pytree
 
     called = _named_forward(fn)
+    functions = {i: x for i, x in enumerate(args) if is_torch_function(x)}  # torch.export takes none
+    args = tuple(None if i in functions else x for i, x in enumerate(args))
     reads = _reads()
     positional = len(args) - len(keywords)
     # torch.export writes down the casts of a block in the function; one around the export itself it does not see
@@ -182,6 +185,7 @@ def _exported(
                     self.add_module(f"module{i}", m)
 
         def forward(self, *args: Any) -> Any:
+            args = tuple(functions.get(i, x) for i, x in enumerate(args))
             given, structure = pytree.tree_flatten(args)
             with undone(fn), autocast, reads, _refused_questions():
                 try:

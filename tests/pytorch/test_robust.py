@@ -25,7 +25,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
 import mugraph as mg
-from mugraph.errors import FallbackWarning, InterruptedWarning, MugraphError, SettingError
+from mugraph.errors import CaptureError, FallbackWarning, InterruptedWarning, MugraphError, SettingError
 from mugraph.search import setup
 
 S = mg.superoptimize
@@ -618,3 +618,16 @@ def test_a_search_that_ctrl_c_ends_says_so(monkeypatch: pytest.MonkeyPatch) -> N
         same(fast(x), fast.original(x))
     signal.signal(signal.SIGINT, before)
     assert "interrupted" in fast.report
+
+
+def test_functions_of_pytorch_as_arguments_are_part_of_the_signature() -> None:
+    def layer(x: torch.Tensor, w: torch.Tensor, act: Callable[..., Any] = F.silu) -> torch.Tensor:
+        return act(x @ w) * 2
+
+    fast, x, w = S(layer, strict=True), R(4, 8), R(8, 8)
+    for act in (F.silu, torch.relu, F.gelu, torch.relu):
+        same(fast(x, w, act=act), layer(x, w, act))
+    same(fast(x, w), layer(x, w))
+    assert len(fast.specialisations) == 3
+    with pytest.raises(CaptureError, match="Unsupported input type"):
+        fast(x, w, lambda x: x + 1)
