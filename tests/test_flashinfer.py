@@ -92,6 +92,26 @@ def test_a_definition_becomes_a_solution_that_runs_in_both_styles(tmp_path: Path
     assert recheck_saved(out / "result").result.program == result.program
 
 
+def test_a_reference_that_is_another_for_one_row_gives_a_solution_from_2_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = copy.deepcopy(NORM)
+    data["reference"] = data["reference"].replace(  # type: ignore[attr-defined]
+        "    assert hidden_size == 64\n", "    if batch_size == 1:\n        return input * 0.5 * weight\n"
+    )
+    out = tmp_path / "out"
+    code = main(["import", "flashinfer-trace", str(written(tmp_path, data)), "-o", str(out), "--target", "torch"])
+    assert code == 0
+    assert "note: batch_size begins at 2: at 1 the function computes something else" in capsys.readouterr().err
+    solution = json.loads((out / "solution.json").read_text())
+    assert solution["description"].endswith("batch_size from 2 on")
+    run = load_module(checked(solution, data), "solution").run
+    x, w = torch.randn(7, 64), torch.rand(64)
+    torch.testing.assert_close(run(x, w, 1e-5), norm(x, w, 1e-5), rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="for batch_size from 2 on"):
+        run(x[:1], w, 1e-5)
+
+
 def test_a_solution_for_a_gpu_needs_no_mugraph(tmp_path: Path) -> None:
     out = tmp_path / "out"
     import_file(written(tmp_path, GEMM), out, "cuda:90")

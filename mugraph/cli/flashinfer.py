@@ -134,10 +134,10 @@ def _wrong(where: str, wanted: str, found: Any) -> ParseError:
     return ParseError(f"{where or 'the file'} is not {wanted}: {shown[:80]}", where=where or None)
 
 
-def program_of(definition: Definition) -> Program:
+def program_of(definition: Definition, say: Callable[[str], None] = lambda _: None) -> Program:
     """The reference as a program, once it has run on zeros and small numbers.  Variable axes become symbolic sizes,
-    numbers tensors without axes.  Raises CaptureError where it does not run, ShapeError where it returns something else
-    than the definition says, and what `capture` raises."""
+    from 1 on, or from 2 on where that is said; numbers become tensors without axes.  Raises CaptureError where it does
+    not run, ShapeError where it returns something else than the definition says, and what `capture` raises."""
     import torch
 
     label = f"the reference of {definition.name}"
@@ -162,7 +162,19 @@ def program_of(definition: Definition) -> Program:
         if t.shape and set(t.shape) & set(dims)
     }
     ordered = tuple(examples[n] for n in names)
-    return capture(run, ordered, dynamic, name=plain(definition.name)).program
+    captured = capture(_bare(run), ordered, dynamic, name=plain(definition.name))
+    for note in captured.notes:
+        say(f"note: {note}")
+    return captured.program
+
+
+def _bare(run: Callable[..., Any]) -> Callable[..., Any]:
+    """Without `torch.no_grad` and its like around it, under which a trace knows no lines."""
+    from torch.utils import _contextlib
+
+    while getattr(run, "__code__", None) and run.__code__.co_filename == _contextlib.__file__:
+        run = run.__wrapped__  # type: ignore[attr-defined]
+    return run
 
 
 def _example(definition: Definition, spec: TensorSpec) -> Any:
@@ -220,7 +232,7 @@ def import_file(
     except ParseError as error:
         error.where = f"{file}: {error.where}" if error.where else str(file)
         raise
-    program = program_of(definition)
+    program = program_of(definition, say)
     result = pipeline.optimize(program, target=target, say=say, **options)
     if out is not None:
         solution = solution_of(result, definition)
@@ -299,11 +311,13 @@ def to_dict(definition: Definition) -> dict[str, Any]:
 def solution_of(result: Result, definition: Definition) -> dict[str, Any]:
     """The result as a Solution.  Its `run` takes the inputs, and the outputs to write into, or returns them."""
     kernels = result.has_kernels
+    about = [counted(len(result.graph.kernels()), "kernel"), ", ".join(result.certificate.tiers)]
+    about += [f"{d.name} from {d.min} on" for d in result.program.dims() if d.min > 1]
     return {
         "name": f"{definition.name}_mugraph_{plain(str(result.target))}",
         "definition": definition.name,
         "author": "mugraph",
-        "description": f"{counted(len(result.graph.kernels()), 'kernel')}; {', '.join(result.certificate.tiers)}",
+        "description": "; ".join(about),
         "spec": {
             "language": "triton" if kernels else "python",
             "target_hardware": _hardware(result.target),
@@ -335,11 +349,22 @@ def main_text(result: Result, definition: Definition) -> str:
         for t in definition.inputs
         if t.shape is None
     ]
+    places = {a: f"{t.name}.shape[{i}]" for t in reversed(definition.inputs) for i, a in enumerate(t.shape or ())}
+    checks = [
+        line
+        for d in result.program.dims()
+        if d.min > 1 and d.name in places
+        for line in (
+            f"    if {places[d.name]} < {d.min}:",
+            f'        raise ValueError("this solution is for {d.name} from {d.min} on")',
+        )
+    ]
     order = ", ".join(i.name for i in result.program.inputs)
     given = f"({', '.join(outputs)})" if len(outputs) > 1 else outputs[0]
     lines = [
         f"def run({', '.join([*inputs, *(f'{o}=None' for o in outputs)])}):",
         '    """The results, written into the outputs where they are given."""',
+        *checks,
         *numbers,
         f"    if {outputs[0]} is None:",
         f"        return {launch}({order})",
