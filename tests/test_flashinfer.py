@@ -17,7 +17,7 @@ import mugraph as mg
 from mugraph.cli import main
 from mugraph.cli.flashinfer import import_file, parse_definition, program_of
 from mugraph.cli.saved import recheck_saved
-from mugraph.errors import CacheError, ParseError, UnsupportedOpError
+from mugraph.errors import CacheError, CompileError, ParseError, UnsupportedOpError
 from mugraph.runtime.load import load_module
 
 NORM = {
@@ -202,6 +202,8 @@ BAD: dict[str, tuple[Any, int, str]] = {
     "syntax": (but(reference="def run(:"), 2, "its reference is no Python"),
     "no run": (but(reference="x = 1"), 2, "has no function run"),
     "names": (but(reference="def run(x, weight, eps): return x"), 2, "takes x, weight, eps"),
+    "in and out": (but(outputs={"input": NORM["outputs"]["output"]}), 2, "input is an input and an output"),  # type: ignore[index]
+    "keyword": (but(outputs={"lambda": NORM["outputs"]["output"]}), 2, "'lambda' is no name of an argument"),  # type: ignore[index]
     "raises": (but(reference="def run(input, weight, eps): return input @ input"), 2, "RuntimeError"),
     "shape": (output(shape=["hidden_size"]), 2, "for output, not float32[64]"),
     "result": (but(reference="def run(input, weight, eps): return input, input"), 2, "2 results for 1 outputs"),
@@ -221,6 +223,27 @@ def test_a_bad_definition_is_one_clear_error_and_writes_nothing(
     assert "Traceback" not in printed.err
     assert (found, printed.out) == (code, "")
     assert not out.exists()
+
+
+def test_outputs_that_are_inputs_or_each_other_are_exported_under_names_of_their_own(tmp_path: Path) -> None:
+    program = mg.trace(lambda x: (x, x, x + 1), {"x": mg.f32[4]}, "same")
+    mg.superoptimize(program, target="torch").save(tmp_path / "saved")
+    assert main(["export", str(tmp_path / "saved"), "--to", "flashinfer-trace", "-o", str(tmp_path / "out")]) == 0
+    definition = json.loads((tmp_path / "out" / "definition.json").read_text())
+    parse_definition(json.dumps(definition))
+    run = load_module(checked(json.loads((tmp_path / "out" / "solution.json").read_text()), definition), "same").run
+    x, given = torch.randn(4), [torch.empty(4) for _ in definition["outputs"]]
+    run(x, *given)
+    assert all(torch.equal(a, b) for a, b in zip(given, (x, x, x + 1), strict=True))
+
+
+def test_a_solution_that_is_no_python_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mugraph.cli import flashinfer
+
+    monkeypatch.setattr(flashinfer, "renamed", lambda text, names: text + "\ndef (")
+    with pytest.raises(CompileError, match=r"rmsnorm_d64 does not compile"):
+        import_file(written(tmp_path, NORM), tmp_path / "out", "torch")
+    assert not (tmp_path / "out").exists()
 
 
 def test_places_of_others_are_left_alone(tmp_path: Path) -> None:

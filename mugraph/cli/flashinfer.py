@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import json
+import keyword
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any
 from mugraph import pipeline
 from mugraph.cli.subject import located
 from mugraph.cli.texts import check_place, counted, defined, free, renamed, without_extras, write_files
-from mugraph.errors import CaptureError, ParseError, ShapeError, UnsupportedOpError
+from mugraph.errors import CaptureError, CompileError, ParseError, ShapeError, UnsupportedOpError
 from mugraph.ir.axes import Dim, Size
 from mugraph.ir.graph import Program
 from mugraph.ir.types import DType
@@ -80,6 +81,12 @@ def parse_definition(text: str) -> Definition:
         tuple(_tensor(f"{key}.{n}", n, found, axes) for n, found in _get(data, key, dict).items())
         for key in ("inputs", "outputs")
     )
+    if both := [t.name for t in outputs if t.name in data["inputs"]]:
+        raise ParseError(
+            f"{both[0]} is an input and an output",
+            where=f"outputs.{both[0]}",
+            remedy="give the output another name: solutions take inputs and outputs by their names",
+        )
     if not inputs or not outputs:
         raise ParseError("it has no inputs or no outputs", remedy="a definition has at least one of both")
     try:
@@ -110,7 +117,7 @@ def _axis(name: str, found: Any) -> int | None:
 
 
 def _tensor(where: str, name: str, found: Any, axes: Mapping[str, Any]) -> TensorSpec:
-    if not name.isidentifier():
+    if not name.isidentifier() or keyword.iskeyword(name):
         raise ParseError(f"{name!r} is no name of an argument", where=where)
     match found:
         case {"shape": None, "dtype": str(dtype)}:
@@ -257,7 +264,7 @@ def _json(data: Mapping[str, Any]) -> str:
 
 def definition_of(program: Program) -> Definition:
     """A program as a Definition; its reference is the program as PyTorch code.  Axes are named as in the program; a
-    size that is a product of others is an axis of its own."""
+    size that is a product of others is an axis of its own, and an output that is an input has a name of its own."""
     names = {kind: name for name, kind in DTYPES.items()}
     axes: dict[str, int | None] = {}
     tensors = program.tensors()
@@ -271,11 +278,14 @@ def definition_of(program: Program) -> Definition:
         return TensorSpec(name, tuple(shape), names[dtype])
 
     inputs = tuple(spec(i.name, i.tensor, i.storage.dtype) for i in program.inputs)
-    outputs = tuple(spec(o.value, tensors[o.value], o.storage.dtype) for o in program.outputs)
+    taken, outputs = {i.name for i in program.inputs}, []
+    for o in program.outputs:
+        outputs.append(spec(free(o.value, taken) if o.value in taken else o.value, tensors[o.value], o.storage.dtype))
+        taken.add(outputs[-1].name)
     names_of = ", ".join(i.name for i in program.inputs)
     run = f"def run({names_of}):\n    return reference({names_of})\n"
     reference = f"{torch_code.emit(program, 'reference')}\n\n{run}"
-    return Definition(program.name, program.name, axes, inputs, outputs, reference)
+    return Definition(program.name, program.name, axes, inputs, tuple(outputs), reference)
 
 
 def _labels(tensor: Any) -> list[str]:
@@ -336,7 +346,8 @@ def _hardware(target: Target) -> list[str]:
 
 
 def main_text(result: Result, definition: Definition) -> str:
-    """The emitted source with an entry point that has the names of the definition."""
+    """The emitted source with an entry point that has the names of the definition.  Raises CompileError if it is no
+    Python."""
     tree = ast.parse(result.source)
     inputs, outputs = ([t.name for t in specs] for specs in (definition.inputs, definition.outputs))
     taken = defined(tree) | set(inputs) | set(outputs)
@@ -370,4 +381,9 @@ def main_text(result: Result, definition: Definition) -> str:
         f"        return {launch}({order})",
         f"    {launch}({order}, out={given})",
     ]
-    return f"{source.strip()}\n\n\n" + "\n".join(lines) + "\n"
+    text = f"{source.strip()}\n\n\n" + "\n".join(lines) + "\n"
+    try:
+        compile(text, "main.py", "exec")
+    except SyntaxError as error:
+        raise CompileError(f"the solution of {definition.name} does not compile: {error}") from error
+    return text
