@@ -17,7 +17,7 @@ import mugraph as mg
 from mugraph.cli import main
 from mugraph.cli.flashinfer import import_file, parse_definition, program_of
 from mugraph.cli.saved import recheck_saved
-from mugraph.errors import CacheError, ParseError, UnsupportedOpError
+from mugraph.errors import CacheError, CompileError, ParseError, UnsupportedOpError
 from mugraph.runtime.load import load_module
 
 NORM = {
@@ -90,6 +90,26 @@ def test_a_definition_becomes_a_solution_that_runs_in_both_styles(tmp_path: Path
         assert run(x, w, 1e-2, given) is None
         torch.testing.assert_close(given, norm(x, w, 1e-2), rtol=1e-5, atol=1e-5)
     assert recheck_saved(out / "result").result.program == result.program
+
+
+def test_a_reference_that_is_another_for_one_row_gives_a_solution_from_2_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = copy.deepcopy(NORM)
+    data["reference"] = data["reference"].replace(  # type: ignore[attr-defined]
+        "    assert hidden_size == 64\n", "    if batch_size == 1:\n        return input * 0.5 * weight\n"
+    )
+    out = tmp_path / "out"
+    code = main(["import", "flashinfer-trace", str(written(tmp_path, data)), "-o", str(out), "--target", "torch"])
+    assert code == 0
+    assert "note: batch_size begins at 2: at 1 the function computes something else" in capsys.readouterr().err
+    solution = json.loads((out / "solution.json").read_text())
+    assert solution["description"].endswith("batch_size from 2 on")
+    run = load_module(checked(solution, data), "solution").run
+    x, w = torch.randn(7, 64), torch.rand(64)
+    torch.testing.assert_close(run(x, w, 1e-5), norm(x, w, 1e-5), rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="for batch_size from 2 on"):
+        run(x[:1], w, 1e-5)
 
 
 def test_a_solution_for_a_gpu_needs_no_mugraph(tmp_path: Path) -> None:
@@ -182,6 +202,8 @@ BAD: dict[str, tuple[Any, int, str]] = {
     "syntax": (but(reference="def run(:"), 2, "its reference is no Python"),
     "no run": (but(reference="x = 1"), 2, "has no function run"),
     "names": (but(reference="def run(x, weight, eps): return x"), 2, "takes x, weight, eps"),
+    "in and out": (but(outputs={"input": NORM["outputs"]["output"]}), 2, "input is an input and an output"),  # type: ignore[index]
+    "keyword": (but(outputs={"lambda": NORM["outputs"]["output"]}), 2, "'lambda' is no name of an argument"),  # type: ignore[index]
     "raises": (but(reference="def run(input, weight, eps): return input @ input"), 2, "RuntimeError"),
     "shape": (output(shape=["hidden_size"]), 2, "for output, not float32[64]"),
     "result": (but(reference="def run(input, weight, eps): return input, input"), 2, "2 results for 1 outputs"),
@@ -201,6 +223,27 @@ def test_a_bad_definition_is_one_clear_error_and_writes_nothing(
     assert "Traceback" not in printed.err
     assert (found, printed.out) == (code, "")
     assert not out.exists()
+
+
+def test_outputs_that_are_inputs_or_each_other_are_exported_under_names_of_their_own(tmp_path: Path) -> None:
+    program = mg.trace(lambda x: (x, x, x + 1), {"x": mg.f32[4]}, "same")
+    mg.superoptimize(program, target="torch").save(tmp_path / "saved")
+    assert main(["export", str(tmp_path / "saved"), "--to", "flashinfer-trace", "-o", str(tmp_path / "out")]) == 0
+    definition = json.loads((tmp_path / "out" / "definition.json").read_text())
+    parse_definition(json.dumps(definition))
+    run = load_module(checked(json.loads((tmp_path / "out" / "solution.json").read_text()), definition), "same").run
+    x, given = torch.randn(4), [torch.empty(4) for _ in definition["outputs"]]
+    run(x, *given)
+    assert all(torch.equal(a, b) for a, b in zip(given, (x, x, x + 1), strict=True))
+
+
+def test_a_solution_that_is_no_python_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mugraph.cli import flashinfer
+
+    monkeypatch.setattr(flashinfer, "renamed", lambda text, names: text + "\ndef (")
+    with pytest.raises(CompileError, match=r"rmsnorm_d64 does not compile"):
+        import_file(written(tmp_path, NORM), tmp_path / "out", "torch")
+    assert not (tmp_path / "out").exists()
 
 
 def test_places_of_others_are_left_alone(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import os
 import subprocess
@@ -77,7 +78,7 @@ from __future__ import annotations
 
 import torch
 
-run, composed, EXPECTED, LOG2E, triton_ = 1, 2, 3, 4, 5
+run, composed, EXPECTED, LOG2E, triton_, what_is_read, copy = 1, 2, 3, 4, 5, 6, 7
 
 
 def narrow(x):
@@ -117,7 +118,14 @@ def test_names_of_the_file_stay_what_they_are(clashes: Path) -> None:
         compared(clashes, found)
     namespace: dict[str, object] = {"__name__": "names"}
     exec(compile(import_file(clashes, "torch").text, "new.py", "exec"), namespace)
-    assert [namespace[n] for n in ("run", "composed", "EXPECTED", "LOG2E")] == [1, 2, 3, 4]
+    assert [namespace[n] for n in ("run", "composed", "EXPECTED", "LOG2E", "what_is_read", "copy")] == [
+        1,
+        2,
+        3,
+        4,
+        6,
+        7,
+    ]
 
 
 def test_whatever_it_was_not_made_for_goes_through_the_model(clashes: Path) -> None:
@@ -149,9 +157,120 @@ def test_a_mode_that_matters_is_looked_at() -> None:
     assert "self.training" not in import_file(FOLDER / "linear_gelu.py", "torch").text
 
 
+STATE = """\
+import torch
+
+
+class Model(torch.nn.Module):
+    def __init__(self, n):
+        super().__init__()
+        self.cell, self.hidden, self.calls = torch.nn.Linear(2 * n, n), torch.zeros(4, n), [0]
+
+    def forward(self, x):
+        found = torch.tanh(self.cell(torch.cat([x, self.hidden], 1)))
+        KEPT
+        return found
+
+
+def get_inputs():
+    return [torch.randn(4, 8)]
+
+
+def get_init_inputs():
+    return [8]
+"""
+
+
+@pytest.mark.parametrize(
+    ("kept", "name"),
+    [
+        ("self.hidden = found", "hidden"),
+        ("self.hidden.copy_(found)", "hidden"),
+        ("self.calls[0] += 1", "calls"),
+        ("self.cell.last = found", "cell.last"),
+    ],
+)
+def test_a_model_that_keeps_state_stays_as_it_is(kept: str, name: str, tmp_path: Path) -> None:
+    file = tmp_path / "state.py"
+    file.write_text(STATE.replace("KEPT", kept))
+    found = import_file(file, "torch")
+    assert (found.taken, found.left) == (0, {"all": f"it keeps state from call to call in {name}"})
+    file.write_text(STATE.replace("KEPT", "pass"))
+    assert import_file(file, "torch").share == 1
+
+
+ATTRIBUTES = """\
+import torch
+
+
+class Model(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.rest = torch.nn.Linear(8, 8), torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.GELU())
+        self.scale, self.shift, self.act, self.by, self.many = 2.0, torch.ones(8), "relu", {"k": 3.0}, [torch.ones(8)]
+        self.function = torch.abs
+
+    def forward(self, x):
+        y = self.function(self.rest(self.first(x)) * self.scale + self.shift)
+        return (torch.relu(y) if self.act == "relu" else torch.tanh(y)) * self.by["k"]
+
+
+def get_inputs():
+    return [torch.randn(4, 8)]
+
+
+def get_init_inputs():
+    return []
+"""
+
+CHANGES = {
+    "number": lambda m: setattr(m, "scale", 5.0),
+    "tensor": lambda m: setattr(m, "shift", torch.zeros(8)),
+    "text": lambda m: setattr(m, "act", "tanh"),
+    "dict": lambda m: m.by.update(k=7.0),
+    "function": lambda m: setattr(m, "function", torch.neg),
+    "module": lambda m: m.rest.__setitem__(1, torch.nn.Tanh()),
+    "number of a module": lambda m: setattr(m.rest[1], "approximate", "tanh"),
+    "hook": lambda m: m.first.register_forward_hook(lambda mod, given, found: found * 10),
+    "hook before": lambda m: m.rest.register_forward_pre_hook(lambda mod, given: (given[0] * 10,)),
+    "forward": lambda m: setattr(m.first, "forward", torch.exp),
+}
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_what_is_changed_after_a_model_is_made_counts(copied: bool, tmp_path: Path) -> None:
+    file = tmp_path / "attributes.py"
+    file.write_text(ATTRIBUTES)
+    found = import_file(file, "torch")
+    assert found.share == 1
+    module, x = load_module(found.text, "attributes"), torch.randn(4, 8)
+    for name, change in CHANGES.items():
+        models = []
+        for make in (module.Model, module.ModelNew):
+            torch.manual_seed(0)
+            models.append(copy.deepcopy(make()) if copied else make())
+        with torch.no_grad():
+            before = models[1](x)
+            for model in models:
+                change(model)
+            results = [model(x) for model in models]
+        assert not torch.equal(before, results[0]), name
+        torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-4)
+    calls: list[int] = []
+    forward = module.Model.forward
+    module.Model.forward = lambda self, x: calls.append(1) or forward(self, x)
+    new = copy.deepcopy(module.ModelNew()) if copied else module.ModelNew()
+    with torch.no_grad():
+        new.eval()(x)
+        assert not calls
+        new.scale = 3.0
+        new(x)
+        assert len(calls) == 1
+
+
 def test_a_new_model_that_differs_is_refused(clashes: Path) -> None:
     module = load_module(CLASHES, "clashes")
-    given = (module.Model, [16, 24], [torch.randn(8, 16)], torch.float32)
+    given = (module.Model, [16, 24], [[torch.randn(8, 16)], [torch.randn(8, 16)]], torch.float32)
     for change, why in (
         ("return super().forward(x) + 1e-3", "does not compute what Model does"),
         ("return super().forward(x)", "calls the forward of Model"),
@@ -161,6 +280,10 @@ def test_a_new_model_that_differs_is_refused(clashes: Path) -> None:
             new = new.replace("super().forward(x)", "narrow(self.layers(x)) * self.scale + EXPECTED")
         with pytest.raises(VerificationError, match=why):
             _check("clashes", CLASHES + new, *given)
+    kept = "        found = narrow(self.layers(x)) * self.scale + EXPECTED\n"
+    kept += "        self.first = getattr(self, 'first', found)\n        return self.first\n"
+    with pytest.raises(VerificationError, match="does not compute what Model does"):  # from the second call on
+        _check("clashes", f"{CLASHES}\n\nclass ModelNew(Model):\n    def forward(self, x):\n{kept}", *given)
     start = "\n\nclass ModelNew(Model):\n    def __init__(self, *args):\n        torch.rand(1)\n"
     with pytest.raises(VerificationError, match=r"layers\.0\.weight of ModelNew is not that of Model"):
         _check("clashes", CLASHES + start + "        super().__init__(*args)\n", *given)
@@ -187,6 +310,8 @@ BAD = {
     "no model": ("import torch\n", "has no Model, get_inputs, get_init_inputs"),
     "no module": (CLASHES.replace("class Model(torch.nn.Module)", "class Model(object)"), "Model"),
     "constructor": (CLASHES.replace("return [16, 24]", "return [16]"), "missing 1 required positional argument"),
+    "a tensor": (CLASHES.replace("[torch.randn(8, 16)]", "torch.randn(8, 16)"), "returns a Tensor"),
+    "a number": (CLASHES.replace("return [16, 24]", "return 16"), "get_init_inputs of"),
     "inputs": (CLASHES.replace("torch.randn(8, 16)", "torch.randn(8, 15)"), "cannot be multiplied"),
 }
 

@@ -261,7 +261,7 @@ def optimize(
     chosen = parse_target(target)
     if arches and chosen.kind == "torch":
         raise SettingError("--aot compiles kernels, and the target is torch", remedy="give --target cuda:90, say")
-    program = program_of(subject, shapes or [])
+    program = program_of(subject, shapes or [], say)
     if others and len(program.dims()) != 1:
         raise SettingError(f"{program.name} has {len(program.dims())} symbolic sizes", remedy="leave out --sizes")
     with engine_of(engine, workers, address) as running:
@@ -393,7 +393,7 @@ def why_not(
     if Path(subject).is_dir():
         result = load(subject)
     else:
-        program, space = program_of(subject, shapes or []), space_of(settings.effort.get(effort))
+        program, space = program_of(subject, shapes or [], say), space_of(settings.effort.get(effort))
         result = pipeline.optimize(program, target=target, space=space, say=say)
     answer = result.why_not(given)
     if as_json:
@@ -458,7 +458,7 @@ def import_mirage(
 
     if out is not None and program is None:
         raise SettingError("-o saves graphs that equal a program", remedy="name it with --program FILE.py:fn")
-    wanted = program_of(program) if program is not None else None
+    wanted = program_of(program, say=say) if program is not None else None
     found = import_file(file, wanted, out, target, (lambda _: None) if as_json else put)
     count = {v: sum(g.verdict == v for g in found) for v in ("equal", "read", "refused")}
     if as_json:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import json
+import keyword
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any
 from mugraph import pipeline
 from mugraph.cli.subject import located
 from mugraph.cli.texts import check_place, counted, defined, free, renamed, without_extras, write_files
-from mugraph.errors import CaptureError, ParseError, ShapeError, UnsupportedOpError
+from mugraph.errors import CaptureError, CompileError, ParseError, ShapeError, UnsupportedOpError
 from mugraph.ir.axes import Dim, Size
 from mugraph.ir.graph import Program
 from mugraph.ir.types import DType
@@ -80,6 +81,12 @@ def parse_definition(text: str) -> Definition:
         tuple(_tensor(f"{key}.{n}", n, found, axes) for n, found in _get(data, key, dict).items())
         for key in ("inputs", "outputs")
     )
+    if both := [t.name for t in outputs if t.name in data["inputs"]]:
+        raise ParseError(
+            f"{both[0]} is an input and an output",
+            where=f"outputs.{both[0]}",
+            remedy="give the output another name: solutions take inputs and outputs by their names",
+        )
     if not inputs or not outputs:
         raise ParseError("it has no inputs or no outputs", remedy="a definition has at least one of both")
     try:
@@ -110,7 +117,7 @@ def _axis(name: str, found: Any) -> int | None:
 
 
 def _tensor(where: str, name: str, found: Any, axes: Mapping[str, Any]) -> TensorSpec:
-    if not name.isidentifier():
+    if not name.isidentifier() or keyword.iskeyword(name):
         raise ParseError(f"{name!r} is no name of an argument", where=where)
     match found:
         case {"shape": None, "dtype": str(dtype)}:
@@ -134,10 +141,10 @@ def _wrong(where: str, wanted: str, found: Any) -> ParseError:
     return ParseError(f"{where or 'the file'} is not {wanted}: {shown[:80]}", where=where or None)
 
 
-def program_of(definition: Definition) -> Program:
+def program_of(definition: Definition, say: Callable[[str], None] = lambda _: None) -> Program:
     """The reference as a program, once it has run on zeros and small numbers.  Variable axes become symbolic sizes,
-    numbers tensors without axes.  Raises CaptureError where it does not run, ShapeError where it returns something else
-    than the definition says, and what `capture` raises."""
+    from 1 on, or from 2 on where that is said; numbers become tensors without axes.  Raises CaptureError where it does
+    not run, ShapeError where it returns something else than the definition says, and what `capture` raises."""
     import torch
 
     label = f"the reference of {definition.name}"
@@ -162,7 +169,19 @@ def program_of(definition: Definition) -> Program:
         if t.shape and set(t.shape) & set(dims)
     }
     ordered = tuple(examples[n] for n in names)
-    return capture(run, ordered, dynamic, name=plain(definition.name)).program
+    captured = capture(_bare(run), ordered, dynamic, name=plain(definition.name))
+    for note in captured.notes:
+        say(f"note: {note}")
+    return captured.program
+
+
+def _bare(run: Callable[..., Any]) -> Callable[..., Any]:
+    """Without `torch.no_grad` and its like around it, under which a trace knows no lines."""
+    from torch.utils import _contextlib
+
+    while getattr(run, "__code__", None) and run.__code__.co_filename == _contextlib.__file__:
+        run = run.__wrapped__  # type: ignore[attr-defined]
+    return run
 
 
 def _example(definition: Definition, spec: TensorSpec) -> Any:
@@ -220,7 +239,7 @@ def import_file(
     except ParseError as error:
         error.where = f"{file}: {error.where}" if error.where else str(file)
         raise
-    program = program_of(definition)
+    program = program_of(definition, say)
     result = pipeline.optimize(program, target=target, say=say, **options)
     if out is not None:
         solution = solution_of(result, definition)
@@ -245,7 +264,7 @@ def _json(data: Mapping[str, Any]) -> str:
 
 def definition_of(program: Program) -> Definition:
     """A program as a Definition; its reference is the program as PyTorch code.  Axes are named as in the program; a
-    size that is a product of others is an axis of its own."""
+    size that is a product of others is an axis of its own, and an output that is an input has a name of its own."""
     names = {kind: name for name, kind in DTYPES.items()}
     axes: dict[str, int | None] = {}
     tensors = program.tensors()
@@ -259,11 +278,14 @@ def definition_of(program: Program) -> Definition:
         return TensorSpec(name, tuple(shape), names[dtype])
 
     inputs = tuple(spec(i.name, i.tensor, i.storage.dtype) for i in program.inputs)
-    outputs = tuple(spec(o.value, tensors[o.value], o.storage.dtype) for o in program.outputs)
+    taken, outputs = {i.name for i in program.inputs}, []
+    for o in program.outputs:
+        outputs.append(spec(free(o.value, taken) if o.value in taken else o.value, tensors[o.value], o.storage.dtype))
+        taken.add(outputs[-1].name)
     names_of = ", ".join(i.name for i in program.inputs)
     run = f"def run({names_of}):\n    return reference({names_of})\n"
     reference = f"{torch_code.emit(program, 'reference')}\n\n{run}"
-    return Definition(program.name, program.name, axes, inputs, outputs, reference)
+    return Definition(program.name, program.name, axes, inputs, tuple(outputs), reference)
 
 
 def _labels(tensor: Any) -> list[str]:
@@ -299,11 +321,13 @@ def to_dict(definition: Definition) -> dict[str, Any]:
 def solution_of(result: Result, definition: Definition) -> dict[str, Any]:
     """The result as a Solution.  Its `run` takes the inputs, and the outputs to write into, or returns them."""
     kernels = result.has_kernels
+    about = [counted(len(result.graph.kernels()), "kernel"), ", ".join(result.certificate.tiers)]
+    about += [f"{d.name} from {d.min} on" for d in result.program.dims() if d.min > 1]
     return {
         "name": f"{definition.name}_mugraph_{plain(str(result.target))}",
         "definition": definition.name,
         "author": "mugraph",
-        "description": f"{counted(len(result.graph.kernels()), 'kernel')}; {', '.join(result.certificate.tiers)}",
+        "description": "; ".join(about),
         "spec": {
             "language": "triton" if kernels else "python",
             "target_hardware": _hardware(result.target),
@@ -322,7 +346,8 @@ def _hardware(target: Target) -> list[str]:
 
 
 def main_text(result: Result, definition: Definition) -> str:
-    """The emitted source with an entry point that has the names of the definition."""
+    """The emitted source with an entry point that has the names of the definition.  Raises CompileError if it is no
+    Python."""
     tree = ast.parse(result.source)
     inputs, outputs = ([t.name for t in specs] for specs in (definition.inputs, definition.outputs))
     taken = defined(tree) | set(inputs) | set(outputs)
@@ -335,14 +360,30 @@ def main_text(result: Result, definition: Definition) -> str:
         for t in definition.inputs
         if t.shape is None
     ]
+    places = {a: f"{t.name}.shape[{i}]" for t in reversed(definition.inputs) for i, a in enumerate(t.shape or ())}
+    checks = [
+        line
+        for d in result.program.dims()
+        if d.min > 1 and d.name in places
+        for line in (
+            f"    if {places[d.name]} < {d.min}:",
+            f'        raise ValueError("this solution is for {d.name} from {d.min} on")',
+        )
+    ]
     order = ", ".join(i.name for i in result.program.inputs)
     given = f"({', '.join(outputs)})" if len(outputs) > 1 else outputs[0]
     lines = [
         f"def run({', '.join([*inputs, *(f'{o}=None' for o in outputs)])}):",
         '    """The results, written into the outputs where they are given."""',
+        *checks,
         *numbers,
         f"    if {outputs[0]} is None:",
         f"        return {launch}({order})",
         f"    {launch}({order}, out={given})",
     ]
-    return f"{source.strip()}\n\n\n" + "\n".join(lines) + "\n"
+    text = f"{source.strip()}\n\n\n" + "\n".join(lines) + "\n"
+    try:
+        compile(text, "main.py", "exec")
+    except SyntaxError as error:
+        raise CompileError(f"the solution of {definition.name} does not compile: {error}") from error
+    return text

@@ -7,6 +7,7 @@ Its `forward` calls the functions made from what mugraph understands, and PyTorc
 from __future__ import annotations
 
 import ast
+import copy
 import keyword
 import sys
 import textwrap
@@ -94,15 +95,20 @@ def import_file(
         if missing := [n for n in NAMES if not hasattr(module, n)]:
             raise CaptureError(f"{file} has no {', '.join(missing)}", remedy=f"a KernelBench file defines {NAMES}")
         with located(file, f"Model of {file.name}"), torch.no_grad():
-            make, given, start = module.Model, list(module.get_inputs()), list(module.get_init_inputs())
+            given, start = (_listed(module, n, file) for n in ("get_inputs", "get_init_inputs"))
+            make = module.Model
             model = _seeded(make, start).to(type_)
             if not isinstance(model, torch.nn.Module):
                 raise CaptureError(f"Model of {file} is no torch.nn.Module")
-            args = [_as_type(x, type_) for x in given]
-            model(*args)  # what is wrong with it is said with the user's line
+            args, again = ([_as_type(x, type_) for x in g] for g in (given, _listed(module, "get_inputs", file)))
+            before = _attributes(model)
+            model(*copy.deepcopy(args))  # what is wrong with it is said with the user's line
+            kept = _changed(before, _attributes(model))
         name = _name(file.stem)
         try:
             _check_arguments(args, start)
+            if kept:
+                raise CaptureError(f"it keeps state from call to call in {', '.join(kept)}")
             composed = compose(model, args, name)
             weights = {w: attrgetter(w)(model) for w in composed.weights}
             made = _Made(start, args, weights, None if _same_in_both_modes(model, args) else bool(model.training))
@@ -126,7 +132,7 @@ def import_file(
         text = _assembled(source, composed, sources, made, on_gpu=chosen.kind == "triton")
         twins = {n: torch_code.emit(r.graph) for n, r in results.items()}
         twin = _assembled(source, composed, twins, made, on_gpu=False)
-        _check(name, twin, make, start, args, type_)
+        _check(name, twin, make, start, (args, again), type_)
         compile(text, f"{name}.py", "exec")
     taken = [o for r in composed.regions if r.name in results for o in r.operators]
     total = len(composed.left) + sum(len(r.operators) for r in composed.regions)
@@ -144,6 +150,44 @@ def _seeded(make: Any, start: Sequence[Any]) -> Any:
 
     torch.manual_seed(SEED)
     return make(*start)
+
+
+def _listed(module: Any, name: str, file: Path) -> list[Any]:
+    found = getattr(module, name)()
+    if not isinstance(found, list | tuple):
+        raise CaptureError(f"{name} of {file} returns a {type(found).__name__}", remedy="return a list of arguments")
+    return list(found)
+
+
+def _attributes(model: Any) -> dict[str, Any]:
+    """The attributes of a module and its submodules, to be compared with `_changed`."""
+    own = {name: vars(m).items() for name, m in model.named_modules()}
+    return {f"{name}.{n}".lstrip("."): _frozen(x) for name, items in own.items() for n, x in items}
+
+
+def _frozen(x: Any) -> Any:
+    """Containers by what is in them now, tensors with the number of writes."""
+    import torch
+
+    match x:
+        case torch.Tensor():
+            return (x, x._version)
+        case dict():
+            return tuple((k, _frozen(v)) for k, v in x.items())
+        case list() | tuple():
+            return tuple(map(_frozen, x))
+    return x
+
+
+def _changed(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """The attributes that are others."""
+
+    def same(a: Any, b: Any) -> bool:
+        if isinstance(a, tuple) and isinstance(b, tuple):
+            return len(a) == len(b) and all(map(same, a, b))
+        return a is b or (type(a) is type(b) and isinstance(a, int | float | complex | str | bytes | set) and a == b)
+
+    return [n for n in {**before, **after} if n not in before or n not in after or not same(before[n], after[n])]
 
 
 def _as_type(x: Any, dtype: Any) -> Any:
@@ -236,7 +280,7 @@ def _assembled(source: str, composed: Composed, sources: Mapping[str, str], made
         pieces.append(renamed(without_extras(text, tree), names))
         taken |= defined(ast.parse(pieces[-1]))
     body = composed.text(sources)
-    fixed: dict[str, str] = {n: free(n, taken) for n in ("composed", "EXPECTED") if n in taken}
+    fixed: dict[str, str] = {n: free(n, taken) for n in ("composed", "EXPECTED", "what_is_read") if n in taken}
     new = TEMPLATE.format(
         expected="\n".join(f"    {_described(x)}," for x in (*made.args, *made.weights.values())),
         start=", ".join(map(repr, made.start)) + "," * bool(made.start),
@@ -255,13 +299,27 @@ EXPECTED = (
 )
 
 
+def what_is_read(model):
+    """Of each module its submodules, hooks, attributes that are no tensors, and a forward of its own: as they are."""
+    internal = set(vars(torch.nn.Module())) - {{"_modules", "_forward_hooks", "_forward_pre_hooks"}}
+    for m in model.modules():
+        yield m, "forward", vars(m).get("forward")
+        for name, x in vars(m).items():
+            inside = x.values() if isinstance(x, dict) else x if isinstance(x, (list, tuple, set)) else (x,)
+            if name not in internal and not any(isinstance(y, torch.Tensor) for y in inside):
+                yield m, name, x.copy() if isinstance(x, (dict, list, set)) else x
+
+
 class ModelNew(Model):
     """Model, with the functions above in its forward.  Whatever they were not made for goes through Model's own: other
-    arguments, other arguments of the constructor, gradients, and tensors elsewhere than kernels run."""
+    arguments, other arguments of the constructor, gradients, tensors elsewhere than kernels run, and a model whose
+    submodules, hooks or attributes were changed after it was made.  Not looked at are globals, attributes of classes,
+    and what is inside an attribute that is no dict, list or set."""
 
     @functools.wraps(Model.__init__)
     def __init__(self, *args, **named):
         super().__init__(*args, **named)
+        self.read_as_made = tuple(what_is_read(self))
         self.as_made = repr((args, named)) == repr((({start}), {{}}))
 
     def forward(self, *args, **named):
@@ -272,6 +330,7 @@ class ModelNew(Model):
         fits = (
             {training}self.as_made
             and not named
+            and all((y := vars(m).get(n)) is x or (type(y) is type(x) and y == x) for m, n, x in self.read_as_made)
             and tuple((tuple(x.shape), x.dtype) if isinstance(x, torch.Tensor) else repr(x) for x in given) == EXPECTED
             and all(t.device == tensors[0].device{on_gpu} for t in tensors)
             and not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
@@ -300,8 +359,8 @@ def _attribute(path: str) -> str:
 # -- the check
 
 
-def _check(name: str, text: str, make: Any, start: Sequence[Any], args: Sequence[Any], dtype: Any) -> None:
-    """Raises VerificationError unless ModelNew has the weights and the results of Model."""
+def _check(name: str, text: str, make: Any, start: Sequence[Any], inputs: Sequence[Sequence[Any]], dtype: Any) -> None:
+    """Raises VerificationError unless ModelNew has the weights of Model, and its results in calls in a row."""
     import torch
 
     def refused(*args: Any, **named: Any) -> Any:
@@ -314,7 +373,7 @@ def _check(name: str, text: str, make: Any, start: Sequence[Any], args: Sequence
         for key, value in expected.state_dict().items():
             if not torch.equal(value, found.state_dict()[key]):
                 raise VerificationError(f"{name}: {key} of ModelNew is not that of Model")
-        wanted, got = (_run(m, args) for m in (expected, found))
+        wanted, got = ([_run(m, copy.deepcopy(args)) for args in inputs] for m in (expected, found))
     tolerance = TOLERANCES[str(dtype).removeprefix("torch.")]
     try:
         torch.testing.assert_close(got, wanted, rtol=tolerance, atol=tolerance, equal_nan=True)

@@ -26,9 +26,9 @@ _HOW = "write x=8x4096:f16, or x=Bx4096:f16 with the name of a symbolic size (a 
 _SIGNATURE = "for instance `python -m mugraph optimize model.py:fn`"
 
 
-def program_of(text: str, shapes: Sequence[str] = ()) -> Program:
+def program_of(text: str, shapes: Sequence[str] = (), say: Callable[[str], None] = lambda _: None) -> Program:
     """The program that `FILE.py:fn` names: a Program, or a function, which is traced with `shapes` or else its
-    annotations.  A function or module that uses PyTorch is captured by torch.export.
+    annotations.  A function or module that uses PyTorch is captured by torch.export; what is noted then is said.
 
     Raises CaptureError for what is not there or no program, ShapeError for bad shapes, and whatever MugraphError the
     file itself raises.  What the file prints goes to stderr.
@@ -51,7 +51,7 @@ def program_of(text: str, shapes: Sequence[str] = ()) -> Program:
             )
         with located(path, name):
             if uses_torch(subject):
-                return _captured(subject, name, specs)
+                return _captured(subject, name, specs, say)
             return trace(subject, _ordered(subject, name, specs) if specs else None, name.rpartition(".")[2])
 
 
@@ -203,7 +203,7 @@ def uses_torch(fn: Any, seen: set[int] | None = None) -> bool:
     return False
 
 
-def _captured(fn: Any, name: str, specs: Mapping[str, TensorSpec]) -> Program:
+def _captured(fn: Any, name: str, specs: Mapping[str, TensorSpec], say: Callable[[str], None]) -> Program:
     """A function of torch tensors, by torch.export on examples of these shapes.  Weights become inputs."""
     import torch
 
@@ -221,4 +221,7 @@ def _captured(fn: Any, name: str, specs: Mapping[str, TensorSpec]) -> Program:
         shape = [s if isinstance(s, int) else 4 for s in spec.shape]
         examples.append(torch.zeros(shape, dtype=getattr(torch, TORCH_DTYPES[spec.dtype])))
     dynamic = {n: {i: s for i, s in enumerate(spec.shape) if isinstance(s, Dim)} for n, spec in ordered.items()}
-    return capture(fn, tuple(examples), {n: d for n, d in dynamic.items() if d}, name.rpartition(".")[2]).program
+    captured = capture(fn, tuple(examples), {n: d for n, d in dynamic.items() if d}, name.rpartition(".")[2])
+    for note in captured.notes:
+        say(f"note: {note}")
+    return captured.program

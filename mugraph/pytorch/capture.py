@@ -15,7 +15,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from types import FrameType, FunctionType
 from typing import Any, cast
@@ -28,8 +28,10 @@ from mugraph.errors import CaptureError, Location, MugraphError, UnsupportedOpEr
 from mugraph.ir.axes import Dim, Monomial, Size, over, times
 from mugraph.ir.graph import Program
 from mugraph.pytorch.calls import is_torch_function
+from mugraph.pytorch.compared import Line, described, difference
 from mugraph.pytorch.effects import undone
 from mugraph.pytorch.ops import IGNORED, agreeing, dtype_of, meaning_of
+from mugraph.pytorch.sizes import LEAST
 
 # Operators that are kept whole: their decompositions would hide what they are.
 KEPT = (
@@ -51,7 +53,8 @@ class Captured:
     the arguments that are no tensors and were fixed.  `results` gives for each flattened result the number of the
     program's output, or a fixed value.  `detaches` says that gradients of the function are not those of the program:
     it stops them somewhere, or gives its own.  Keyword-only arguments come after the others.  `natural` gives the
-    numbers of inputs whose values must not be negative: indices of operators that do not count from the end.
+    numbers of inputs whose values must not be negative: indices of operators that do not count from the end.  `notes`
+    says which sizes begin at 2 though they were to begin at 1, and why.
     """
 
     program: Program
@@ -63,6 +66,7 @@ class Captured:
     out_spec: Any
     detaches: bool = False
     natural: tuple[int, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def flatten(self, args: tuple[Any, ...]) -> list[Any]:
         """The program's inputs, weights included, for a call with these arguments.  Raises CaptureError where the
@@ -111,14 +115,96 @@ def capture(
     that the function reads besides its arguments, so that a constant is one of them and no detached copy; `modules` are
     modules that it reads.
 
-    `dynamic` names symbolic sizes: `{"x": {0: mg.Dim("B", 1, 256)}}`.  Examples need a size of at least 2 there.
+    `dynamic` names symbolic sizes: `{"x": {0: mg.Dim("B", 1, 256)}}`.  Examples need a size of at least 2 there.  What
+    is captured holds from 2 on; where a range begins at 1, that it holds at 1 too is found out by capturing again, and
+    the range begins at 2 otherwise.
     Raises CaptureError if torch cannot export the function, UnsupportedOpError for an operator without a meaning here.
     """
     keywords = tuple(example_kwargs or ())
     args = _distinct((*example_args, *(example_kwargs or {}).values()))
     names = [*_argument_names(fn, len(example_args)), *keywords]
-    exported, shim, detaches = _exported(fn, args, names, keywords, dynamic or {}, modules)
-    return _Export(exported, shim, fn, args, names, dynamic or {}, name, live).run(detaches)
+
+    def export(args: tuple[Any, ...], dynamic: Mapping[str, Mapping[int, Dim]]) -> tuple[Any, Any, bool]:
+        return _exported(fn, args, names, keywords, dynamic, modules)
+
+    exported, shim, detaches = export(args, dynamic or {})
+    above, notes = _not_at_one(exported, args, names, dynamic or {}, lambda *given: export(*given)[0])
+    fitting = {
+        n: {i: replace(d, min=LEAST) if d.name in above else d for i, d in sizes.items()}
+        for n, sizes in (dynamic or {}).items()
+    }
+    return replace(_Export(exported, shim, fn, args, names, fitting, name, live).run(detaches), notes=notes)
+
+
+MOST_ALONE = 4  # symbolic sizes that are tried at 1, each alone
+
+
+def _not_at_one(
+    exported: Any,
+    args: tuple[Any, ...],
+    names: Sequence[str],
+    dynamic: Mapping[str, Mapping[int, Dim]],
+    export: Callable[[tuple[Any, ...], Mapping[str, Mapping[int, Dim]]], Any],
+) -> tuple[set[str], tuple[str, ...]]:
+    """The symbolic sizes that were to begin at 1 where the function computes something else at 1 than from 2 on, and
+    notes that say so.  Each is tried alone, then those that are left together; more than `MOST_ALONE` are not tried."""
+    single = list(dict.fromkeys(d.name for sizes in dynamic.values() for d in sizes.values() if d.min < LEAST <= d.max))
+
+    def differs(at: Sequence[str]) -> str | None:
+        fewer = {n: {i: d for i, d in sizes.items() if d.name not in at} for n, sizes in dynamic.items()}
+        try:
+            other = export(_at_one(args, names, dynamic, at), {n: sizes for n, sizes in fewer.items() if sizes})
+        except MugraphError as error:
+            return f"at 1 the function is not captured: {error.message}" + (f", {error.where}" if error.where else "")
+        pair = difference(*(_lines(e, args, names, dynamic, at) for e in (exported, other)))
+        if pair is None:
+            return None
+        where = user_line(pair[1].trace) or user_line(pair[0].trace)
+        return "at 1 the function computes something else" + (f", {where}" if where else "")
+
+    found = dict.fromkeys(single[MOST_ALONE:], "too many sizes begin at 1 to try them all")
+    found |= {n: why for n in single[:MOST_ALONE] if len(single) > 1 and (why := differs([n])) is not None}
+    left = [n for n in single if n not in found]
+    if left and (why := differs(left)) is not None:
+        found |= dict.fromkeys(left, why)
+    return set(found), tuple(f"{n} begins at {LEAST}: {why}" for n, why in found.items())
+
+
+def _at_one(
+    args: tuple[Any, ...], names: Sequence[str], dynamic: Mapping[str, Mapping[int, Dim]], at: Sequence[str]
+) -> tuple[Any, ...]:
+    """The examples with 1 along these sizes; those that are the same tensor stay so."""
+    found: dict[Any, Any] = {}
+    examples = []
+    for name, x in zip(names, args, strict=True):
+        shape = tuple(
+            1 if i in dynamic.get(name, {}) and dynamic[name][i].name in at else n
+            for i, n in enumerate(getattr(x, "shape", ()))
+        )
+        same = shape == tuple(getattr(x, "shape", ()))
+        examples.append(x if same else found.setdefault((id(x), shape), x.new_empty(shape)))
+    return _distinct(tuple(examples))
+
+
+def _lines(
+    exported: Any,
+    args: tuple[Any, ...],
+    names: Sequence[str],
+    dynamic: Mapping[str, Mapping[int, Dim]],
+    at: Sequence[str],
+) -> list[Line]:
+    """The exported graph as text, with the names of symbolic sizes, and with 1 for these."""
+    from torch.utils import _pytree as pytree
+
+    user = [s.arg.name for s in exported.graph_signature.input_specs if s.kind.name == "USER_INPUT"]
+    values = {n.name: n.meta.get("val") for n in exported.graph.nodes if n.op == "placeholder"}
+    symbols: dict[str, str | int] = {}
+    place = 0
+    for name, x in zip(names, args, strict=True):
+        for i, d in dynamic.get(name, {}).items():
+            symbols[str(values[user[place]].shape[i])] = 1 if d.name in at else d.name
+        place += len(pytree.tree_leaves(x))
+    return described(exported, symbols)
 
 
 def decompositions() -> Any:

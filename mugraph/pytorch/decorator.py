@@ -53,7 +53,7 @@ from mugraph.pytorch.calls import (
 )
 from mugraph.pytorch.checks import CHANGED, Checks
 from mugraph.pytorch.effects import ChangesStateError
-from mugraph.pytorch.sizes import Changing, Dims, that_hold
+from mugraph.pytorch.sizes import Changing, Dims, combinations, from_least, that_hold
 from mugraph.result import Result
 from mugraph.search.space import space_of
 
@@ -161,6 +161,7 @@ class OptimizedFunction:
         kinds = [p.kind for p in self._signature.parameters.values()]
         self._positional = len(kinds) if all(k in _BY_POSITION for k in kinds) else -1  # how many there are, if alone
         self.dynamic = _checked_dynamic(dynamic or None, self._signature)
+        self._symbols = {name: from_least(sizes) for name, sizes in self.dynamic.items()}
         several = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
         self._is_automatic = dynamic is None and not any(k in several for k in kinds)
         self._changing: dict[object, Changing] = {}
@@ -243,8 +244,8 @@ class OptimizedFunction:
         return found[-1]
 
     def warmup(self, *args: Any, **named: Any) -> OptimizedFunction:
-        """Searches and compiles for calls with such arguments, at all sizes that are declared as dynamic, so that no
-        later call does; without arguments, compiles for all signatures met so far.  Returns this function.
+        """Searches and compiles for calls with such arguments, at all sizes that are declared as dynamic, 1 included,
+        so that no later call does; without arguments, compiles for all signatures met so far.  Returns this function.
 
         Their values do not matter.  Raises TypeError for arguments that the function does not take; with `strict` also
         the MugraphError that says why such calls are not optimised."""
@@ -253,7 +254,8 @@ class OptimizedFunction:
             if call is None:
                 self._signature.bind(*args, **named)
             elif not is_traced(call.leaves) and not is_empty(call.leaves) and not outside_state(call.leaves):
-                self._known(call, self._guard().state())
+                for like in self._at_all_sizes(call):
+                    self._known(like, self._guard().state())
         for known in list(self.specialisations.values()):
             self._tell(known)
             if known.result is not None and not known.result.unchanged:
@@ -311,7 +313,7 @@ class OptimizedFunction:
         import torch
 
         tensors = list(self._tensors(call))
-        declared = {place: self.dynamic[name] for place, name, _ in tensors if name in self.dynamic}
+        declared = {place: self._symbols[name] for place, name, _ in tensors if name in self._symbols}
         given = [(place, x) for place, _, x in tensors]
         frozen = (autocast(), torch.get_default_dtype(), state.frozen())
         changing = None
@@ -359,6 +361,22 @@ class OptimizedFunction:
                 place += 1
             else:
                 place += len(pytree.tree_leaves(x))
+
+    def _at_all_sizes(self, call: _Call) -> Iterator[_Call]:
+        """Such calls, of tensors of zeros where a size is another, that together have every signature that declared
+        sizes give it."""
+        tensors = [(place, x) for place, _, x in self._tensors(call)]
+        held = that_hold(tensors, {p: self.dynamic[name] for p, name, _ in self._tensors(call) if name in self.dynamic})
+        for values in combinations(tensors, held):
+            leaves = list(call.leaves)
+            made: dict[tuple[int, tuple[int, ...]], Any] = {}
+            for place, own in held.items():
+                x = leaves[place]
+                shape = tuple(values[own[i].name] if i in own else n for i, n in enumerate(x.shape))
+                if shape != x.shape:
+                    leaves[place] = made.setdefault((id(x), shape), x.new_zeros(shape))
+            args, named = call.filled(leaves)
+            yield _Call(args, named, leaves, call.spec) if made else call
 
     def _prepare(self, chosen: Specialisation, args: tuple[Any, ...], sizes: Dims) -> None:
         """Makes the next call like this one short: a function that compares all that was looked at, object by object,
@@ -586,25 +604,9 @@ class OptimizedFunction:
                     raise CaptureError(f"dynamic names dimension {i} of {name}, which has {rank} dimensions")
 
     def _examples(self, call: _Call, sizes: Dims) -> tuple[tuple[Any, ...], dict[str, Any], Dynamic]:
-        """The arguments, with at least 2 along dynamic sizes (torch.export takes 1 for a constant), and those sizes by
-        the names of arguments."""
-        from torch.utils import _pytree as pytree
-
-        place = 0
-        longer: dict[int, Any] = {}
-        examples: list[Any] = []
-        dynamic: dict[str, Mapping[int, Dim]] = {}
-        names = [*list(self._signature.parameters)[: len(call.args)], *call.named]
-        given = [*call.args, *call.named.values()]
-        for n, x in enumerate(given):
-            if place in sizes and hasattr(x, "shape"):
-                dynamic[names[n]] = sizes[place]
-                shape = [max(2, s) if i in sizes[place] else s for i, s in enumerate(x.shape)]
-                x = x if shape == list(x.shape) else longer.setdefault(id(x), x.new_zeros(shape))
-            examples.append(x)
-            place += len(pytree.tree_leaves(x))
-        count = len(call.args)
-        return tuple(examples[:count]), dict(zip(call.named, examples[count:], strict=True)), dynamic
+        """The arguments, and dynamic sizes by the names of arguments."""
+        names = {place: name for place, name, _ in self._tensors(call)}
+        return call.args, call.named, {names[place]: own for place, own in sizes.items()}
 
     def _outside(self, what: str, remedy: str, args: tuple[Any, ...], named: Mapping[str, Any]) -> Any:
         if self.strict:

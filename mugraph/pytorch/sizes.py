@@ -1,14 +1,14 @@
 """Which sizes of a function's arguments are symbolic: those that are declared, and those that were seen to change.
 
 A size that differs between two calls which are alike otherwise is taken for a symbol from then on, as TorchDynamo does,
-unless one of the two is 0 or 1: these broadcast, so they keep signatures of their own.  Sizes that changed together,
-from the same number to the same number, share a symbol until a call in which they differ.
+unless one of the two is 0 or 1: these broadcast, so they keep signatures of their own, where sizes are declared too.
+Sizes that changed together, from the same number to the same number, share a symbol until a call in which they differ.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import Any
 
@@ -17,6 +17,11 @@ from mugraph.ir.axes import Dim
 Place = tuple[int, int]  # the number of an argument's leaf, and of a dimension of it
 Dims = dict[int, dict[int, Dim]]  # by these numbers
 LEAST = 2
+
+
+def from_least(declared: Mapping[int, Dim]) -> dict[int, Dim]:
+    """The declared sizes where they are symbols: from 2 on."""
+    return {i: replace(d, min=max(LEAST, d.min)) for i, d in declared.items() if d.max >= LEAST}
 
 
 def that_hold(tensors: Iterable[tuple[int, Any]], declared: Mapping[int, Mapping[int, Dim]]) -> Dims:
@@ -32,6 +37,16 @@ def that_hold(tensors: Iterable[tuple[int, Any]], declared: Mapping[int, Mapping
         if inside:
             found[place] = inside
     return found
+
+
+def combinations(tensors: Iterable[tuple[int, Any]], held: Mapping[int, Mapping[int, Dim]]) -> list[dict[str, int]]:
+    """Values of the declared sizes that hold for these tensors, by name, that together have every kind of signature:
+    each at 1 where it may be 1, all at 1, and at last all at 2 or more."""
+    given = [(x.shape[i], d) for place, x in tensors for i, d in held.get(place, {}).items()]
+    usual = {d.name: max(n, min(LEAST, d.max)) for n, d in given}
+    single = {d.name: 1 for _, d in given if d.min == 1 < d.max}
+    apart = [{**usual, name: 1} for name in single] if len(single) > 1 else []
+    return [*apart, *([{**usual, **single}] if single else []), usual]
 
 
 @dataclass

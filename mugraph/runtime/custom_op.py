@@ -101,7 +101,45 @@ class Operator:
             backward = self._define_backward(library, name, gradients)
         else:
             backward = self._refuse_backward
-        torch.library.register_autograd(qualified, backward, setup_context=_keep_inputs, lib=library)
+        operator = getattr(getattr(torch.ops, NAMESPACE), name).default
+        library.impl(name, self._recorded(operator, backward), "Autograd", with_keyset=True)
+
+    def _recorded(self, operator: Any, backward: Callable[..., Any]) -> Callable[..., Any]:
+        """What autograd does with a call.  `torch.library.register_autograd` is not used, because it lets tangents of
+        forward-mode differentiation pass for zeros."""
+
+        class Call(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx: Any, keys: Any, *tensors: torch.Tensor) -> Any:
+                ctx.save_for_backward(*tensors)
+                return below(keys, *tensors)
+
+            @staticmethod
+            def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+                return None, *backward(ctx, *grads)
+
+        def below(keys: Any, *tensors: torch.Tensor) -> Any:
+            with _torch._C._AutoDispatchBelowAutograd():
+                return operator.redispatch(keys & after, *tensors)
+
+        def call(keys: Any, *tensors: torch.Tensor) -> Any:
+            if forward_mode._current_level >= 0:
+                self._refuse_tangents(tensors)
+            if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+                return record(keys, *tensors)
+            return below(keys, *tensors)
+
+        record: Any = Call.apply
+        after, forward_mode = _torch._C._after_autograd_keyset, _torch.autograd.forward_ad
+        return call
+
+    def _refuse_tangents(self, tensors: Sequence[torch.Tensor]) -> None:
+        if any(_torch.autograd.forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+            raise LaunchError(
+                f"{self.program} has no derivatives in forward mode (torch.func.jvp, torch.autograd.forward_ad)",
+                op=self.program,
+                remedy="differentiate in reverse mode, or the program as PyTorch code",
+            )
 
     def _define_backward(self, library: Any, name: str, gradients: bool | Gradients) -> Callable[..., Any]:
         """An operator of its own: tracing does not look into it, whatever the reference does."""
@@ -129,12 +167,29 @@ class Operator:
         torch.library.register_fake(f"{NAMESPACE}::{backward_name}", fake, lib=library)
         call = getattr(getattr(torch.ops, NAMESPACE), backward_name).default
 
-        def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-            found = call(*(grads[n] for n in self.graded), *ctx.saved_tensors)
-            each = iter((found,) if isinstance(found, torch.Tensor) else found)
-            all_of = tuple(next(each) if n in self.learned else None for n in range(len(self.inputs)))
-            return all_of if len(all_of) > 1 else all_of[0]
+        class Once(torch.autograd.Function):
+            """The gradients, whose own are an error."""
 
+            @staticmethod
+            def forward(ctx: Any, *tensors: torch.Tensor) -> Any:
+                return call(*tensors)
+
+            @staticmethod
+            def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+                raise LaunchError(
+                    f"{self.program} has no gradients of gradients",
+                    op=self.program,
+                    remedy="differentiate twice through the program as PyTorch code",
+                )
+
+        def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+            tensors = (*(grads[n] for n in self.graded), *ctx.saved_tensors)
+            self._refuse_tangents(tensors)
+            found = record(*tensors) if torch.is_grad_enabled() else call(*tensors)
+            each = iter((found,) if isinstance(found, torch.Tensor) else found)
+            return tuple(next(each) if n in self.learned else None for n in range(len(self.inputs)))
+
+        record: Any = Once.apply
         return backward
 
     def _reference_gradients(
@@ -263,7 +318,3 @@ def _own(found: Sequence[torch.Tensor], tensors: Sequence[torch.Tensor]) -> Any:
         shared = any(_torch._C._is_alias_of(t, other) for other in (*tensors, *own))
         own.append(t.clone() if shared else t)
     return _one_or_all(own)
-
-
-def _keep_inputs(ctx: Any, inputs: Sequence[torch.Tensor], output: Any) -> None:
-    ctx.save_for_backward(*inputs)

@@ -314,6 +314,58 @@ def test_a_dynamic_size_becomes_a_symbol():
     assert any(isinstance(e.op, SizeOf) for e in captured.program.equations)
 
 
+def _attention(x, w):
+    b, s, _ = x.shape
+    y = (x @ w).view(b, s, 2, 4).transpose(1, 2)
+    return F.scaled_dot_product_attention(y, y, y).transpose(1, 2).reshape(b, s, -1) / x.shape[0]
+
+
+def _when(condition):
+    """Something else under a condition on sizes."""
+
+    def f(x, w):
+        y = x @ w
+        if condition(x):
+            y = y.exp()
+        return y.relu()
+
+    return f
+
+
+AT_ONE = {  # the function, and the least of the two sizes of its first argument
+    "attention": (_attention, [1, 1]),
+    "sizes as numbers": (lambda x, w: (x @ w) * x.shape[0] + x.mean(0), [1, 1]),
+    "a reordered copy": (lambda x, w: (x @ w).transpose(0, 1).reshape(-1).exp(), [1, 1]),
+    "a branch": (_when(lambda x: x.shape[0] == 1), [2, 1]),
+    "a branch on the other": (_when(lambda x: x.shape[1] == 1), [1, 2]),
+    "a branch on both": (_when(lambda x: x.shape[0] * x.shape[1] == 1), [2, 2]),
+    "squeezed": (lambda x, w: (x @ w).squeeze(0).relu(), [2, 1]),
+    "another number": (lambda x, w: x * (3 if x.shape[1] == 1 else 2) + 1, [1, 2]),
+    "another constant": (lambda x, w: x * torch.tensor([1.0] * 7 + [3.0 if x.shape[0] > 1 else 4]) + 1, [2, 1]),
+    "refused": (_when(lambda x: 1 // (x.shape[0] - 1) == 5), [2, 1]),
+}
+
+
+@pytest.mark.parametrize("name", AT_ONE)
+def test_what_does_not_hold_at_1_begins_at_2(name):
+    fn, least = AT_ONE[name]
+    sizes = Dim("rows", 1, 256), Dim("columns", 1, 256)
+    captured = capture(fn, (rand(4, 5, 8), rand(8, 8)), {"x": dict(enumerate(sizes))})
+    found = {d.name: d.min for d in captured.program.dims()}
+    assert [found["rows"], found["columns"]] == least
+    assert len(captured.notes) == sum(n > 1 for n in least)
+    assert all("test_capture.py" in n and " begins at 2: at 1 the function" in n for n in captured.notes)
+
+
+def test_a_range_from_2_on_is_not_tried_at_1(monkeypatch):
+    from mugraph.pytorch import capture as module
+
+    monkeypatch.setattr(module, "_at_one", None)
+    fn, _ = AT_ONE["a branch"]
+    captured = capture(fn, (rand(4, 5, 8), rand(8, 8)), {"x": {0: Dim("rows", 2, 256)}})
+    assert (captured.program.dims()[0].min, captured.notes) == (2, ())
+
+
 class Block(nn.Module):
     """A pre-norm transformer block with grouped queries, rotary embedding and a gated MLP."""
 

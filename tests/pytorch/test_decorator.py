@@ -40,15 +40,35 @@ def test_function_gives_the_same_and_is_optimised_once_per_signature() -> None:
     assert fast.original is gated
 
 
-def test_dynamic_sizes_share_one_result() -> None:
+def test_dynamic_sizes_share_one_result_but_for_1() -> None:
     fast = mg.superoptimize(gated, dynamic={"x": {0: mg.Dim("B", 1, 64)}})
     w1, w2 = tensors((16, 24), (16, 24))
-    for b in (1, 2, 33):
+    for b, signatures in ((2, 1), (33, 1), (1, 2), (64, 2), (65, 3)):  # 1 and what is out of range have their own
         (x,) = tensors((b, 16))
         torch.testing.assert_close(fast(x, w1, w2), gated(x, w1, w2), rtol=1e-5, atol=1e-5)
-    assert len(fast.specialisations) == 1
-    (x,) = tensors((65, 16))  # out of range: a signature of its own
-    torch.testing.assert_close(fast(x, w1, w2), gated(x, w1, w2), rtol=1e-5, atol=1e-5)
+        assert len(fast.specialisations) == signatures
+    mins = sorted(d.min for s in fast.specialisations.values() for d in s.result.program.dims())
+    assert mins == [2]
+
+
+AT_ONE = {
+    "branch": lambda x, w: x * 0.5 if x.shape[0] == 1 else torch.softmax(x, -1) * 2,
+    "squeeze": lambda x, w: torch.softmax(x @ w, -1).squeeze(0),
+    "other branch": lambda x, w: torch.relu(x) + (0 if x.shape[0] > 1 else x.sum()),
+}
+
+
+@pytest.mark.parametrize("name", AT_ONE)
+@pytest.mark.parametrize("order", [(5, 1), (1, 5)])
+@pytest.mark.parametrize("least", [1, 2])
+def test_a_declared_size_of_1_has_a_signature_of_its_own(name: str, order: tuple[int, ...], least: int) -> None:
+    fast = mg.superoptimize(AT_ONE[name], dynamic={"x": {0: mg.Dim("rows", least, 8)}}, strict=True)
+    (w,) = tensors((8, 8))
+    for n in order * 2:
+        (x,) = tensors((n, 8))
+        found, wanted = fast(x, w), AT_ONE[name](x, w)
+        assert found.shape == wanted.shape
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
     assert len(fast.specialisations) == 2
 
 

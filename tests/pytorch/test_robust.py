@@ -442,10 +442,34 @@ def test_warmup_does_all_that_a_call_would_do(monkeypatch: pytest.MonkeyPatch) -
     w1, w2 = R(16, 8), R(16, 8, seed=1)
     assert fast.warmup(R(5, 16), w1, w2=w2) is fast
     monkeypatch.setattr(type(fast), "_specialise", None)
-    for n in (5, 7, 64):
+    for n in (5, 7, 64, 1):
         same(fast(R(n, 16), w1, w2), gated(R(n, 16), w1, w2))
     with pytest.raises(TypeError, match="missing"):
         fast.warmup(w1)
+
+
+@pytest.mark.parametrize("given", [(5, 1), (1, 1)])
+def test_warmup_prepares_each_size_at_1_and_all(given: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    fn = lambda a, b, c: torch.softmax(a @ b.T, -1) + c  # noqa: E731
+    n, m, own = mg.Dim("n", 1, 64), mg.Dim("m", 1, 64), mg.Dim("own", 1, 1)
+    fast = S(fn, dynamic={"a": {0: n}, "b": {0: m}, "c": {0: n, 1: own}}, strict=True)
+    fast.warmup(R(given[0], 8), R(given[1], 8), c=R(given[0], 1))
+    assert len(fast.specialisations) == 4
+    assert [d.min for d in fast.result.program.dims()] == [2, 2]
+    monkeypatch.setattr(type(fast), "_specialise", None)
+    for a, b in ((1, 1), (1, 7), (7, 1), (7, 5), (9, 9), (64, 2)):
+        args = R(a, 8), R(b, 8, seed=1), R(a, 1, seed=2)
+        same(fast(*args), fn(*args))
+
+
+def test_warmup_keeps_a_size_that_is_broadcast() -> None:
+    rows = mg.Dim("rows", 1, 64)
+    fast = S(lambda a, b: torch.relu(a * 2) + b, dynamic={"a": {0: rows}, "b": {0: rows}}, strict=True)
+    fast.warmup(R(8, 4), R(1, 4))
+    assert [[str(i.tensor.shape[0]) for i in s.result.program.inputs] for s in fast.specialisations.values()] == [
+        ["1", "1"],
+        ["rows", "1"],
+    ]
 
 
 def test_unknown_options_list_the_known_ones() -> None:

@@ -189,6 +189,43 @@ def test_given_gradients_are_used_and_checked(result: mg.Result) -> None:
         result.register(gradients=short)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # inside torch.func.jvp
+@pytest.mark.parametrize("gradients", [False, True])
+def test_tangents_are_refused_where_there_are_any(result: mg.Result, gradients: bool) -> None:
+    op, (x, w1, w2) = result.register(gradients), tensors(*SHAPES)
+    for way in (lambda: torch.func.jvp(lambda y: op(y, w1, w2), (x,), (x,)), lambda: _dual(op, x, w1, w2)):
+        with pytest.raises(LaunchError, match=r"(?s)gated has no derivatives in forward mode.*in reverse mode"):
+            way()
+    _, tangent = torch.func.jvp(lambda y: y * op(x, w1, w2).sum(), (x,), (x,))  # the operator's own inputs have none
+    torch.testing.assert_close(tangent, x * as_written(x, w1, w2).sum(), rtol=1e-4, atol=1e-3)
+
+
+def _dual(op: Any, x: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
+    with torch.autograd.forward_ad.dual_level():
+        found: torch.Tensor = op(torch.autograd.forward_ad.make_dual(x, x), *others)
+        return found
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+def test_tangents_of_gradients_are_refused(result: mg.Result) -> None:
+    x, w1, w2 = tensors(*SHAPES)
+    out = result.register(gradients=True)(x.requires_grad_(), w1, w2)
+    with torch.autograd.forward_ad.dual_level():
+        grads = torch.autograd.forward_ad.make_dual(torch.ones_like(out), torch.ones_like(out))
+        with pytest.raises(LaunchError, match="gated has no derivatives in forward mode"):
+            torch.autograd.grad(out, x, grads)
+
+
+@pytest.mark.parametrize("end", [torch.Tensor.sum, lambda y: y.square().sum()], ids=["sum", "squares"])
+def test_gradients_of_gradients_are_refused(result: mg.Result, end: Any) -> None:
+    args = [a.requires_grad_() for a in tensors(*SHAPES)]
+    (found,) = torch.autograd.grad(end(result.register(gradients=True)(*args)), args[0], create_graph=True)
+    (expected,) = torch.autograd.grad(end(as_written(*args)), args[0])
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-3)
+    with pytest.raises(LaunchError, match="gated has no gradients of gradients"):
+        (found.square().sum() + args[0].square().sum()).backward()
+
+
 # -- names
 
 
