@@ -522,7 +522,9 @@ class ErrorAlgebra(ArrayAlgebra):
                 case "div":
                     spread = np.hypot(s, result * pairs[1][1]) / np.abs(pairs[1][0])
                 case "max" | "min":
-                    spread = np.maximum(s, pairs[1][1])
+                    y, t = pairs[1]
+                    near = np.abs(x - y) <= DEVIATIONS * (s + t)  # errors may decide which operand is taken
+                    spread = np.where(near, np.maximum(s, t), np.where(result == x, s, t))
                 case "and" | "or" | "not":
                     spread = np.zeros(result.shape)
                 case _:

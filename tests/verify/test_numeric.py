@@ -182,6 +182,17 @@ def test_a_variance_that_is_multiplied_out_is_refused_far_from_zero():
     }
 
 
+def test_a_maximum_has_the_error_of_the_operand_that_is_taken():
+    @mg.program
+    def clipped(x: mg.f32[mg.Dim("B"), 8]):
+        return mg.maximum(x * 3, -1e30)
+
+    right = numeric_check(clipped, lambda inputs, _: [inputs["x"] * 3], bindings=BINDINGS, how="torch")
+    assert right.passed
+    assert all(r.tolerance < 1e-2 for r in right.rows)
+    assert not checked(clipped, lambda inputs, _: [inputs["x"] * 3 + 1e-2]).passed
+
+
 def test_draws_are_what_they_say():
     program = graphs.lora(DType.f16, 96, 40)
     zero, rows, outlier = (draw_inputs(program, {"B": 7}, kind)["X"] for kind in ("zeros", "rows", "outlier"))
