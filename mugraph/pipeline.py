@@ -73,7 +73,7 @@ from mugraph.typed import Probability, fit_arguments
 from mugraph.verify.bounds import Bounds, in_bounds
 from mugraph.verify.certificate import How, NumericReport
 from mugraph.verify.equivalence import Verified, proved, shared_values, verify, verify_as_given
-from mugraph.verify.numeric import Checked, numeric_check
+from mugraph.verify.numeric import OFFSET, Checked, numeric_check
 
 if TYPE_CHECKING:
     pass
@@ -322,7 +322,9 @@ def _optimized(
             notes = (*notes, f"{len(refused)} cheaper plans were refused: {next(iter(refused.values())).message}")
         try:
             tuning = partial(tuned, target=target, level=level, symbolic=space.symbolic)
-            result = _checked(verified, source, target, seed, report, notes, tell, stopped, tuning)
+            result = _checked(
+                verified, source, target, seed, report, notes, tell, stopped, tuning, offset=not space.differences
+            )
             return never_slower(result, level, space, delta, seed)
         except VerificationError as error:
             if report.candidates[-1].verdict == "chosen":  # the program as it stands
@@ -570,7 +572,7 @@ def from_graph(
     seed: int | None = None,
 ) -> Result:
     """A μGraph that was written by hand, or read from a file, as a result: stabilised, verified, lowered and checked
-    like one that was found.
+    like one that was found, but for inputs far from 0: what is multiplied out in it is taken as meant.
 
     Raises VerificationError where the graph does not compute the program or the emitted source disagrees with float64,
     GraphError for a malformed graph, UnsupportedOpError where the target has no form for an operator.
@@ -583,7 +585,7 @@ def from_graph(
     report = ReportText({"text": f"{graph.name}: a given graph, no search"})
     level = settings.tune.get(tune)
     tuning = partial(tuned, target=chosen, level=level)
-    return _checked(verified, emit(verified, chosen), chosen, number, report, tuning=tuning)
+    return _checked(verified, emit(verified, chosen), chosen, number, report, tuning=tuning, offset=False)
 
 
 def _checked(
@@ -596,8 +598,10 @@ def _checked(
     tell: Callable[[str], None] = lambda _: None,
     stopped: bool = False,
     tuning: Callable[[Verified], tuple[Verified, Tuned]] = lambda verified: (verified, AS_LOWERED),
+    offset: bool = True,
 ) -> Result:
-    """The last stage: a verified graph with its source, tuned, unless the source disagrees with float64.
+    """The last stage: a verified graph with its source, tuned, unless the source disagrees with float64; with `offset`,
+    for inputs far from 0 too.
 
     The certificate reaches the tier `numerics` if some comparison counts.  A Ctrl-C ends the checks, and the result
     has what was established before: where the search was `stopped` by one, that the graph computes the program."""
@@ -615,7 +619,7 @@ def _checked(
         bounds = bounds_tier(verified, target, source)
         if bounds is not None:
             certificate = certificate.with_bounds(bounds.claims, bounds.reason)
-        numerics = numeric_tier(verified, target, source, seed, found.options)
+        numerics = numeric_tier(verified, target, source, seed, found.options, offset)
     except KeyboardInterrupt:
         interrupted = True
         notes = (*notes, "interrupted before the source was compared with float64")
@@ -709,10 +713,13 @@ def bounds_tier(verified: Verified, target: Target, source: str) -> Bounds | Non
     return in_bounds(source, verified.program)
 
 
-def numeric_tier(verified: Verified, target: Target, source: str, seed: int, trace: Trace = ()) -> NumericReport:
+def numeric_tier(
+    verified: Verified, target: Target, source: str, seed: int, trace: Trace = (), offset: bool = True
+) -> NumericReport:
     """The same μGraph at reduced sizes (two tiles and a tail along each tiled axis), lowered the same way, against
     float64: on the device if it is there, under the interpreter if not, as torch code for the torch target.  Where the
-    program as written overflows, the source may too (exponentials that are summed and then squared, say)."""
+    program as written overflows, the source may too (exponentials that are summed and then squared, say).  `offset`:
+    inputs far from 0 are drawn too, for which a difference that is multiplied out loses the digits that count."""
     sizes, tiles = reduction(verified.program, verified.graph)
     program = resized(verified.program, sizes, {})
     graph = resized(verified.graph, sizes, tiles)
@@ -720,6 +727,7 @@ def numeric_tier(verified: Verified, target: Target, source: str, seed: int, tra
     text = emit(small, target, trace)
     stable = any(isinstance(e.op, Kernel) for e in graph.equations)
     with runner(text, target, program) as (run, how):
+        draws = ("normal", "wide", "outlier", "logits") if how != "interpreted" else ("normal", "logits")
         report = numeric_check(
             program,
             run,
@@ -727,7 +735,7 @@ def numeric_tier(verified: Verified, target: Target, source: str, seed: int, tra
             how=how,
             target=f"{target}, reduced sizes",
             source_hash=_hash(source),
-            draws=("normal", "wide", "outlier", "logits") if how != "interpreted" else ("normal", "logits"),
+            draws=(*draws, OFFSET) if offset else draws,
             seed=seed,
             device="cuda" if how == "device" else "cpu",
             beyond_eager=stable,

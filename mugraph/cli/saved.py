@@ -15,7 +15,7 @@ from mugraph.runtime.tune import TILES
 from mugraph.verify.bounds import Bounds
 from mugraph.verify.certificate import NOT_ATTEMPTED, Certificate, graph_hash
 from mugraph.verify.equivalence import Verified, recheck
-from mugraph.verify.numeric import Checked
+from mugraph.verify.numeric import OFFSET, Checked
 
 # What `Result.files` makes of the two graphs and the source alone.
 DERIVED = ("reference.py", "register.py", "program.json", "graph.json", "graph.txt", "graph.svg", "graph.mmd")
@@ -150,7 +150,9 @@ def _numerics_again(result: Result, verified: Verified) -> None:
     if not result.certificate.numerics:
         raise VerificationError(f"{graph_hash(result.graph)[:16]} has no numeric check on record")
     for report in result.certificate.numerics:
-        again = numeric_tier(verified, result.target, result.source, result.certificate.seed, result.tuning.options)
+        seed, trace = result.certificate.seed, result.tuning.options
+        offset = any(r.draw == OFFSET for r in report.rows)
+        again = numeric_tier(verified, result.target, result.source, seed, trace, offset)
         if again.how != report.how:
             raise VerificationError(
                 f"the numeric check ran on record as {report.how}, here it runs as {again.how}",

@@ -12,6 +12,11 @@ The part of the exponent that lacks the axis stays outside, so no maximum is tak
 sums over one exponential share m' and the factor exp(m - m').  Where a quotient leaves m - m', as in a softmax, that
 factor is multiplied in and the value is plain from there on.
 
+A row of -inf has no finite maximum, but m' is the least finite number there, so that exp(-inf - m') is 0 and no NaN: a
+softmax of such a row is 0/0 as in PyTorch, its logarithm of sums -inf, and a looped tile of it adds nothing.  Where the
+sum is for a logarithm, +inf is cut to the greatest number too, which gives inf as in PyTorch; in a softmax it gives
+NaN, as there.
+
 Over a looped axis m' is a running maximum and the sum a rescaled accumulator; over a split, the parts' m' are stored
 beside the partial sums, and the combine applies the same rule.  What is left at a store is multiplied out.  The rule is
 exact for every m', so one mechanism gives the softmax of a tile, the online softmax (Milakov and Gimelshein,
@@ -60,7 +65,7 @@ from mugraph.ir.ops import (
     Select,
 )  # fmt: skip
 from mugraph.ir.shift import OPAQUE
-from mugraph.ir.types import DType, Tensor, tensor
+from mugraph.ir.types import GREATEST, DType, Tensor, tensor
 
 # The maximum over no element: finite, so that differences of two such maxima are 0 and not NaN.
 LOWEST = Const(Fraction(-(10**30)))
@@ -139,24 +144,43 @@ def _stabilised(
 ) -> BlockGraph:
     """The block graph in scaled form.  `given`: the exponents of what it loads; `made` takes those that it stores."""
     flat = unique_names(flatten_threads(block))
-    writer = _Writer(flat, given, taken, held, between)
+    parts_held = held | _stored(block, held)
+    combine = unique_names(flatten_threads(block.combine)) if block.combine else None
+    logarithm = takes_logarithm([flat, combine] if combine else [flat], parts_held)
+    writer = _Writer(flat, given, taken, held, between, logarithm)
     result = without_dead_steps(writer.rewritten()) if writer.active or writer.env else block
     partials = {s.target for s in block.stores if s.kind == "partial"}
     made |= {name: e for name, e in writer.exponents.items() if name not in partials}
-    if block.combine:
-        combine = unique_names(flatten_threads(block.combine))
+    if combine:
         assert block.split
-        held = held | _stored(block, held)
         parts = {
             name: Exponent(e.target, replace(e.tensor, dims=((block.split.part,), *e.tensor.dims)))
             for name, e in writer.exponents.items()
             if name in partials
         }
-        combined = _Writer(combine, {**given, **parts}, taken, held, between)
+        combined = _Writer(combine, {**given, **parts}, taken, parts_held, between, logarithm)
         if combined.active or combined.env:
             result = replace(result, combine=without_dead_steps(combined.rewritten()))
             made |= combined.exponents
     return result
+
+
+def takes_logarithm(blocks: Sequence[BlockGraph], held: set[str]) -> bool:
+    """Whether a logarithm of sums of exponentials is taken, and what it is used for lacks the axes of the sums: a
+    logarithm of a sum as a result, not the logarithm of a softmax."""
+    steps = [[s.equation if isinstance(s, Accumulator) else s for s in b.steps()] for b in blocks]
+    closed = {a for part in steps for e in part if isinstance(e, Equation) and _is_sum(e.op) for a in e.op.axes}  # type: ignore[union-attr]
+    found = False
+    for block, part in zip(blocks, steps, strict=True):
+        inner, after = _held_in(block, held), set[str]()
+        for e in part:
+            assert isinstance(e, Equation)
+            if after & set(e.args) or (e.op == Elementwise("log") and e.args[0] in inner):
+                after.add(e.target.name)
+                found = True
+                if closed & {a.name for a in e.target.axes}:
+                    return False
+    return found
 
 
 def holding(equations: Iterable[Equation], seeds: Iterable[str] = (), cuts: Iterable[str] = ()) -> set[str]:
@@ -412,8 +436,9 @@ class _Facts:
 
 
 class _Writer:
-    """Rewrites one block graph.  `given` maps what it loads to the exponents stored beside; what it stores to a target
-    of `between`, or as a partial result, it stores with its exponent."""
+    """Rewrites one block graph. `logarithm`: sums of exponentials are for logarithms. `given` maps what it loads to
+    the exponents stored beside; what it stores to a target of `between`, or as a partial result, it stores with its
+    exponent."""
 
     def __init__(
         self,
@@ -422,8 +447,9 @@ class _Writer:
         taken: set[str],
         held: set[str],
         between: frozenset[str],
+        logarithm: bool,
     ) -> None:
-        self.block, self.taken, self.between = block, taken, between
+        self.block, self.taken, self.between, self.logarithm = block, taken, between, logarithm
         self.facts = _Facts(block, held)
         self.exponents: dict[str, Exponent] = {}  # target -> what is stored beside it
         self.written: dict[str, str] = {}  # exponent -> its target
@@ -783,7 +809,7 @@ class _Writer:
                     return top
         exponents = [self.exponent(r) if r else self.emit("zero", Const(Fraction(0))) for r in rests]
         bounded = [self.lowered(x, mask) for x, mask in zip(exponents, masks, strict=True)]
-        top = self.emit(wish, Elementwise("max"), *bounded)
+        top = self.from_below(self.emit(wish, Elementwise("max"), *bounded))
         self.bounds[top] = [(Counter(map(self.key, r)), m) for r, m in zip(rests, masks, strict=True) if r]
         return top
 
@@ -848,11 +874,28 @@ class _Writer:
         key = self.top_key(terms, mask, closed)
         if key not in self.tops:
             x = self.lowered(self.exponent(terms), mask)
+            if self.logarithm:
+                greatest = self.greatest(x, 1)
+                x = self.emit(f"{x}_cut", Elementwise("min"), x, greatest)
             equation = self.names.equation(f"{x}_max", Reduce("max", closed), x)
-            self.steps.append(Accumulator(equation, "max") if accumulate else equation)
-            self.tops[key] = equation.target.name
-            self.bounds[equation.target.name] = [(Counter(map(self.key, terms)), mask)]
+            top = equation.target.name
+            if accumulate:  # a running maximum starts at the least finite number
+                self.steps.append(Accumulator(equation, "max"))
+            else:
+                self.steps.append(equation)
+                top = self.from_below(top)
+            self.tops[key] = top
+            self.bounds[top] = [(Counter(map(self.key, terms)), mask)]
         return self.tops[key]
+
+    def from_below(self, top: str) -> str:
+        """The maximum, or the least finite number where it is -inf."""
+        return self.emit(f"{top}_finite", Elementwise("max"), top, self.greatest(top, -1))
+
+    def greatest(self, name: str, sign: int) -> str:
+        """The greatest finite number of the value's type, or the least."""
+        dtype = self.names.values[name].dtype
+        return self.emit("greatest" if sign > 0 else "least", Const(sign * GREATEST[dtype], dtype))
 
     def top_key(self, terms: Terms, mask: str | None, closed: tuple[str, ...]) -> object:
         of = Counter(map(self.key, terms))

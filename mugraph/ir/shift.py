@@ -29,7 +29,7 @@ from mugraph.ir.ops import (
     Select,
     Transpose,
 )
-from mugraph.ir.types import DType, Tensor
+from mugraph.ir.types import GREATEST, DType, Tensor
 
 LOWEST = Fraction(-(10**38))  # under a mask; f16 reaches to -65,504
 LOWEST_F16 = Fraction(-65_504)
@@ -75,7 +75,14 @@ def _shifted(program: Program, same: list[Equation], unsummed: bool) -> Program:
         low = writer.add(Const(lowest, e.target.dtype), (), e.target.dtype, ())
         counted = writer.add(Select(), (e.args[1], argument, low), e.target.dtype, e.target.dims)
     dims = tuple(d for d in (tuple(a for a in d if a.name in kept) for d in e.target.dims) if d)
-    most = writer.add(Reduce("max", closed), (counted,), e.target.dtype, dims) if closed else counted
+    most = counted
+    if closed:  # of a row of -inf the least finite number, so that exp(-inf - m) is 0 and no NaN
+        if logs and not _meets(program, logs, closed):  # and of +inf the greatest, so that the logarithm is inf
+            greatest = writer.add(Const(GREATEST[e.target.dtype], e.target.dtype), (), e.target.dtype, ())
+            counted = writer.add(Elementwise("min"), (counted, greatest), e.target.dtype, e.target.dims)
+        least = writer.add(Const(-GREATEST[e.target.dtype], e.target.dtype), (), e.target.dtype, ())
+        top = writer.add(Reduce("max", closed), (counted,), e.target.dtype, dims)
+        most = writer.add(Elementwise("max"), (top, least), e.target.dtype, dims)
     below = writer.add(Elementwise("sub"), (argument, most), e.target.dtype, e.target.dims)
     found: list[Equation] = []
     for q in program.equations:
@@ -89,6 +96,17 @@ def _shifted(program: Program, same: list[Equation], unsummed: bool) -> Program:
         else:
             found.append(q)
     return replace(program, equations=tuple(found))
+
+
+def _meets(program: Program, made: list[Equation], axes: tuple[str, ...]) -> bool:
+    """Whether something that is made of these results has one of the axes."""
+    after = {q.target.name for q in made}
+    for q in program.equations:
+        if after & set(q.args):
+            after |= {t.name for t in q.targets}
+            if any(a.name in axes for t in q.targets for a in t.axes):
+                return True
+    return False
 
 
 def _is_nested(program: Program, e: Equation) -> bool:

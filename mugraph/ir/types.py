@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from fractions import Fraction
 
 from mugraph.errors import ShapeError
 from mugraph.ir.axes import Axis, Size, product
@@ -53,6 +54,12 @@ TORCH_NAMES = {
     DType.f64: "float64", DType.f32: "float32", DType.bf16: "bfloat16", DType.f16: "float16",
     DType.f8e4m3: "float8_e4m3fn", DType.f8e5m2: "float8_e5m2", DType.i64: "int64", DType.i32: "int32",
     DType.i16: "int16", DType.i8: "int8", DType.u8: "uint8", DType.bool: "bool",
+}  # fmt: skip
+# The greatest finite number of each type.
+GREATEST = {
+    DType.f64: Fraction(2**1024 - 2**971), DType.f32: Fraction(2**128 - 2**104),
+    DType.bf16: Fraction(2**128 - 2**120), DType.f16: Fraction(65_504),
+    DType.f8e4m3: Fraction(448), DType.f8e5m2: Fraction(57_344),
 }  # fmt: skip
 _FLOATS = (DType.f8e5m2, DType.f8e4m3, DType.f16, DType.bf16, DType.f32, DType.f64)
 _INTS = (

@@ -6,7 +6,7 @@ for a term Σ_b Π F (numbers as in docs/design.md, "Search"):
 
     a  split F in two, contracting over the bound axes that both sides share
     b  close one axis of a single factor
-    c  distribute a sum factor where that frees a term of some bound axis
+    c  distribute a sum factor, other than a difference, where that frees a term of some bound axis
     d  factor a common factor out of a sum
     e  arguments of functions
     f  the coefficient once
@@ -144,10 +144,17 @@ class Closure:
 class Builder:
     """budget: factors of all expressions.  When it is spent, or MOST_WORDS are, only what is there is linked, and what
     has no other way to be computed is taken apart one factor at a time: so the program itself is always in the graph.
+    differences: whether rule c takes them too.
     """
 
-    def __init__(self, fingerprinter: Fingerprinter, budget: int, stop: Callable[[], bool] = lambda: False) -> None:
-        self.prints, self.budget, self.stop = fingerprinter, budget, stop
+    def __init__(
+        self,
+        fingerprinter: Fingerprinter,
+        budget: int,
+        stop: Callable[[], bool] = lambda: False,
+        differences: bool = False,
+    ) -> None:
+        self.prints, self.budget, self.stop, self.differences = fingerprinter, budget, stop, differences
         self.classes: list[Class] = []
         self.by_print: dict[tuple[tuple[str, ...], bytes], int] = {}
         self.by_key: dict[Key, int] = {}
@@ -419,6 +426,8 @@ class Builder:
         for i, f in enumerate(term.factors):
             if not isinstance(f, Paren) or self.limit or not worth_distributing(f.value, term.bound):
                 continue
+            if is_difference(f.value) and not self.differences:
+                continue
             others = term.factors[:i] + term.factors[i + 1 :]
             terms = []
             for t in f.value:
@@ -445,6 +454,12 @@ def worth_distributing(value: Value, bound: frozenset[Token]) -> bool:
             if not own & t.bound and any(axis in v.closed_axes(f) for axis, _ in free - own):
                 return True
     return False
+
+
+def is_difference(value: Value) -> bool:
+    """Whether terms have coefficients of both signs.  What these have in common vanishes when it is subtracted, and is
+    rounded away where products with it are summed first: Σ (x - m)·w by Σ x·w - m·Σ w, for a mean m far from 0."""
+    return len({v.is_negative(t) for t in value}) > 1
 
 
 def factorings(value: Value, least: int = 2) -> list[tuple[Term, list[Term]]]:
@@ -513,10 +528,14 @@ def match_tokens(
 
 
 def close(
-    seeds: list[Value], fingerprinter: Fingerprinter, budget: int, stop: Callable[[], bool] = lambda: False
+    seeds: list[Value],
+    fingerprinter: Fingerprinter,
+    budget: int,
+    stop: Callable[[], bool] = lambda: False,
+    differences: bool = False,
 ) -> tuple[Closure, list[int]]:
     """The closure of the seeds, and the class of each seed.  `stop` is asked between expansions."""
-    builder = Builder(fingerprinter, budget, stop)
+    builder = Builder(fingerprinter, budget, stop, differences)
     roots = [builder.class_of(s, needed=True) for s in seeds]
     builder.run()
     found = [r for r in roots if r is not None]

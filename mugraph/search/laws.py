@@ -201,7 +201,13 @@ def without_max(value: Value, gone: Callable[[Call], bool] = lambda _: True) -> 
         return None
 
     def stripped_of(b: Body, args: tuple[Value, ...]) -> Value | None:
-        return v.number(0) if b.fn == "max" and b.bound and gone(Call(b.fn, b.attrs, b.bound, args)) else None
+        if b.fn != "max":
+            return None
+        if b.bound:
+            return v.number(0) if gone(Call(b.fn, b.attrs, b.bound, args)) else None
+        numbers = [f.coefficient for x in args for t in x for f in t.factors if isinstance(f, Number) and not f.sizes]
+        alone = all(len(x) == 1 and len(x[0].factors) == 1 for x in args)
+        return v.number(max(numbers)) if alone and len(numbers) == len(args) else None  # a maximum kept finite
 
     stripped = v.rewritten(value, stripped_of)
     return None if stripped == value else stripped

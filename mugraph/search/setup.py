@@ -368,7 +368,7 @@ def closure_of(
     names = dict.fromkeys([o.value for o in program.outputs] + [a for b in known.boundaries for a in b.args])
     names.update(dict.fromkeys(known.values))
     seeds = [known.values[n] for n in names] + rewritten(program, known, space, prints)
-    closure, classes = close(seeds, prints, space.nodes, stop)
+    closure, classes = close(seeds, prints, space.nodes, stop, space.differences)
     return closure, dict(zip(names, classes, strict=False))
 
 

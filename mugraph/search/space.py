@@ -27,6 +27,8 @@ class SearchSpace:
     passes        the greatest number of loops in sequence in one kernel
     beside        independent kernels may share a launch
     laws          the named laws that add seeds
+    differences   a difference may be multiplied out, Σ (x - m)·w as Σ x·w - m·Σ w: one pass less over x, and what x
+                  and m have in common is rounded away
     symbolic      the size that stands for each symbolic dimension when costs are compared
     sizes         further sizes at which costs are compared; structures are found for ranges between them
     grid          the axes that kernels are cut over (those that all roots of a kernel have); None: any
@@ -49,6 +51,7 @@ class SearchSpace:
     passes: Annotated[int, Limits(least=0, most=2)] = 2
     beside: bool = True
     laws: tuple[str, ...] = tuple(LAWS)
+    differences: bool = False
     symbolic: Positive = 16
     sizes: tuple[Positive, ...] = (1, 64, 256)
     grid: tuple[str, ...] | None = None

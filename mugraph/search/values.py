@@ -426,6 +426,10 @@ def add(*values: Value) -> Value:
     return terms or number(0)
 
 
+def is_negative(term: Term) -> bool:
+    return any(isinstance(f, Number) and f.coefficient < 0 for f in term.factors)
+
+
 def negate(value: Value) -> Value:
     return tuple(normal_term(t.bound, (Number(Fraction(-1)), *t.factors)) for t in value)
 

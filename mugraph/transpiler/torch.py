@@ -28,7 +28,7 @@ from typing import assert_never
 
 from mugraph.errors import GraphError, UnsupportedOpError
 from mugraph.ir.axes import Axis, Dim, Size, dims_of, times
-from mugraph.ir.graph import BlockGraph, Equation, KernelGraph, Program, equations_of
+from mugraph.ir.graph import Accumulator, BlockGraph, Equation, KernelGraph, Program, equations_of
 from mugraph.ir.infer import op_text
 from mugraph.ir.ops import (
     Broadcast,
@@ -59,7 +59,7 @@ from mugraph.ir.ops import (
 )  # fmt: skip
 from mugraph.ir.printer import program_lines
 from mugraph.ir.shift import shifted
-from mugraph.ir.types import TORCH_NAMES, DType, Input, Tensor, promote
+from mugraph.ir.types import GREATEST, TORCH_NAMES, DType, Input, Tensor, promote
 from mugraph.transpiler.attention import ADDED, ATTENTION, AttentionParts, attention_of
 from mugraph.transpiler.divided import OWN_NAMES, call_lines, divided_text, kept_text
 from mugraph.transpiler.signature import bindings, shapes_text, size_text
@@ -178,6 +178,7 @@ class _Emitter:
         self.parameters = {i.name: self.fresh(i.name) for i in graph.inputs}
         self.dims: dict[Dim, str] = {}
         self.sizes: dict[str, Size] = {a.name: a.size for a in graph.axes().values()}
+        self.finite: set[str] = set()  # running maxima that exponentials are shifted by
         self.widened: dict[str, Value] = {}
         self.narrow_copies: dict[tuple[str, DType], str] = {}
         self.views = set(self.parameters.values())  # variables that may share memory with an input
@@ -586,8 +587,9 @@ class _Emitter:
         for load in block.all_loads():
             self.comment(load)
             values[load.value.name] = _aliased(sources[load.source], tensors[load.source], load.value)
+        self.finite = {s.scale for s in block.steps() if isinstance(s, Accumulator) and s.scale}
         self.equations(tuple(equations_of(tuple(block.steps()))), values, inner)
-        self.wide = False
+        self.wide, self.finite = False, set()
         found: dict[str, Value] = {}
         for store in block.stores:
             v = values[store.value]
@@ -742,7 +744,10 @@ class _Emitter:
         dtype = DType.i64 if kind == "sum" and not v.dtype.is_float else v.dtype
         method = {"sum": "sum", "mean": "mean", "max": "amax", "min": "amin"}[kind]
         kept = tuple(a for a in v.axes if a not in axes)
-        return self.made(target, f"{v.text}.{method}({_places(places, v.axes)})", kept, [v], dtype)
+        text = f"{v.text}.{method}({_places(places, v.axes)})"
+        if target.name in self.finite:
+            text += f".clamp(min={_number(-GREATEST[dtype])})"
+        return self.made(target, text, kept, [v], dtype)
 
     def top_k(self, v: Value, axis: str, out: Axis, targets: Sequence[Tensor]) -> list[Value]:
         """A stable sort, so that of equal values the first is taken."""
@@ -1036,8 +1041,12 @@ def _wraps(dtype: DType) -> bool:
     return not dtype.is_float and dtype is not DType.bool and dtype.bits >= 8
 
 
+def _number(value: Fraction) -> str:
+    return repr(float(value)).replace("e+", "e")
+
+
 def _literal(value: Fraction, dtype: DType) -> Value:
-    text = repr(float(value)) if dtype.is_float else "True" if dtype is DType.bool and value else str(int(value))
+    text = _number(value) if dtype.is_float else "True" if dtype is DType.bool and value else str(int(value))
     return Value(text, (), dtype, dtype, value, literal=True)
 
 

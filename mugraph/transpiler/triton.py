@@ -57,7 +57,7 @@ from mugraph.ir.ops import (
     Select,
     SizeOf,
 )  # fmt: skip
-from mugraph.ir.types import TORCH_NAMES, DType, Input, Output, Storage, Tensor
+from mugraph.ir.types import GREATEST, TORCH_NAMES, DType, Input, Output, Storage, Tensor
 from mugraph.transpiler import torch as torch_code
 from mugraph.transpiler.divided import OWN_NAMES, WIDTH, call_lines, divided_text, kept_text
 from mugraph.transpiler.signature import bindings, size_text
@@ -285,7 +285,7 @@ class _Namer:
 
 
 def _literal(value: Fraction) -> str:
-    return repr(float(value))
+    return repr(float(value)).replace("e+", "e")
 
 
 def _paren(text: str) -> str:
@@ -1316,6 +1316,8 @@ class _Kernel:
             lanes = self.lanes_of(self.axes_of(e.target))
             var = self.name_of(("value", name), name)
         start = neutral("sum" if a.monoid == "rescaled" else a.monoid, e.target.dtype)
+        if a.faded:  # finite, so that no difference of two such maxima is NaN
+            start = _literal(-GREATEST[DType.f32])
         dtype = "tl.float32" if e.target.dtype.is_float else TL[e.target.dtype]
         shape = self.shape(lanes) if lanes else "[]"
         text = (
@@ -1350,8 +1352,8 @@ class _Kernel:
             fade = self.name_of(("fade", name), f"{name}_fade")
             self.put(f"{before} = {var}")
             self.put(f"{var} = {self.joined(before, text, a.monoid)}", note)
-            # what was summed under the old maximum, under the new one; nothing was summed where it is -inf
-            self.put(f'{fade} = tl.where({before} == float("-inf"), 0.0, tl.exp2(({before} - {var}) * LOG2E))')
+            # what was summed under the old maximum, under the new one
+            self.put(f"{fade} = tl.exp2(({before} - {var}) * LOG2E)")
             return
         self.put(f"{var} = {self.joined(old, text, a.monoid)}", note)
 

@@ -350,7 +350,10 @@ def traced(name: str) -> Program:
 
 
 def counted(graph: KernelGraph, wanted) -> list[str]:
-    found = (e for b in blocks_of(graph) for e in equations_of(tuple(b.steps())) if wanted(e.op))
+    """The axes of what such operators make; a maximum with a number (the least finite one) is none."""
+    steps = [e for b in blocks_of(graph) for e in equations_of(tuple(b.steps()))]
+    numbers = {e.target.name for e in steps if isinstance(e.op, Const)}
+    found = (e for e in steps if wanted(e.op) and not (is_max(e.op) and numbers & set(e.args)))
     return sorted("".join(a.name for a in e.target.axes) for e in found)
 
 

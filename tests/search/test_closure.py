@@ -27,7 +27,7 @@ def closure_of(program: Program, budget: int = 20_000, laws: tuple[str, ...] = t
         other = LAWS[name].rewrite(seeds[0])
         if other is not None and prints.fingerprint(other) == prints.fingerprint(seeds[0]):
             seeds.append(other)
-    closure, classes = close(seeds, prints, budget)
+    closure, classes = close(seeds, prints, budget, differences=True)
     return closure, classes[0]
 
 
@@ -119,6 +119,22 @@ def test_a_sum_of_matmuls_is_spliced_into_the_matmul_after_it() -> None:
     assert found.rules["splice"]
     assert wrong_edges(found) == []
     assert not closure_with(v.load("Z", "bk")).rules["splice"]
+
+
+def test_a_difference_is_multiplied_out_only_on_request() -> None:
+    """Σ (X - mean)·W has no Σ X·W, in which a mean far from 0 takes the digits; Σ (X + A)·W has."""
+    x, w, a = v.load("X", "bk"), v.load("W", "kn"), v.load("A", "b")
+    mean = v.multiply(v.total(x, "k"), v.size("k", -1))
+
+    def has_product(inner: v.Value, differences: bool = False) -> bool:
+        seeds, prints = [v.total(v.multiply(inner, w), "k")], Fingerprinter({b: b for b in "bkn"}, {})
+        return "Σk W[k,n]·X[b,k]" in texts(close(seeds, prints, 4_000, differences=differences)[0])
+
+    centred = v.add(x, v.negate(mean))
+    assert not has_product(centred)
+    assert has_product(centred, differences=True)
+    assert not has_product(v.add(v.negate(x), mean))
+    assert has_product(v.add(x, a))
 
 
 def square_residual(x: Tensor, w: Tensor) -> Tensor:

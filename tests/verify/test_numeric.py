@@ -60,7 +60,7 @@ def checked(program: Program, run, **options) -> NumericReport:
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_exact_and_eager_results_are_within_tolerance(name, dtype):
     program = PROGRAMS[name](dtype)
-    assert checked(program, exact_run(program)).passed
+    assert checked(program, exact_run(shifted(program))).passed
     assert checked(program, eager_run(program)).passed
 
 
@@ -161,6 +161,38 @@ def test_rounding_is_that_of_torch():
         np.testing.assert_array_equal(rounded(rounded(values, DType.f32), dtype), expected)
 
 
+def test_a_variance_that_is_multiplied_out_is_refused_far_from_zero():
+    @mg.program
+    def variance(x: mg.f32[mg.Dim("B"), 64]):
+        centred = x - mg.mean(x, -1, True)
+        return mg.sum(mg.square(centred), -1) / 64
+
+    def two_passes(inputs, bindings):
+        return [inputs["x"].var(-1, correction=0)]
+
+    def multiplied_out(inputs, bindings):
+        x = inputs["x"]
+        return [(x * x).sum(-1) / 64 - (x.sum(-1) / 64) ** 2]
+
+    near = ("normal", "wide", "outlier")
+    assert checked(variance, two_passes).passed
+    assert checked(variance, multiplied_out, draws=near).passed
+    assert {r.draw for r in checked(variance, multiplied_out, draws=(*near, "offset")).rows if not r.passed} == {
+        "offset"
+    }
+
+
+def test_a_maximum_has_the_error_of_the_operand_that_is_taken():
+    @mg.program
+    def clipped(x: mg.f32[mg.Dim("B"), 8]):
+        return mg.maximum(x * 3, -1e30)
+
+    right = numeric_check(clipped, lambda inputs, _: [inputs["x"] * 3], bindings=BINDINGS, how="torch")
+    assert right.passed
+    assert all(r.tolerance < 1e-2 for r in right.rows)
+    assert not checked(clipped, lambda inputs, _: [inputs["x"] * 3 + 1e-2]).passed
+
+
 def test_draws_are_what_they_say():
     program = graphs.lora(DType.f16, 96, 40)
     zero, rows, outlier = (draw_inputs(program, {"B": 7}, kind)["X"] for kind in ("zeros", "rows", "outlier"))
@@ -170,6 +202,9 @@ def test_draws_are_what_they_say():
     assert (outlier == 64).sum() == 1
     wide = draw_inputs(program, {"B": 7}, "wide")["X"]
     assert 2.5 < wide.std() < 3.5
+    far = draw_inputs(program, {"B": 7}, "offset")["X"]
+    assert 126 < far.mean() < 130  # 4 of the 11 bits of f16 are left below 1
+    assert 0.8 < far.std() < 1.2
 
 
 def test_a_deep_program_is_compared_at_the_scale_of_a_network():

@@ -22,7 +22,7 @@ def run(Q, K, V, *, out=None):
     # z: f32[h, g, b, s] = mul(qk, c)
     z = qk * 0.125
     # m: f32[h, g, b] max= max[s](z)
-    m = z.amax(-1)
+    m = z.amax(-1).clamp(min=-3.4028234663852886e38)
     # zm: f32[h, g, b, s] = sub(z, m)
     zm = z - m[..., None]
     # p: f32[h, g, b, s] = exp(zm)

@@ -33,7 +33,7 @@ def gqa(Q, K, V, O, size_b, size_s, Q_h, Q_g, Q_b, Q_d, K_h, K_s, K_d, V_h, V_s,
     c = 0.125  # c: f32[] = 1/8
     k_at = K + i_h * K_h + i_s[None, :] * K_s + i_d[:, None] * K_d
     v_at = V + i_h * V_h + i_s[:, None] * V_s + i_e[None, :] * V_e
-    m = tl.full((16,), float("-inf"), tl.float32)
+    m = tl.full((16,), -3.4028234663852886e38, tl.float32)
     l = tl.zeros((16,), tl.float32)
     acc = tl.zeros((16, 128), tl.float32)
     for s0 in range(0, size_s, 64):
@@ -43,7 +43,7 @@ def gqa(Q, K, V, O, size_b, size_s, Q_h, Q_g, Q_b, Q_d, K_h, K_s, K_d, V_h, V_s,
         z = qk * c  # z: f32[h, g, b, s] = mul qk, c
         m_old = m
         m = tl.maximum(m_old, tl.max(z, axis=1))  # m: f32[h, g, b] = max[s] z
-        m_fade = tl.where(m_old == float("-inf"), 0.0, tl.exp2((m_old - m) * LOG2E))
+        m_fade = tl.exp2((m_old - m) * LOG2E)
         zm = z - m[:, None]  # zm: f32[h, g, b, s] = sub z, m
         p = tl.exp2(zm * LOG2E)  # p: f32[h, g, b, s] = exp zm
         l = l * m_fade + tl.sum(p, axis=1)  # l: f32[h, g, b] = sum[s] p
