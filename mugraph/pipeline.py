@@ -54,7 +54,7 @@ from mugraph.runtime.bench import Spread, random_inputs
 from mugraph.runtime.cache import Cache, key_of
 from mugraph.runtime.choose import Candidate, choose, machine_text
 from mugraph.runtime.compile import shared_compilers
-from mugraph.runtime.engine import Engine, EngineName, Job, checked_engine, completed, engine_of
+from mugraph.runtime.engine import Engine, EngineName, Job, checked_engine, code_version, completed, engine_of
 from mugraph.runtime.load import load_module
 from mugraph.runtime.timing import DeviceTimer, Records, Timer
 from mugraph.runtime.tune import AS_LOWERED, REPEATS, RULES, Tuned, Tuner, fastest_by_size
@@ -182,7 +182,7 @@ def _found(
         }
         | ({"measured on": f"{machine_text()} {written.digest if written else ''}"} if measuring else {}),
         str(chosen),
-        dict(versions()),
+        dict(versions()) | {"code": code_version()},
     )
     if not settings.skip_cache.get() and not settings.force_search.get():
         found = _from_cache(store, key, chosen)
