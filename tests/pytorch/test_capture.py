@@ -342,9 +342,6 @@ AT_ONE = {  # the function, and the least of the two sizes of its first argument
     "squeezed": (lambda x, w: (x @ w).squeeze(0).relu(), [2, 1]),
     "another number": (lambda x, w: x * (3 if x.shape[1] == 1 else 2) + 1, [1, 2]),
     "another constant": (lambda x, w: x * x.new_tensor([1.0] * 7 + [3.0 if x.shape[0] > 1 else 4]) + 1, [2, 1]),
-        lambda x, w: x * torch.tensor([1.0] * 7 + [3.0 if x.shape[0] > 1 else 4], dtype=x.dtype) + 1,
-        [2, 1],
-    ),
     "refused": (_when(lambda x: 1 // (x.shape[0] - 1) == 5), [2, 1]),
 }
 
