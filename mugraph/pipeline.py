@@ -38,6 +38,7 @@ from mugraph.ir.ops import Kernel
 from mugraph.ir.printer import canonical_text
 from mugraph.ir.resize import limited, reduction, resized
 from mugraph.ir.threads import form_threads
+from mugraph.ir.types import DType
 from mugraph.result import (
     AS_IT_STANDS,
     CALLS,
@@ -719,7 +720,9 @@ def numeric_tier(
     """The same μGraph at reduced sizes (two tiles and a tail along each tiled axis), lowered the same way, against
     float64: on the device if it is there, under the interpreter if not, as torch code for the torch target.  Where the
     program as written overflows, the source may too (exponentials that are summed and then squared, say).  `offset`:
-    inputs far from 0 are drawn too, for which a difference that is multiplied out loses the digits that count."""
+    inputs far from 0 are drawn too, for which a difference that is multiplied out loses the digits that count; not for
+    programs in f64, of whose rounding float64 is no judge."""
+    offset = offset and not any(i.tensor.dtype is DType.f64 for i in verified.program.inputs)
     sizes, tiles = reduction(verified.program, verified.graph)
     program = resized(verified.program, sizes, {})
     graph = resized(verified.graph, sizes, tiles)
