@@ -340,10 +340,13 @@ def _unlogged() -> Iterator[None]:
             logging.getLogger(name).removeFilter(is_of_others)
 
 
-# Operators whose gradient PyTorch writes down itself, where that of their parts is another at a border or at zero.
+# Operators whose gradient PyTorch writes down itself, where that of their parts is another at a border, at zero, or
+# where a part that is not chosen overflows.
 OWN_GRADIENTS = {
     "hardtanh", "relu6", "hardswish", "hardsigmoid", "linalg_vector_norm", "linalg_norm", "norm", "std", "std_mean",
-    "cdist", "cosine_similarity", "pairwise_distance",
+    "cdist", "cosine_similarity", "pairwise_distance", "softplus", "mish", "elu", "selu", "celu", "log_sigmoid",
+    "log_sigmoid_forward", "logit", "hardshrink", "softshrink", "sign", "sgn", "where", "masked_fill", "floor", "ceil",
+    "round", "trunc",
 }  # fmt: skip
 
 
@@ -381,23 +384,46 @@ def _is_in_autograd_function() -> bool:
     return step is not None
 
 
+# Functions of PyTorch that change their first argument, with those whose names end with one underscore.
+_WRITES = frozenset({
+    "__set__", "__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__ifloordiv__", "__imod__",
+    "__ipow__", "__iand__", "__ior__", "__ixor__", "__ilshift__", "__irshift__",
+})  # fmt: skip
+
+
+def _written(name: str, args: Sequence[Any], out: Any) -> tuple[Any, ...]:
+    """What a function of PyTorch by this name writes into."""
+    changes = name in _WRITES or (name.endswith("_") and not name.endswith("__"))
+    return (*(args[:1] if changes else ()), out)
+
+
 def _reads() -> Any:
-    """A mode that refuses what a function asks of tensors and a signature does not tell, if its own code asks, and
-    notices gradients that it gives itself: hooks of tensors and autograd functions.  Raises CaptureError in the
-    function."""
+    """A mode that refuses writes into tensors that are not traced, and what a function asks of tensors and a signature
+    does not tell, if its own code asks; and notices gradients that it gives itself: hooks of tensors and autograd
+    functions.  Raises CaptureError in the function."""
+    import torch
     from torch.overrides import TorchFunctionMode
+    from torch.utils import _pytree as pytree
+
+    real = (torch.Tensor, torch.nn.Parameter)  # not what stands for a tensor in the trace
 
     class Reads(TorchFunctionMode):  # type: ignore[misc, unused-ignore]
         gives_gradients = False
 
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            name = getattr(func, "__name__", "")
+            name, asking = getattr(func, "__name__", ""), sys._getframe(1)
+            written = _written(name, args, (kwargs or {}).get("out"))
+            if any(type(x) in real for x in pytree.tree_leaves(written)):
+                raise CaptureError(
+                    f"the function writes into a tensor that it reads ({name})",
+                    where=source_line(asking.f_code.co_filename, asking.f_lineno),
+                    remedy="return the new value instead",
+                )
             if name == "__get__":
                 name = getattr(getattr(func, "__self__", None), "__name__", "")
             if name == "register_hook" or _is_in_autograd_function():
                 self.gives_gradients = True
             found = func(*args, **(kwargs or {}))
-            asking = sys._getframe(1)
             if name in _LAYOUT | _NEED | _VALUES and _is_user(asking.f_code.co_filename):
                 what = "how a tensor lies in memory" if name in _LAYOUT else "whether a tensor needs a gradient"
                 raise CaptureError(
@@ -413,7 +439,8 @@ def _reads() -> Any:
 # What tells calls apart, or a trace from a call, and is no part of a signature.
 _STATE = (
     ("torch", "is_grad_enabled"), ("torch", "is_inference_mode_enabled"), ("torch.compiler", "is_compiling"),
-    ("torch.compiler", "is_exporting"), ("torch.compiler", "is_dynamo_compiling"),
+    ("torch.compiler", "is_exporting"), ("torch.compiler", "is_dynamo_compiling"), ("torch", "manual_seed"),
+    ("torch", "seed"), ("torch", "initial_seed"), ("torch", "get_rng_state"), ("torch", "set_rng_state"),
 )  # fmt: skip
 
 

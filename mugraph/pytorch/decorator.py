@@ -53,6 +53,7 @@ from mugraph.pytorch.calls import (
 )
 from mugraph.pytorch.checks import CHANGED, Checks
 from mugraph.pytorch.effects import ChangesStateError
+from mugraph.pytorch.guards import INTERNAL
 from mugraph.pytorch.sizes import Changing, Dims, combinations, from_least, that_hold
 from mugraph.result import Result
 from mugraph.search.space import space_of
@@ -200,6 +201,10 @@ class OptimizedFunction:
     def __setattr__(self, name: str, value: object) -> None:
         """An attribute of a module is set in the module, where it is looked up too."""
         own = self.__dict__
+        if name == "__class__":  # as parametrisations do
+            raise TypeError("the class of an optimised module stays; change the module before it is optimised")
+        if "_changing" in own and name in own and not name.startswith("_"):
+            raise AttributeError(f"{name} is the optimised function's own; set it in .original")
         if name in own or not hasattr(own.get("original"), "_parameters") or hasattr(OptimizedFunction, name):
             object.__setattr__(self, name, value)
         elif "_changing" not in own or name.startswith("__"):
@@ -522,6 +527,7 @@ class OptimizedFunction:
                 warnings.warn(InterruptedWarning(), stacklevel=_user_level())
         except Exception as error:  # whatever goes wrong here would not go wrong in the original
             if quiet:
+                _strip(error)
                 return Specialisation(None, None, error)
             if self.strict:
                 raise
@@ -529,6 +535,7 @@ class OptimizedFunction:
             self._changes += again
             again = again and self._changes == 1
             faster = self._is_faster_compiled(call)
+            _strip(error)
             return Specialisation(None, None, error, kept=state.kept, compiled=faster, untold=error, again=again)
         places = {id(x): i for i, x in reversed(list(enumerate(state.tensors)))}
         live = tuple(places.get(id(x), x) for x in captured.constants.values())
@@ -629,6 +636,14 @@ class OptimizedFunction:
         warnings.warn(FallbackWarning(f"{name} runs as it was written: {text}"), stacklevel=_user_level())
 
 
+def _strip(error: BaseException | None) -> None:
+    """Leaves an error without what keeps its frames, and the arguments in them, alive."""
+    while error is not None:
+        behind = error.__cause__ or error.__context__
+        error.__cause__ = error.__context__ = error.__traceback__ = None
+        error = behind
+
+
 def _unflattened(captured: Any, outputs: Any) -> Any:
     return captured.unflatten(outputs if isinstance(outputs, tuple) else (outputs,))
 
@@ -659,6 +674,7 @@ def optimized(original: Callable[..., Any], **options: Any) -> OptimizedFunction
         if isinstance(original, torch.nn.Module):
             kind: Any = type(original)
             made: OptimizedFunction = _module_class(kind)(original, **options)
+            made.__dict__.update({name: x for name, x in vars(original).items() if name in INTERNAL and x is not None})
             return made
     return OptimizedFunction(original, **options)
 

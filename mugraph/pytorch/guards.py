@@ -30,7 +30,7 @@ _ABSENT = object()
 LONG = 32
 
 # Attributes of every nn.Module that PyTorch keeps for itself; parameters, buffers, submodules and hooks have own rules.
-_INTERNAL = frozenset(
+INTERNAL = frozenset(
     {
         "_parameters",
         "_buffers",
@@ -90,6 +90,7 @@ class _ClassPlan:
     functions: tuple[types.FunctionType, ...]
     attributes: tuple[str, ...]
     bases: tuple[type, ...]
+    held: tuple[tuple[type, str, Any], ...]  # where the functions are kept, and as what
 
 
 class Guards:
@@ -276,7 +277,7 @@ class Guards:
         s.check("{0}.__class__ is {1}", m, type(m))
         s.check(f"len({{0}}) == {len(own)}", own)
         for name, v in own.items():
-            if name in _INTERNAL:
+            if name in INTERNAL:
                 continue
             s.key.append(name)
             s.check(f"{{0}}[{name!r}] is {{1}}", own, v)
@@ -297,8 +298,10 @@ class Guards:
     def _class(self, kind: type, own: dict[str, Any], s: State) -> None:
         """The functions of a class, and its plain attributes that they read."""
         plan = self._classes.get(kind)
-        if plan is None:
+        if plan is None or any(vars(base).get(name) is not v for base, name, v in plan.held):
             plan = self._classes[kind] = _class_plan(kind)
+        for base, name, v in plan.held:
+            s.check(f"{{0}}.get({name!r}) is {{1}}", vars(base), v)
         for fn in plan.functions:
             self._value(fn, s)
         for base in plan.bases:
@@ -326,14 +329,16 @@ def _is_torch(module: str | None) -> bool:
 
 def _class_plan(kind: type) -> _ClassPlan:
     functions: list[types.FunctionType] = []
+    held: list[tuple[type, str, Any]] = []
     bases = tuple(base for base in kind.__mro__ if base is not object and not _is_torch(base.__module__))
     for base in bases:
-        for v in vars(base).values():
-            v = v.fget if isinstance(v, property) else getattr(v, "original", getattr(v, "__func__", v))
+        for name, kept in vars(base).items():
+            v = kept.fget if isinstance(kept, property) else getattr(kept, "original", getattr(kept, "__func__", kept))
             if isinstance(v, types.FunctionType):
                 functions.append(v)
+                held.append((base, name, kept))
     names = {n for fn in functions for code in codes(fn.__code__) for n in code.co_names}
-    return _ClassPlan(tuple(functions), tuple(sorted(names)), bases)
+    return _ClassPlan(tuple(functions), tuple(sorted(names)), bases, tuple(held))
 
 
 def codes(code: types.CodeType) -> Iterator[types.CodeType]:

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import functools
+import gc
 import itertools
 import random
-from collections import deque
+from array import array
+from collections import Counter, deque
 from collections.abc import Callable
+from contextvars import ContextVar
+from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
+from weakref import WeakKeyDictionary, ref
 
 import numpy as np
 import pytest
@@ -15,6 +21,8 @@ import torch
 from torch import nn
 
 import mugraph as mg
+from mugraph.errors import CaptureError
+from mugraph.pytorch import effects
 from mugraph.pytorch.effects import ChangesStateError, Effects, undone
 
 pytestmark = pytest.mark.filterwarnings("ignore::mugraph.errors.FallbackWarning")
@@ -199,7 +207,172 @@ def test_what_changes_nothing_is_let_through_and_what_raises_is_undone_too() -> 
 def test_a_walk_goes_through_circles_and_leaves_iterators_alone() -> None:
     ring: list[Any] = [itertools.count()]
     ring.append(ring)
-    effects = Effects(lambda: ring)
+    reached = Effects(lambda: ring)
     ring.pop()
-    assert effects.undo() == "ring"
+    assert reached.undo() == "ring"
     assert len(ring) == 2
+
+
+def a_counter() -> Callable[..., Any]:
+    counts: Counter[str] = Counter()
+
+    def f(x: torch.Tensor) -> torch.Tensor:
+        counts["a"] += 1
+        return torch.softmax(x, -1) * counts["a"]
+
+    return f
+
+
+def a_buffer() -> Callable[..., Any]:
+    buffer = torch.zeros(8)
+
+    def f(x: torch.Tensor) -> torch.Tensor:
+        buffer.add_(1)
+        return torch.softmax(x, -1) * buffer
+
+    return f
+
+
+def new_data() -> Callable[..., Any]:
+    w = torch.ones(8)
+
+    def f(x: torch.Tensor) -> torch.Tensor:
+        w.data = w.data + 1
+        return torch.softmax(x, -1) * w
+
+    return f
+
+
+def on_a_tensor() -> Callable[..., Any]:
+    w = torch.ones(8)
+
+    def f(x: torch.Tensor) -> torch.Tensor:
+        if not hasattr(w, "twice"):
+            w.twice = w.detach() * 2  # type: ignore[attr-defined]
+        return torch.softmax(x, -1) * w.twice  # type: ignore[attr-defined]
+
+    return f
+
+
+def a_weak_table() -> Callable[..., Any]:
+    table: WeakKeyDictionary[nn.Module, torch.Tensor] = WeakKeyDictionary()
+    key = nn.Identity()
+
+    def f(x: torch.Tensor) -> torch.Tensor:
+        if key not in table:
+            table[key] = torch.arange(8.0)
+        return torch.softmax(x, -1) * table[key]
+
+    return f
+
+
+@dataclass(frozen=True, slots=True)
+class Frozen:
+    n: int = 0
+
+
+def a_frozen_slot() -> Callable[..., Any]:
+    held = Frozen()
+
+    def f(x: torch.Tensor) -> torch.Tensor:
+        object.__setattr__(held, "n", held.n + 1)
+        return torch.softmax(x, -1) * held.n
+
+    return f
+
+
+def a_cached_singleton() -> Callable[..., Any]:
+    @functools.cache
+    def single() -> SimpleNamespace:
+        return SimpleNamespace(n=0)
+
+    def f(x: torch.Tensor) -> torch.Tensor:
+        single().n += 1
+        return torch.softmax(x, -1) * single().n
+
+    return f
+
+
+def bound_append() -> Callable[..., Any]:
+    kept: list[torch.Tensor] = []
+    push = kept.append
+
+    def f(x: torch.Tensor) -> torch.Tensor:
+        push(torch.softmax(x, -1))
+        return kept[-1] * len(kept)
+
+    return f
+
+
+def arrays() -> Callable[..., Any]:
+    numbers, codes, whole = np.zeros(3), bytearray(3), array("i", [0])
+
+    def f(x: torch.Tensor) -> torch.Tensor:
+        numbers[0] += 1
+        codes[0] += 1
+        whole[0] += 1
+        return torch.softmax(x, -1) * (float(numbers[0]) + codes[0] + whole[0])
+
+    return f
+
+
+def a_context() -> Callable[..., Any]:
+    counter = ContextVar(f"counter{random.random()}", default=0)
+
+    def f(x: torch.Tensor) -> torch.Tensor:
+        counter.set(counter.get() + 1)
+        return torch.softmax(x, -1) * counter.get()
+
+    return f
+
+
+def seeding() -> Callable[..., Any]:
+    torch.manual_seed(0)
+
+    def f(x: torch.Tensor) -> torch.Tensor:
+        torch.manual_seed(torch.initial_seed() + 1)
+        return torch.softmax(x, -1) * torch.rand(8)
+
+    return f
+
+
+HOLDERS = (
+    a_counter, a_buffer, new_data, on_a_tensor, a_weak_table, a_frozen_slot, a_cached_singleton, bound_append, arrays,
+    a_context, seeding,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("make", HOLDERS, ids=lambda make: make.__name__)
+def test_state_is_what_it_would_be_wherever_it_is_held(make: Callable[[], Callable[..., Any]]) -> None:
+    results = []
+    for wrap in (lambda f: f, mg.superoptimize):
+        f = wrap(make())
+        results.append([f(x).clone() for x in (X, X * 2, X, X * 3, X)])
+    assert all(type(x) is torch.Tensor for x in results[1])
+    torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-5)
+
+
+def test_a_cache_of_the_user_keeps_what_it_had() -> None:
+    @functools.cache
+    def named(name: str) -> SimpleNamespace:
+        return SimpleNamespace(n=0)
+
+    named("a").n = 5
+    mg.superoptimize(lambda x: torch.softmax(x, -1) * (2 + named("b").n))(X)
+    assert named("a").n == 5
+
+
+def test_more_than_is_looked_at_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(effects, "MOST", 10)
+    held = [[i] for i in range(100)]
+    with pytest.raises(CaptureError, match="reaches more than 10 objects"), undone(lambda: held):
+        pass
+
+
+def test_a_function_that_is_not_optimised_keeps_no_arguments() -> None:
+    fast, x = mg.superoptimize(lambda x: torch.sort(x)[0]), X.clone()
+    seen = ref(x)
+    fast(x)
+    del x
+    gc.collect()
+    assert seen() is None

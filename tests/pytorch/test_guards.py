@@ -509,3 +509,15 @@ def test_rows_that_a_mask_leaves_empty_are_zero() -> None:
             assert not found[:, 2].any()
     plain = S(lambda x, m: x.masked_fill(~m, -torch.inf).softmax(-1))
     assert plain(R(5, 7), mask)[2].isnan().all()
+
+
+def test_a_method_that_is_replaced_in_its_class_is_seen() -> None:
+    class Layer(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.softmax(x, -1) * 2
+
+    fast, x = S(nn.Sequential(Layer())), R(3, 8)
+    for _ in range(2):
+        same(fast(x), torch.softmax(x, -1) * 2)
+    Layer.forward = lambda self, x: torch.softmax(x, -1) * 5  # type: ignore[method-assign]
+    same(fast(x), torch.softmax(x, -1) * 5)

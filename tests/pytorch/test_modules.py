@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 import mugraph as mg
 
@@ -135,3 +136,23 @@ def test_what_is_optimised_is_optimised_from_how_it_was_written() -> None:
     second = mg.superoptimize(first, effort="none")
     assert second.original is first.original
     assert second.options == {"effort": "none"}
+
+
+@pytest.mark.filterwarnings("ignore::mugraph.errors.FallbackWarning")  # pruning is a hook
+def test_what_torch_registers_on_it_is_the_modules() -> None:
+    fast = mg.superoptimize(layers())
+    fast.register_buffer("scale", torch.ones(8))
+    fast.register_parameter("shift", nn.Parameter(torch.zeros(8)))
+    assert fast.original.scale is fast.scale
+    assert {"scale", "shift"} < fast.original.state_dict().keys()
+    linear = mg.superoptimize(nn.Linear(8, 8))
+    prune.l1_unstructured(linear, "weight", 0.5)
+    torch.testing.assert_close(linear(X), linear.original(X))
+
+
+def test_what_is_its_own_is_not_set_and_its_class_stays() -> None:
+    fast = mg.superoptimize(layers())
+    with pytest.raises(AttributeError, match="own"):
+        fast.options = 4
+    with pytest.raises(TypeError, match="before it is optimised"):
+        torch.nn.utils.parametrizations.weight_norm(mg.superoptimize(nn.Linear(8, 8)))
