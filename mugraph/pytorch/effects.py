@@ -100,8 +100,10 @@ class Effects:
                 except Exception:  # what is immutable to Python too; the others are put back
                     found = f"{state.label}, which cannot be put back"
         for cache, before in self._caches:  # single entries cannot be taken out
-            was_empty = before.currsize == 0
-            if cache.cache_info().misses != before.misses and (was_empty or any(map(_is_fake, _values(cache)))):
+            if cache.cache_info().misses == before.misses:
+                continue
+            found = found or f"the cache of {getattr(cache, '__name__', 'a function')}"
+            if before.currsize == 0 or any(map(_is_fake, _values(cache))):
                 cache.cache_clear()
         return found
 
