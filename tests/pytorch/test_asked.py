@@ -57,6 +57,12 @@ OWN: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "hardswish": lambda x: F.hardswish(x * 3) @ W[:4, :4],
     "norm": lambda x: x.norm(dim=-1, keepdim=True) * W[:4, :4],
     "std": lambda x: x.std(-1) * W[:4, :4],
+    "softplus": lambda x: F.softplus(x * 30 + 1) * 2,
+    "elu": lambda x: F.elu(x * 30 + 1) + F.selu(x * 30 + 1) + F.celu(x * 30 + 1),
+    "mish": lambda x: F.mish(x * 30) * 2,
+    "log sigmoid": lambda x: F.logsigmoid(x * 20) * 2,
+    "sign": lambda x: x.sign() * 2,
+    "a branch": lambda x: torch.where(x > 0, x, torch.expm1(x)) * 2,
 }
 
 
