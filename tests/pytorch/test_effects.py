@@ -6,6 +6,7 @@ import functools
 import gc
 import itertools
 import random
+import threading
 from array import array
 from collections import Counter, deque
 from collections.abc import Callable
@@ -148,7 +149,8 @@ STATEFUL = (
 
 
 @pytest.mark.parametrize("make", STATEFUL, ids=lambda make: make.__name__)
-def test_state_is_what_it_would_be(make: Callable[[], Callable[..., Any]]) -> None:
+def test_state_is_what_it_would_be(make: Callable[[], Callable[..., Any]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threading, "enumerate", lambda: [threading.current_thread()])  # whatever other tests have left
     results = []
     for wrap in (lambda f: f, mg.superoptimize):
         global HELD
@@ -178,6 +180,16 @@ def test_what_the_first_call_fills_is_read_by_an_optimised_second() -> None:
         torch.testing.assert_close(fast(X), f(X))
     assert type(memo["k"]) is type(table(8)) is torch.Tensor
     assert fast.result is not None
+
+
+def test_numbers_that_another_thread_may_have_drawn_are_not_drawn_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threading, "enumerate", lambda: [threading.current_thread(), threading.Thread()])
+    random.seed(0)
+    first = random.random()
+    random.seed(0)
+    with pytest.raises(ChangesStateError, match="random numbers"), undone(drawing):
+        random.random()
+    assert random.random() != first
 
 
 def test_the_reason_names_what_is_changed() -> None:
