@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -608,7 +609,9 @@ def _checked(
     has what was established before: where the search was `stopped` by one, that the graph computes the program."""
     certificate, interrupted, found = verified.certificate, stopped, AS_LOWERED
     try:
-        if stopped:
+        with interruptible() as hit:  # an import that is cut off leaves a module that nothing can use
+            import_module("torch")
+        if stopped or hit():
             raise KeyboardInterrupt
         verified, found = tuning(verified)
         if found.trace:
