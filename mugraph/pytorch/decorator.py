@@ -78,8 +78,8 @@ class Specialisation:
     `compiled`: the original runs through torch.compile, as that was measured to be faster.
     `folds` says that something is computed ahead from weights, which only pays while these stay as they are.
     `prepared` counts how often a shorter way to it was made.  `untold` is a reason that is told after the first call:
-    not where the original raises an error of its own.  `again`: the next call makes it again, as the first may have
-    filled what is kept from then on.
+    not where the original raises an error of its own.  `again`: the trace changed what the function reads, so that
+    once the original has run, which may have filled what is kept from then on, this is `stale` and made anew.
     """
 
     captured: Any
@@ -91,6 +91,7 @@ class Specialisation:
     prepared: int = 0
     untold: Exception | None = None
     again: bool = False
+    stale: bool = False
 
     @cached_property
     def folds(self) -> bool:
@@ -176,7 +177,9 @@ class OptimizedFunction:
             return self
         bound = types.MethodType(self.original, instance)
         if isinstance(instance, type):  # a class method
-            return self._of_classes.setdefault(instance, OptimizedFunction(bound, **self._asked))
+            if instance not in self._of_classes:
+                self._of_classes[instance] = OptimizedFunction(bound, **self._asked)
+            return self._of_classes[instance]
         if not hasattr(instance, "__dict__"):
             return bound  # nowhere to keep what is optimised for this instance
         method = OptimizedFunction(bound, **self._asked)
@@ -262,7 +265,8 @@ class OptimizedFunction:
                 for like in self._at_all_sizes(call):
                     self._known(like, self._guard().state())
         for known in list(self.specialisations.values()):
-            self._tell(known)
+            if not known.again:
+                self._tell(known)
             if known.result is not None and not known.result.unchanged:
                 known.result.warmup()
         return self
@@ -289,16 +293,18 @@ class OptimizedFunction:
             return self._outside("modules with hooks", "remove the hooks", args, named)
         if is_traced(state.tensors):
             return self.original(*args, **named)
-        if self._changes >= MOST_CHANGES:
-            return self.original(*args, **named)  # which was told
         known = self._known(call, state)
+        if known is None and self._changes >= MOST_CHANGES:
+            return self.original(*args, **named)  # which was told
         if known is None:
             return self._outside(f"more than {LIMIT} signatures", "declare sizes as dynamic", args, named)
         chosen, sizes = known
         found = self._run(chosen, call.leaves, args, named, state)
-        if not chosen.again:
-            self._tell(chosen)
-        if chosen.prepared < MOST_PREPARED and not chosen.again and not named and len(args) == self._positional:
+        chosen.stale = chosen.again
+        if chosen.stale:
+            return found
+        self._tell(chosen)
+        if chosen.prepared < MOST_PREPARED and not named and len(args) == self._positional:
             self._prepare(chosen, args, sizes)
         return found
 
@@ -328,7 +334,7 @@ class OptimizedFunction:
             declared = changing.dims
         sizes = that_hold(given, declared)
         key = (call.spec, leaf_key(call.leaves, sizes), frozen)
-        if (chosen := self.specialisations.get(key)) is not None and not chosen.again:
+        if (chosen := self.specialisations.get(key)) is not None and not chosen.stale:
             return chosen, sizes
         with self._lock:
             sizes = that_hold(
@@ -336,11 +342,11 @@ class OptimizedFunction:
             )  # another thread may have been here
             key = (call.spec, leaf_key(call.leaves, sizes), frozen)
             if (chosen := self.specialisations.get(key)) is not None:
-                if chosen.again:
-                    self.specialisations[key] = chosen = self._specialise(call, sizes, state)
-                    chosen.again = False
+                if chosen.stale:
+                    self._changes -= 1
+                    self.specialisations[key] = chosen = self._specialise(call, sizes, state, last=True)
                 return chosen, sizes
-            if len(self.specialisations) >= LIMIT:
+            if len(self.specialisations) >= LIMIT or self._changes >= MOST_CHANGES:
                 return None
             if changing is not None and (grown := changing.grown(given)) != changing.dims:
                 wider = that_hold(given, grown)
@@ -476,6 +482,7 @@ class OptimizedFunction:
             self._warn(error)
             for key, known in list(self.specialisations.items()):
                 if known is chosen:
+                    _strip(error)
                     self.specialisations[key] = Specialisation(None, None, error, kept=state.kept)
             return self.original(*args, **named)
         return _unflattened(chosen.captured, outputs)
@@ -499,8 +506,11 @@ class OptimizedFunction:
         leaves, spec = pytree.tree_flatten((args, named))
         return _Call(args, named, leaves, spec)
 
-    def _specialise(self, call: _Call, sizes: Dims, state: Any, quiet: bool = False) -> Specialisation:
-        """What runs for a signature.  With `quiet` a failure is neither raised nor told."""
+    def _specialise(
+        self, call: _Call, sizes: Dims, state: Any, quiet: bool = False, last: bool = False
+    ) -> Specialisation:
+        """What runs for a signature.  With `quiet` a failure is neither raised nor told, with `last` a change of what
+        the function reads is final."""
         from mugraph.pytorch.capture import capture
 
         options = dict(self.options)
@@ -529,11 +539,11 @@ class OptimizedFunction:
             if quiet:
                 _strip(error)
                 return Specialisation(None, None, error)
-            if self.strict:
-                raise
             again = isinstance(error, ChangesStateError)
             self._changes += again
-            again = again and self._changes == 1
+            again = again and not last and self._changes < MOST_CHANGES
+            if self.strict and not again:
+                raise
             faster = self._is_faster_compiled(call)
             _strip(error)
             return Specialisation(None, None, error, kept=state.kept, compiled=faster, untold=error, again=again)

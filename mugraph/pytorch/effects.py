@@ -43,7 +43,7 @@ _ABSENT = object()
 _LEAVES = frozenset({int, float, complex, bool, str, bytes, type(None), range, slice, CodeType})
 _FOREIGN = frozenset({*sys.stdlib_module_names, "torch", "torchgen", "numpy", "mugraph", "triton", "sympy"})
 # Where the classes are whose objects hold others, though they are not the user's.
-_HOLDING = ("types", "collections", "weakref", "queue", "_queue", "_thread", "threading", "torch.optim", "torch.nn")
+_HOLDING = ("types", "collections", "weakref", "_thread", "torch.optim")
 
 
 class ChangesStateError(CaptureError):

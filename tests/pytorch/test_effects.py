@@ -388,3 +388,38 @@ def test_a_function_that_is_not_optimised_keeps_no_arguments() -> None:
     del x
     gc.collect()
     assert seen() is None
+
+
+@pytest.mark.parametrize("warm", [False, True])
+def test_a_cache_that_each_size_fills_is_no_obstacle(warm: bool) -> None:
+    @functools.lru_cache
+    def table(rows: int) -> torch.Tensor:
+        return torch.arange(float(rows))[:, None]
+
+    fast = mg.superoptimize(lambda x: torch.softmax(x, -1) * table(x.shape[0]), dynamic=False, strict=True)
+    for rows in range(2, 8):
+        x = X[:1].expand(rows, 8).contiguous()
+        if warm:
+            fast.warmup(x)
+        for _ in range(2):
+            torch.testing.assert_close(fast(x), fast.original(x))
+    assert {s.reason for s in fast.specialisations.values()} == {None}
+
+
+def test_what_keeps_changing_does_not_take_away_what_is_optimised() -> None:
+    counts = {"n": 0}
+
+    def f(x: torch.Tensor, counted: bool) -> torch.Tensor:
+        if counted:
+            counts["n"] += 1
+        return torch.softmax(x, -1) * 2
+
+    fast = mg.superoptimize(f)
+    fast(X, False)
+    kept = fast.result
+    for _ in range(8):
+        fast(X, True)
+    assert counts["n"] == 8
+    counts["n"] = 0
+    fast(X, False)
+    assert fast.result is kept
