@@ -30,7 +30,7 @@ from mugraph.ir.ops import (
     Reshape,
     Slice,
 )
-from mugraph.ir.types import TORCH_NAMES, DType
+from mugraph.ir.types import GREATEST, TORCH_NAMES, DType
 
 TORCH_DTYPES = {f"torch.{name}": dtype for dtype, name in TORCH_NAMES.items()}
 
@@ -89,13 +89,6 @@ def _is_bool(*xs: Any) -> bool:
     return t.result_type(xs) is DType.bool
 
 
-# The greatest finite number of each type.
-GREATEST = {
-    DType.f16: Fraction(65504),
-    DType.bf16: (2 - Fraction(1, 2**7)) * 2**127,
-    DType.f32: (2 - Fraction(1, 2**23)) * 2**127,
-    DType.f64: (2 - Fraction(1, 2**52)) * 2**1023,
-}
 _TURNED: dict[str, Relation] = {"lt": "gt", "le": "ge", "gt": "lt", "ge": "le"}
 
 
